@@ -1,0 +1,1 @@
+"""From calibration batches to the Gram matrices of X and X*."""

@@ -1,0 +1,65 @@
+"""What the toolkit's traced pipeline does to attention masks, mended and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from compressed_tensors.utils import patch_attr
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.replay import LayerCall
+
+__all__ = ["check_causal", "traced_with_masks"]
+
+
+@contextmanager
+def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Make the toolkit's tracer keep the attention implementation of a model's config.
+
+    The tracer rebuilds configs from ``to_dict()``, which leaves the attention
+    implementation out. Families that choose their mask function in a branch (Mistral,
+    Phi-3, Mixtral and others in llm-compressor 0.14) then get no mask at all, and
+    eager attention, which calibration forces, looks at future tokens and padding. An
+    extra attribute of the config is written by ``to_dict()`` and understood by the
+    config's constructor.
+
+    :param model: the model that will be traced
+    """
+    configs = {id(model.config): model.config}
+    text_config = model.config.get_text_config()
+    configs[id(text_config)] = text_config
+    with ExitStack() as stack:
+        for config in configs.values():
+            stack.enter_context(patch_attr(config, "attn_implementation", "eager"))
+        yield
+
+
+def check_causal(call: LayerCall, name: str) -> None:
+    """
+    Refuse a layer that lets a token see later ones: its activations would not be those
+    of the model in use. The later half of the input is negated; the output of the
+    earlier half must stay as it is.
+
+    :param call: a batch of the layer
+    :param name: the layer's name, for the message
+    :raises RuntimeError: if the earlier half of the output changes
+    """
+    hidden_states = call.hidden_states
+    half = hidden_states.shape[1] // 2
+    if half == 0:
+        return
+    disturbed = hidden_states.clone()
+    disturbed[:, half:].neg_()
+    expected = call.run()[:, :half].float()
+    other = LayerCall(call.layer, (disturbed, *call.args[1:]), call.kwargs).run()
+    change = (other[:, :half].float() - expected).abs().max()
+    if change > 1e-2 * expected.abs().max():
+        raise RuntimeError(
+            f"in the calibration pipeline the tokens of {name} see later tokens "
+            f"(the {type(call.layer).__name__} runs without a causal mask), so its "
+            "activations are not those of the model; use pipeline='basic', or report "
+            "this model family"
+        )

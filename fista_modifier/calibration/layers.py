@@ -1,0 +1,76 @@
+"""The decoder layers of a model and the operators to prune in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.utils import match_named_modules
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.replay import LayerInputs
+
+__all__ = ["DecoderLayer", "group_by_layer"]
+
+
+@dataclass(eq=False)
+class DecoderLayer:
+    """
+    A unit of pruning: a decoder layer, or a lone operator outside all of them, which
+    is a layer of its own.
+
+    :param name: the module's name
+    :param module: the module that the pipeline runs
+    :param in_sequence: whether it passes hidden states on to the next decoder layer
+    :param operators: what to prune in it
+    :param inputs: its calibration inputs, between the hooked pass and the pruning
+    """
+
+    name: str
+    module: torch.nn.Module
+    in_sequence: bool = True
+    operators: list[Operator] = field(default_factory=list)
+    inputs: LayerInputs | None = None
+
+    def remember_call(
+        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A forward pre-hook with keyword arguments."""
+        if self.inputs is not None:
+            self.inputs.append(args, kwargs)
+
+
+def group_by_layer(
+    model: PreTrainedModel, operators: list[Operator], layer_types: list[str]
+) -> list[DecoderLayer]:
+    """
+    :param model: the model
+    :param operators: what to prune
+    :param layer_types: the toolkit's sequential targets: class or module names of the
+        decoder layers
+    :return: all decoder layers, with or without operators, and then lone operators
+    :raises ValueError: if a sequential target lies inside or is a linear operator, so
+        that there is no layer to correct errors in
+    """
+    modules = dict(match_named_modules(model, layer_types))
+    for name, module in modules.items():
+        if any(operator.module is module for operator in operators):
+            raise ValueError(
+                f"sequential target '{name}' is a linear operator itself; "
+                "FISTAPruningModifier needs whole decoder layers: leave "
+                "sequential_targets out, or name the decoder layer's class"
+            )
+    layers = {name: DecoderLayer(name, module) for name, module in modules.items()}
+    lone = []
+    for operator in operators:
+        for name, layer in layers.items():
+            if operator.name.startswith(name + "."):
+                layer.operators.append(operator)
+                break
+        else:
+            lone.append(
+                DecoderLayer(operator.name, operator.module, False, [operator])
+            )
+    return [*layers.values(), *lone]

@@ -1,0 +1,158 @@
+"""The linear operators of a model, whatever their class: weights as out×in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.utils import match_name, match_named_modules
+from llmcompressor.utils.pytorch.module import expand_special_targets
+from llmcompressor.utils.transformers import get_embeddings
+from loguru import logger
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier.solver.patterns import SparsityPattern
+
+__all__ = ["Operator", "check_prunable", "find_operators", "replaced_weights"]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """
+    One linear operator y = W x (+ b).
+
+    :param name: the module's name in the model
+    :param module: a ``torch.nn.Linear`` or GPT-2's ``Conv1D``, whose weight is in×out
+    """
+
+    name: str
+    module: torch.nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """W, out×in, a view of the module's (onloaded) weight"""
+        return self.oriented(self.module.weight.data)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """
+        :param weight: in the module's own layout, or out×in
+        :return: the other of the two (the same, for a Linear)
+        """
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    def save(self, weight: Tensor) -> None:
+        """
+        Write the weight where it lives, also on an offload device.
+
+        :param weight: out×in
+        """
+        weight = self.oriented(weight).contiguous()
+        update_offload_parameter(self.module, "weight", weight)
+
+
+@contextmanager
+def replaced_weights(weights: dict[Operator, Tensor]) -> Iterator[None]:
+    """
+    Run the modules with other weights, without a copy and without touching what is
+    stored: to be used while the modules are onloaded.
+
+    :param weights: out×in weight of each operator to replace
+    """
+    own = {operator: operator.module.weight.data for operator in weights}
+    try:
+        for operator, weight in weights.items():
+            operator.module.weight.data = operator.oriented(weight)
+        yield
+    finally:
+        for operator, weight in own.items():
+            operator.module.weight.data = weight
+
+
+def find_operators(
+    model: PreTrainedModel, targets: list[str], ignore: list[str]
+) -> list[Operator]:
+    """
+    The operators that a recipe asks to prune. As in the toolkit, a target is a class
+    name, a module name or "re:" and a pattern; a target module that is not a linear
+    operator itself (a decoder layer) stands for all those inside it. "Linear" includes
+    GPT-2's Conv1D. The output embedding is pruned only if a target names it.
+
+    :param model: model to search
+    :param targets: what to prune
+    :param ignore: what to leave dense
+    :return: operators in the order of ``model.named_modules()``
+    :raises ValueError: if a target matches nothing, if nothing is left to prune, or if
+        a target names an output embedding that is tied to the input embedding
+    """
+    targets = expand_special_targets(targets)
+    if "Linear" in targets:
+        targets = [*targets, "Conv1D"]
+    found: dict[str, torch.nn.Module] = {}
+    for target in targets:
+        matches = list(match_named_modules(model, [target]))
+        if not matches and target != "Conv1D":
+            raise ValueError(
+                f"target '{target}' matches no module of {type(model).__name__}; use a "
+                "class name ('Linear'), a module name, or 're:' and a pattern"
+            )
+        for name, module in matches:
+            for inner, child in module.named_modules(prefix=name):
+                if isinstance(child, torch.nn.Linear | Conv1D):
+                    found[inner] = child
+    ignored = {name for name, _ in match_named_modules(model, ignore)}
+    ignored = {
+        name
+        for name in found
+        if any(name == skip or name.startswith(skip + ".") for skip in ignored)
+    }
+    embedding, head = get_embeddings(model)
+    operators = []
+    for name, module in model.named_modules():
+        if name not in found or name in ignored:
+            continue
+        if module is head:
+            if not any(match_name(name, target) for target in targets):
+                continue
+            if module.weight is getattr(embedding, "weight", None):
+                raise ValueError(
+                    f"'{name}' shares its weight with the input embedding, which "
+                    "would be pruned too; load the model with untied embeddings "
+                    "(oneshot(tie_word_embeddings=False)) or do not target it"
+                )
+            logger.warning(f"Pruning the output embedding '{name}', as targeted")
+        operators.append(Operator(name, module))
+    if not operators:
+        raise ValueError(
+            f"targets {targets} minus ignore {ignore} leave no linear operator of "
+            f"{type(model).__name__} to prune"
+        )
+    return operators
+
+
+def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
+    """
+    :param operator: an operator about to be pruned
+    :param pattern: sparsity asked for
+    :raises ValueError: if its width does not suit the pattern, or its weight is not
+        floating point or not finite
+    """
+    weight = operator.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the weight of {operator.name} is {weight.dtype}: prune the "
+            "full-precision model first and quantise it afterwards"
+        )
+    try:
+        pattern.check_columns(weight.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{operator.name}: {error}") from None
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"the weight of {operator.name} contains NaN or infinity; the checkpoint is "
+            "damaged, or it was loaded in a dtype that cannot hold it"
+        )

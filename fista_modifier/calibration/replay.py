@@ -1,0 +1,155 @@
+"""The calibration inputs of one decoder layer, and runs of the layer over them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_offloading
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.utils.helpers import calibration_forward_context
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["LayerCall", "LayerInputs", "calibration_runs", "inputs_of"]
+
+
+@contextmanager
+def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
+    """
+    The context of every run of a layer outside the toolkit's own passes: no gradients,
+    no KV cache, evaluation mode, eager attention, weights that stay onloaded, and no
+    hooks of other modifiers.
+
+    :param model: the model being calibrated
+    """
+    with ExitStack() as stack:
+        stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(HooksMixin.disable_hooks())
+        stack.enter_context(disable_offloading())
+        yield
+
+
+class LayerInputs:
+    """
+    What a decoder layer was called with, one entry a batch. Tensors are kept on the
+    offload device.
+
+    :param layer: the decoder layer, or a lone operator outside all of them
+    :param offload_device: where tensors wait between the passes
+    """
+
+    def __init__(self, layer: torch.nn.Module, offload_device: torch.device) -> None:
+        self.layer = layer
+        self._calls = IntermediatesCache(None, offload_device)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember one call of the layer, by what its forward names the arguments."""
+        call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
+        self._calls.append({"args": call.args, "kwargs": call.kwargs})
+
+    def __iter__(self) -> Iterator[LayerCall]:
+        for call in self._calls:
+            yield LayerCall(self.layer, call["args"], call["kwargs"])
+
+    def with_hidden_states(self, hidden_states: list[Tensor]) -> LayerInputs:
+        """
+        :param hidden_states: another input tensor for each batch
+        :return: the same calls with that tensor in the place of the first argument
+        """
+        other = LayerInputs(self.layer, self._calls.offload_device)
+        for call, tensor in zip(self, hidden_states, strict=True):
+            moved = tensor.to(call.hidden_states.device)
+            other.append((moved, *call.args[1:]), call.kwargs)
+        return other
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """
+    One batch of a layer's calibration inputs.
+
+    :param layer: the layer
+    :param args: positional arguments of its forward, the hidden states first
+    :param kwargs: keyword arguments of its forward
+    """
+
+    layer: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Tensor:
+        """
+        :return: the layer's output hidden states
+        """
+        return first_tensor(self.layer(*self.args, **self.kwargs))
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """the layer's input, batch×sequence×features"""
+        return first_tensor(self.args)
+
+    def real_tokens(self) -> Tensor | None:
+        """
+        Which tokens are not padding. The toolkit calibrates with eager attention, for
+        which transformers builds a full mask (batch×1×query×key, additive or boolean):
+        a token may attend to itself exactly if it is not padding, whatever the side of
+        the padding and the width of a sliding window.
+
+        :return: bool batch×sequence, or None for a layer that takes no such mask
+        """
+        signature = inspect.signature(self.layer.forward)
+        arguments = signature.bind(*self.args, **self.kwargs).arguments
+        mask = arguments.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            return None
+        own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        real = own if own.dtype == torch.bool else own == 0
+        return real.expand(self.hidden_states.shape[0], -1)
+
+
+class _Stop(Exception):
+    """Ends a run of a layer once everything that was asked for has been seen."""
+
+
+def inputs_of(module: torch.nn.Module, call: LayerCall, times: int = 1) -> list[Tensor]:
+    """
+    Run a layer only as far as the input of one of its modules.
+
+    :param module: a module inside the layer
+    :param call: the batch
+    :param times: how often the module is called in one run of the layer
+    :return: the module's input at each of its calls
+    """
+    seen: list[Tensor] = []
+
+    def watch(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        if len(seen) == times:
+            raise _Stop
+
+    handle = module.register_forward_pre_hook(watch)
+    try:
+        call.run()
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen
+
+
+def first_tensor(value: Any) -> Tensor:
+    """
+    :param value: what a layer was given or returned: a tensor, or a tuple with the
+        hidden states first
+    :return: the hidden states
+    """
+    return value if isinstance(value, Tensor) else value[0]

@@ -1,0 +1,62 @@
+"""The pruned model's hidden states between decoder layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fista_modifier.calibration.operators import Operator, replaced_weights
+from fista_modifier.calibration.replay import LayerInputs
+
+__all__ = ["PrunedStream"]
+
+
+class PrunedStream:
+    """
+    Carries X* across layers for ``error_correction: full``, while the toolkit's
+    pipeline carries the dense model's activations.
+
+    :param offload_device: where the hidden states wait, one tensor a batch
+    """
+
+    def __init__(self, offload_device: torch.device) -> None:
+        self._offload_device = offload_device
+        self._hidden_states: list[Tensor] | None = None
+        self._dense_output: Tensor | None = None
+
+    def inputs_of(self, dense_inputs: LayerInputs, name: str) -> LayerInputs:
+        """
+        :param dense_inputs: the next layer's inputs in the dense model
+        :param name: its name, for messages
+        :return: its inputs in the model pruned so far
+        :raises ValueError: if the layer is not given what the layer before it returned
+        """
+        if self._hidden_states is None:
+            return dense_inputs
+        received = next(iter(dense_inputs)).hidden_states
+        if self._dense_output is None or not torch.equal(received, self._dense_output):
+            raise ValueError(
+                f"{name} is not called with the output of the decoder layer before it, "
+                "so error_correction: full cannot follow the pruned model through this "
+                "architecture; use error_correction: intra"
+            )
+        return dense_inputs.with_hidden_states(self._hidden_states)
+
+    def advance(
+        self,
+        dense_inputs: LayerInputs,
+        pruned_inputs: LayerInputs,
+        pruned: dict[Operator, Tensor],
+    ) -> None:
+        """
+        Run the pruned layer, whose outputs are the next layer's inputs.
+
+        :param dense_inputs: the layer's inputs in the dense model
+        :param pruned_inputs: its inputs in the model pruned so far
+        :param pruned: its pruned weights, out×in
+        """
+        self._dense_output = next(iter(dense_inputs)).run()
+        with replaced_weights(pruned):
+            self._hidden_states = [
+                call.run().to(self._offload_device) for call in pruned_inputs
+            ]

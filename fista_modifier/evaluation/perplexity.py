@@ -1,0 +1,113 @@
+"""Perplexity by the protocol of the pruning literature.
+
+The text is tokenised once and cut into contiguous blocks that do not overlap; the
+perplexity is the exponential of the mean negative log-likelihood of every token of a
+block but its first, given the tokens before it in the block. What remains after the
+last whole block is left out.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.offload import get_execution_device
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+# Positions whose logits are held in float32 at a time.
+CHUNK_POSITIONS = 512
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    :param value: the perplexity, ``exp(nll)``.
+    :param nll: mean negative log-likelihood, in nats per token.
+    :param tokens: number of predicted tokens.
+    :param blocks: number of blocks of text.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    blocks: int
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Perplexity:
+    """Measure a causal language model's perplexity on a text.
+
+    :param model: the model (Hugging Face); left in the mode it was in.
+    :param tokenizer: its tokenizer.
+    :param text: the text to predict.
+    :param seq_len: tokens in a block.
+    :param max_tokens: use no more than this many tokens from the start of the text.
+    :param batch_size: blocks in a forward pass.
+    :param progress: whether to show a progress bar.
+    :return: the perplexity and what it was measured on.
+    :raises ValueError: if ``seq_len`` leaves nothing to predict, ``batch_size`` is not
+        positive, or the text is shorter than one block.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}; at least 2 tokens predict one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    # verbose=False: the text may well be longer than the model's maximum length.
+    tokens = tokenizer(text, verbose=False)["input_ids"][:max_tokens]
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise ValueError(
+            f"the text gives {len(tokens)} tokens, but one block needs {seq_len}: use "
+            "a longer text, more --max-tokens or a shorter --seq-len"
+        )
+    blocks = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+    total = torch.zeros((), dtype=torch.float64)
+    batches = torch.split(blocks, batch_size)
+    with _inference(model):
+        for batch in tqdm(batches, desc="Perplexity", disable=not progress):
+            total += _nll_sum(model, batch).cpu()
+    predicted = count * (seq_len - 1)
+    nll = total.item() / predicted
+    return Perplexity(math.exp(nll), nll, predicted, count)
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _nll_sum(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """Sum the loss of a batch ``(blocks, seq_len)``, in nats, float64."""
+    # An offloaded model's own device is where its weights rest, not where it runs.
+    batch = batch.to(get_execution_device(model.get_input_embeddings()))
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    targets = batch[:, 1:].to(logits.device)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for scores, expected in zip(
+        torch.split(logits, CHUNK_POSITIONS, dim=1),
+        torch.split(targets, CHUNK_POSITIONS, dim=1),
+        strict=True,
+    ):
+        losses = cross_entropy(
+            scores.float().flatten(0, 1), expected.flatten(), reduction="none"
+        )
+        total += losses.double().sum()
+    return total

@@ -1,0 +1,248 @@
+"""The recipe's face of FISTAPruner: fields and lifecycle, no mathematics."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+
+from fista_modifier.calibration.attention import check_causal, traced_with_masks
+from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
+from fista_modifier.calibration.operators import (
+    Operator,
+    check_prunable,
+    find_operators,
+)
+from fista_modifier.calibration.replay import LayerInputs, calibration_runs
+from fista_modifier.calibration.stream import PrunedStream
+from fista_modifier.layer import ErrorCorrection, OperatorResult, prune_layer
+from fista_modifier.progress import LayerProgress
+from fista_modifier.solver import SolverOptions, SparsityPattern, parse_pattern
+from fista_modifier.solver.warm_start import WarmStart
+
+__all__ = ["FISTAPruningModifier"]
+
+
+class FISTAPruningModifier(Modifier):
+    """
+    Prunes linear operators by FISTAPruner (Zhao et al., EMNLP 2025): each by an
+    ℓ1-regularised least squares problem, solved by FISTA, with λ tuned until the
+    rounded weight has the lowest output error (Algorithm 1).
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        FISTAPruningModifier:
+          sparsity: 0.5
+          mask_structure: "2:4"
+          targets: ["Linear"]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the operators and check that each can have the pattern
+    - on_calibration_start
+        - hook the decoder layers
+    - hooked pass of a layer
+        - remember what the layer is called with
+    - on_sequential_epoch_end
+        - replay the layer stage by stage, accumulate Gram matrices, prune
+    - on_calibration_end
+        - store the last layer, remove hooks
+
+    Layers are independent: whatever ``propagate_error`` says, the toolkit's pipeline
+    carries the dense model's activations from layer to layer, because a pruned layer
+    is stored only once the pipeline has left it. ``error_correction`` sets what X* is:
+
+    - ``none``: X* = X, the operator's input in the dense model
+    - ``intra`` (the paper's): the layer's input is the dense model's; inside the layer,
+      X* follows from the operators pruned before
+    - ``full``: X* is the input in the model pruned so far, through all layers; X stays
+      the dense model's. One more run of each layer and one more set of its inputs.
+
+    Because of this the modifier needs a calibration epoch of its own, which the
+    toolkit's default pipeline "independent" gives to every modifier.
+
+    :param sparsity: share of zeros in [0, 1); may be left out for n:m
+    :param mask_structure: "n:m" keeps n of every m entries of a row; "0:0" is
+        unstructured, round(sparsity·m·n) zeros anywhere in the matrix
+    :param targets: class names, module names or "re:" patterns. Modules that contain
+        linear operators stand for all of them; the output embedding is pruned only
+        if a target names it
+    :param ignore: what to leave dense, in the same notation
+    :param error_correction: "none", "intra" or "full", see above
+    :param warm_start: W₀*: "dense", "magnitude", "wanda" or "sparsegpt"
+    :param lambda_init: λ₀, where the search for λ starts. λ is in units of
+        mean|W_ij|·mean(G_jj), G = X* X*ᵀ, which makes it independent of the amount and
+        scale of the data and of the scale of the weights
+    :param lambda_max: M, the largest λ, in the same unit
+    :param max_iterations: K, FISTA iterations for one value of λ
+    :param patience: T, consecutive values of λ without improvement that end the search
+    :param epsilon: ε, relative improvement of the error below which the search ends
+    :param xi: ξ: λ is raised while rounding causes more than this share of the error
+    :param block_size: block size of a SparseGPT warm start, in columns
+    :param dampening_frac: damping of a SparseGPT warm start, as a fraction of the mean
+        of the diagonal
+    """
+
+    requires_calibration_data: bool = True
+
+    sparsity: float | None = None
+    mask_structure: str = "0:0"
+    targets: str | list[str] = ["Linear"]
+    ignore: list[str] = Field(default_factory=list)
+    error_correction: ErrorCorrection = "intra"
+    warm_start: WarmStart = "sparsegpt"
+    lambda_init: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    lambda_max: float = Field(default=1e2, gt=0, allow_inf_nan=False)
+    max_iterations: int = Field(default=20, ge=1)
+    patience: int = Field(default=3, ge=1)
+    epsilon: float = Field(default=1e-3, ge=0, lt=1)
+    xi: float = Field(default=0.3, gt=0, lt=1)
+    block_size: int = Field(default=128, ge=1)
+    dampening_frac: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+
+    _results: list[OperatorResult] = PrivateAttr(default_factory=list)
+    _pattern: SparsityPattern = PrivateAttr()
+    # what is to be pruned, by decoder layer, in the order of the model
+    _layers: list[DecoderLayer] = PrivateAttr(default_factory=list)
+    # pruned weights of layers that the pipeline has not left yet
+    _pending: dict[Operator, Tensor] = PrivateAttr(default_factory=dict)
+    _stream: PrunedStream | None = PrivateAttr(default=None)
+    _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> FISTAPruningModifier:
+        self._pattern = parse_pattern(self.mask_structure, self.sparsity)
+        if self.lambda_init >= self.lambda_max:
+            raise ValueError(
+                f"lambda_init ({self.lambda_init}) must be below lambda_max "
+                f"({self.lambda_max}): the search for λ runs between them"
+            )
+        return self
+
+    @property
+    def results(self) -> list[OperatorResult]:
+        """what became of each operator, in the order of pruning"""
+        return list(self._results)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        Find the operators and refuse what cannot be pruned, before any long work.
+
+        :raises ValueError: if there is no calibration data, if targets match nothing,
+            or if an operator cannot have the pattern or is not finite
+        """
+        model = state.model
+        if state.data.calib is None:
+            raise ValueError(
+                "FISTAPruningModifier needs calibration data: pass dataset=… to oneshot"
+            )
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        operators = find_operators(model, targets, self.ignore)
+        for operator in operators:
+            check_prunable(operator, self._pattern)
+        layer_types = infer_sequential_targets(model, kwargs.get("sequential_targets"))
+        self._layers = group_by_layer(model, operators, layer_types)
+        self._contexts.enter_context(traced_with_masks(model))
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        modifiers = active_session().lifecycle.recipe.modifiers
+        if len(modifiers) > 1:
+            raise ValueError(
+                "FISTAPruningModifier cannot share a calibration epoch with "
+                f"{[type(other).__name__ for other in modifiers if other is not self]}: "
+                "leave oneshot's pipeline at 'independent'"
+            )
+        offload_device = torch.device("cpu")
+        if self.error_correction == "full":
+            self._stream = PrunedStream(offload_device)
+        for layer in self._layers:
+            if layer.operators or self._stream:
+                layer.inputs = LayerInputs(layer.module, offload_device)
+                self.register_hook(
+                    layer.module, layer.remember_call, "forward_pre", with_kwargs=True
+                )
+
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: list[torch.nn.Module],
+        **kwargs: Any,
+    ) -> None:
+        self._store_pending()
+        here = set(modules)
+        with calibration_runs(state.model):
+            for layer in self._layers:
+                if layer.module in here and layer.inputs is not None:
+                    self._pending |= self._prune(layer, layer.inputs)
+                    layer.inputs = None
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._store_pending()
+        self.remove_hooks()
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        self.remove_hooks()
+        self._contexts.close()
+        self._layers = []
+        self._stream = None
+        return True
+
+    def _prune(self, layer: DecoderLayer, inputs: LayerInputs) -> dict[Operator, Tensor]:
+        """Prune one layer; the model stays as it is."""
+        if not len(inputs):
+            raise ValueError(
+                f"{layer.name} was not run by the calibration pipeline, so it cannot be "
+                "pruned; put its operators on the ignore list"
+            )
+        check_causal(next(iter(inputs)), layer.name)
+        follows = self._stream is not None and layer.in_sequence
+        pruned_inputs = inputs
+        if self._stream is not None and follows:
+            pruned_inputs = self._stream.inputs_of(inputs, layer.name)
+        with LayerProgress(layer, len(inputs), self._results) as progress:
+            pruned = prune_layer(
+                layer.operators,
+                inputs,
+                pruned_inputs,
+                self._pattern,
+                self._solver_options(),
+                correct_errors=self.error_correction != "none",
+                on_batch=progress.on_batch,
+                on_operator=progress.on_operator,
+            )
+        if self._stream is not None and follows:
+            self._stream.advance(inputs, pruned_inputs, pruned)
+        return pruned
+
+    def _store_pending(self) -> None:
+        """Store the layers that the pipeline has left: it no longer runs them."""
+        for operator, weight in self._pending.items():
+            operator.save(weight)
+        self._pending = {}
+
+    def _solver_options(self) -> SolverOptions:
+        return SolverOptions(
+            lambda_init=self.lambda_init,
+            lambda_max=self.lambda_max,
+            max_iterations=self.max_iterations,
+            patience=self.patience,
+            epsilon=self.epsilon,
+            xi=self.xi,
+            start=self.warm_start,
+            block_size=self.block_size,
+            dampening_frac=self.dampening_frac,
+        )

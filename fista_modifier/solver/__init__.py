@@ -1,0 +1,21 @@
+"""The solver: pure torch, knows tensors and not models."""
+
+from fista_modifier.solver.gram import GramStatistics
+from fista_modifier.solver.patterns import (
+    NofM,
+    SparsityPattern,
+    Unstructured,
+    parse_pattern,
+)
+from fista_modifier.solver.prune import PrunedWeight, SolverOptions, prune_weight
+
+__all__ = [
+    "GramStatistics",
+    "NofM",
+    "PrunedWeight",
+    "SolverOptions",
+    "SparsityPattern",
+    "Unstructured",
+    "parse_pattern",
+    "prune_weight",
+]

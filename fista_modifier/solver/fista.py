@@ -1,0 +1,79 @@
+"""Accelerated proximal gradient for the ℓ1-regularised operator problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fista_modifier.solver.objective import LayerObjective
+
+__all__ = ["FISTASolution", "fista", "soft_threshold"]
+
+
+def soft_threshold(values: Tensor, threshold: float) -> Tensor:
+    """
+    SoftShrinkage_ρ of section 3.2, the proximal operator of ρ‖·‖₁.
+
+    :param values: any shape
+    :param threshold: ρ ≥ 0
+    :return: sign(x)·max(|x| − ρ, 0), elementwise
+    """
+    return values - values.clamp(-threshold, threshold)
+
+
+@dataclass(frozen=True)
+class FISTASolution:
+    """
+    :param weight: the last proximal point, m×n (sparse where the penalty bites)
+    :param iterations: iterations done
+    """
+
+    weight: Tensor
+    iterations: int
+
+
+def fista(
+    objective: LayerObjective,
+    penalty: float,
+    start: Tensor,
+    max_iterations: int = 20,
+    tolerance: float = 1e-6,
+) -> FISTASolution:
+    """
+    Minimise f(V) + λ Σ_i ‖V_i‖₁ by FISTA (Beck & Teboulle 2009; Eqs. 4a–4d).
+
+    Eq. (4d) as printed extrapolates from the previous extrapolated point; here, as in
+    Beck & Teboulle, from the previous proximal point, for which the O(1/k²) rate is
+    proved. Stop (5) is made independent of the scale of the weights:
+    ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F.
+
+    :param objective: f
+    :param penalty: λ ≥ 0, in the units of ∇f
+    :param start: V₀, m×n
+    :param max_iterations: K
+    :param tolerance: of the stop, relative to ‖W‖_F
+    :return: the last proximal point
+    """
+    step_size = objective.lipschitz
+    if step_size == 0:  # no token excites the operator: every V has the same error
+        return FISTASolution(start, 0)
+    stop = tolerance * float(objective.weight.norm())
+    current = extrapolated = start
+    momentum = 1.0
+    for iteration in range(1, max_iterations + 1):
+        gradient = objective.gradient(extrapolated)
+        previous = current
+        current = soft_threshold(
+            torch.sub(extrapolated, gradient, alpha=1 / step_size), penalty / step_size
+        )
+        next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        change = current - previous
+        extrapolated = torch.add(
+            current, change, alpha=(momentum - 1) / next_momentum
+        )
+        momentum = next_momentum
+        if change.norm() < stop:
+            break
+    return FISTASolution(current, iteration)

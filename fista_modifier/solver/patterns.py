@@ -1,0 +1,167 @@
+"""Sparsity patterns: which entries of a weight may be non-zero."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["NofM", "SparsityPattern", "Unstructured", "parse_pattern"]
+
+
+class SparsityPattern(Protocol):
+    """What the solver and the modifier ask of a sparsity pattern."""
+
+    @property
+    def sparsity(self) -> float:
+        """share of the entries that must be zero, in [0, 1)"""
+        ...
+
+    def check_columns(self, columns: int) -> None:
+        """:raises ValueError: where a weight with so many columns cannot have it"""
+        ...
+
+    def support(self, scores: Tensor) -> Tensor:
+        """
+        :param scores: importance of each entry, m×n
+        :return: bool m×n, True at the most important entries that the pattern keeps
+        """
+        ...
+
+    def holds(self, weight: Tensor) -> bool:
+        """:return: whether ``weight`` (m×n) has at least the zeros asked for"""
+        ...
+
+
+def project(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """
+    The rounding operator H of Eq. (6): the nearest weight with the pattern, which
+    keeps the largest magnitudes.
+
+    :param weight: m×n
+    :return: m×n, zero off the support
+    """
+    return torch.where(pattern.support(weight.abs()), weight, 0)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """
+    Any entry of the m×n weight may be zero; exactly round(s·m·n) of them are.
+
+    :param sparsity: s in [0, 1)
+    :raises ValueError: for a sparsity outside [0, 1)
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity must be in [0, 1), the share of zeros, got {self.sparsity}"
+                + (f"; write {self.sparsity / 100:g}" if 1 < self.sparsity < 100 else "")
+            )
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g} %"
+
+    def check_columns(self, columns: int) -> None:
+        """Any width will do."""
+
+    def support(self, scores: Tensor) -> Tensor:
+        flat = scores.flatten()
+        zeros = round(self.sparsity * flat.numel())
+        if zeros == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = flat.kthvalue(zeros).values
+        keep = flat > threshold
+        # equal scores share the threshold: the first of them make up the exact count
+        missing = flat.numel() - zeros - int(keep.sum())
+        keep[(flat == threshold).nonzero()[:missing]] = True
+        return keep.view_as(scores)
+
+    def holds(self, weight: Tensor) -> bool:
+        return int((weight == 0).sum()) >= round(self.sparsity * weight.numel())
+
+
+@dataclass(frozen=True)
+class NofM:
+    """
+    At most n non-zeros in each group of m consecutive entries of a row (section 3.3).
+
+    :param n: entries kept in a group
+    :param m: size of a group
+    :raises ValueError: unless 1 ≤ n ≤ m
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise ValueError(
+                f"'{self}' keeps {self.n} of {self.m} entries, which is impossible; "
+                "n:m needs 1 <= n <= m, for example '2:4'"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def check_columns(self, columns: int) -> None:
+        if columns % self.m:
+            raise ValueError(
+                f"'{self}' needs an input width divisible by {self.m}, got {columns}; "
+                "choose another pattern or put the operator on the ignore list"
+            )
+
+    def support(self, scores: Tensor) -> Tensor:
+        groups = scores.reshape(scores.shape[0], -1, self.m)
+        kept = groups.topk(self.n, dim=-1).indices
+        support = torch.zeros_like(groups, dtype=torch.bool)
+        return support.scatter_(-1, kept, True).view_as(scores)
+
+    def holds(self, weight: Tensor) -> bool:
+        groups = weight.reshape(weight.shape[0], -1, self.m)
+        return bool(((groups != 0).sum(-1) <= self.n).all())
+
+
+def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPattern:
+    """
+    :param mask_structure: "n:m" (n kept of m), or "0:0" for unstructured
+    :param sparsity: share of zeros in [0, 1); may be left out for n:m, which fixes it
+    :raises ValueError: for a malformed or impossible n:m, a sparsity outside [0, 1),
+        none at all, or one that contradicts n:m
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", mask_structure)
+    if match is None:
+        raise ValueError(
+            f"mask_structure must look like '2:4' or '0:0', got '{mask_structure}'"
+        )
+    n, m = int(match[1]), int(match[2])
+    if (n, m) == (0, 0):
+        if sparsity is None:
+            raise ValueError(
+                "sparsity is missing: unstructured pruning ('0:0') needs the share of "
+                "zeros, for example sparsity: 0.5"
+            )
+        return Unstructured(sparsity)
+    pattern = NofM(n, m)
+    if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+        hint = f"drop sparsity, or write {pattern.sparsity:g}"
+        if abs(sparsity - n / m) <= 1e-6 and n < m:
+            hint += (
+                f"; '{m - n}:{m}' prunes {n} of {m} (llm-compressor's SparseGPT counts "
+                "the pruned entries in n, this project the kept ones)"
+            )
+        raise ValueError(
+            f"sparsity {sparsity} contradicts mask_structure '{pattern}', which keeps "
+            f"{n} of every {m} entries: {hint}"
+        )
+    return pattern

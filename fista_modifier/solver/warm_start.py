@@ -1,0 +1,83 @@
+"""Feasible weights to start from; Wanda and SparseGPT are the toolkit's kernels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
+    sparsify_weight as sparsify_by_sparsegpt,
+)
+from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import (
+    sparsify_weight as sparsify_by_wanda,
+)
+from torch import Tensor
+
+from fista_modifier.solver.patterns import NofM, SparsityPattern, project
+
+__all__ = ["WarmStart", "warm_start"]
+
+WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
+
+
+def warm_start(
+    kind: WarmStart,
+    weight: Tensor,
+    gram: Tensor,
+    pattern: SparsityPattern,
+    *,
+    block_size: int = 128,
+    dampening_frac: float = 0.01,
+) -> Tensor:
+    """
+    W₀* of Algorithm 1 (section F.2 of the paper compares the four).
+
+    :param kind: "dense" (W itself, which does not have the pattern), "magnitude",
+        "wanda" (Sun et al. 2023) or "sparsegpt" (Frantar & Alistarh 2023)
+    :param weight: dense weight W, float32 m×n
+    :param gram: G = X* X*ᵀ, float32 n×n
+    :param pattern: the sparsity asked for
+    :param block_size: columns that SparseGPT prunes at once
+    :param dampening_frac: SparseGPT's damping, as a fraction of the mean of diag(G)
+    :return: float32 m×n
+    """
+    module = torch.nn.Linear(*weight.T.shape, bias=False, device="meta")
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    match kind:
+        case "dense":
+            return weight
+        case "magnitude":
+            return project(weight, pattern)
+        case "wanda":
+            pruned = sparsify_by_wanda(
+                module=module,
+                row_scalars_dict={module: gram.diagonal()},
+                sparsity=pattern.sparsity,
+                **_host_pattern(pattern),
+            )
+        case "sparsegpt":
+            _, pruned = sparsify_by_sparsegpt(
+                module=module,
+                hessians_dict={module: gram.clone()},
+                sparsity=pattern.sparsity,
+                block_size=_whole_groups(block_size, pattern),
+                dampening_frac=dampening_frac,
+                preserve_sparsity_mask=False,
+                **_host_pattern(pattern),
+            )
+    # the kernels round the number of zeros down for each row or block
+    return project(pruned, pattern)
+
+
+def _host_pattern(pattern: SparsityPattern) -> dict[str, int]:
+    """The toolkit's n counts the pruned entries of a group, and 0:0 is unstructured."""
+    if isinstance(pattern, NofM):
+        return {"prune_n": pattern.m - pattern.n, "prune_m": pattern.m}
+    return {"prune_n": 0, "prune_m": 0}
+
+
+def _whole_groups(block_size: int, pattern: SparsityPattern) -> int:
+    """The block size, rounded down so that no group of m straddles two blocks."""
+    if not isinstance(pattern, NofM):
+        return block_size
+    return max(block_size // pattern.m, 1) * pattern.m

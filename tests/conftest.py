@@ -1,0 +1,43 @@
+"""Fixtures that several test modules share."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fista_modifier import demo
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and two more: 0 pads and 1 ends a text."""
+    special = ["<pad>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The checkpoint of SmolLM2-135M-Instruct in float32, built once."""
+    return demo.build_smollm2(CACHE / "smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def news() -> Path:
+    """A text for evaluation."""
+    return demo.news_text(CACHE)
+
+
+@pytest.fixture(scope="session")
+def wikipedia() -> Path:
+    """A text for calibration."""
+    return demo.wikipedia_text(CACHE)

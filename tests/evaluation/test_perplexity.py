@@ -1,0 +1,84 @@
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fista_modifier.evaluation import perplexity
+
+TEXT = "The quick brown fox jumps over the lazy dog."  # 44 bytes, so 44 tokens
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=1.0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def reference(model, tokenizer, text, seq_len, blocks):
+    """The mean of transformers' own loss over the blocks."""
+    ids = torch.tensor(tokenizer(text)["input_ids"][: seq_len * blocks])
+    rows = ids.view(blocks, 1, seq_len)
+    with torch.no_grad():
+        return sum(model(row, labels=row).loss.item() for row in rows) / blocks
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_it_is_the_exponential_of_transformers_loss(model, tiny_tokenizer, batch_size):
+    measured = perplexity(
+        model, tiny_tokenizer, TEXT, seq_len=10, batch_size=batch_size, progress=False
+    )
+    expected = reference(model, tiny_tokenizer, TEXT, seq_len=10, blocks=4)
+    assert measured.blocks == 4
+    assert measured.tokens == 36
+    assert measured.nll == pytest.approx(expected, rel=1e-6)
+    assert measured.value == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+def test_a_long_block_is_taken_in_chunks(model, tiny_tokenizer):
+    text = TEXT * 14  # 616 tokens, more than a chunk of positions
+    measured = perplexity(model, tiny_tokenizer, text, seq_len=600, progress=False)
+    expected = reference(model, tiny_tokenizer, text, seq_len=600, blocks=1)
+    assert measured.tokens == 599
+    assert measured.nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_max_tokens_limits_the_text(model, tiny_tokenizer):
+    limited = perplexity(
+        model, tiny_tokenizer, TEXT, seq_len=10, max_tokens=25, progress=False
+    )
+    assert limited.blocks == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_stays_as_it_was(model, tiny_tokenizer, training):
+    model.train(training)
+    perplexity(model, tiny_tokenizer, TEXT, seq_len=10, progress=False)
+    assert model.training is training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_short_text_is_an_error_with_the_counts(model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="44 tokens, but one block needs 45"):
+        perplexity(model, tiny_tokenizer, TEXT, seq_len=45)
+
+
+@pytest.mark.parametrize("bad", [{"seq_len": 1}, {"seq_len": 8, "batch_size": 0}])
+def test_sizes_that_measure_nothing_are_errors(model, tiny_tokenizer, bad):
+    with pytest.raises(ValueError, match="at least"):
+        perplexity(model, tiny_tokenizer, TEXT, **bad)
+
+
+def test_a_result_cannot_be_changed(model, tiny_tokenizer):
+    measured = perplexity(model, tiny_tokenizer, TEXT, seq_len=10, progress=False)
+    with pytest.raises(FrozenInstanceError):
+        measured.value = 1.0
