@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from loguru import logger
 from torch import Tensor
 
@@ -16,10 +15,12 @@ from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.calibration.statistics import stage_statistics
 from fista_modifier.solver import (
+    PAPER,
     GramStatistics,
     PrunedWeight,
     SolverOptions,
     SparsityPattern,
+    StageSolver,
     prune_weight,
 )
 
@@ -106,9 +107,10 @@ def prune_layer(
             pruned if correct_errors else {},
             on_batch,
         )
+        solver = StageSolver(statistics, pattern, options)
         for operator in stage.operators:
             started = time.perf_counter()
-            solution = prune_weight(operator.weight, statistics, pattern, options)
+            solution = solver.prune(operator.weight)
             pruned[operator] = solution.weight
             seconds = time.perf_counter() - started
             on_operator(_result(operator, pattern, solution, statistics, seconds))
@@ -118,12 +120,8 @@ def prune_layer(
                 f"No calibration token reaches {operator.name}: pruned by magnitude"
             )
             statistics = GramStatistics.empty(operator.weight.shape[1])
-            solution = prune_weight(
-                operator.weight,
-                statistics,
-                pattern,
-                SolverOptions(start="magnitude"),
-            )
+            by_magnitude = replace(PAPER, start="magnitude")
+            solution = prune_weight(operator.weight, statistics, pattern, by_magnitude)
             pruned[operator] = solution.weight
             on_operator(_result(operator, pattern, solution, statistics, 0.0))
     return pruned

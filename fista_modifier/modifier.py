@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 import torch
 from llmcompressor.core import Event, State, active_session
@@ -23,10 +24,18 @@ from fista_modifier.calibration.replay import LayerInputs, calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.layer import ErrorCorrection, OperatorResult, prune_layer
 from fista_modifier.progress import LayerProgress
-from fista_modifier.solver import SolverOptions, SparsityPattern, parse_pattern
+from fista_modifier.solver import (
+    PAPER,
+    SolverOptions,
+    SparsityPattern,
+    parse_pattern,
+)
 from fista_modifier.solver.warm_start import WarmStart
 
 __all__ = ["FISTAPruningModifier"]
+
+Preset = Literal["default", "paper"]
+PRESETS: dict[Preset, SolverOptions] = {"default": SolverOptions(), "paper": PAPER}
 
 
 class FISTAPruningModifier(Modifier):
@@ -81,7 +90,12 @@ class FISTAPruningModifier(Modifier):
         if a target names it
     :param ignore: what to leave dense, in the same notation
     :param error_correction: "none", "intra" or "full", see above
-    :param warm_start: W₀*: "dense", "magnitude", "wanda" or "sparsegpt"
+    :param preset: values of the fields below that the recipe leaves out. "default" is
+        the most accurate (docs/method.md): columns scaled, support found by ADMM, kept
+        entries refitted. "paper" is Algorithm 1 as published
+    :param warm_start: W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"
+    :param column_scaling: weigh entries by their feature's norm, as Wanda does
+    :param refit: give the kept entries their least squares values after each rounding
     :param lambda_init: λ₀, where the search for λ starts. λ is in units of
         mean|W_ij|·mean(G_jj), G = X* X*ᵀ, which makes it independent of the amount and
         scale of the data and of the scale of the weights
@@ -90,9 +104,9 @@ class FISTAPruningModifier(Modifier):
     :param patience: T, consecutive values of λ without improvement that end the search
     :param epsilon: ε, relative improvement of the error below which the search ends
     :param xi: ξ: λ is raised while rounding causes more than this share of the error
+    :param dampening_frac: damping of the least squares problem (with ``refit``) and of
+        a SparseGPT warm start, as a fraction of the mean of diag(G)
     :param block_size: block size of a SparseGPT warm start, in columns
-    :param dampening_frac: damping of a SparseGPT warm start, as a fraction of the mean
-        of the diagonal
     """
 
     requires_calibration_data: bool = True
@@ -102,18 +116,22 @@ class FISTAPruningModifier(Modifier):
     targets: str | list[str] = ["Linear"]
     ignore: list[str] = Field(default_factory=list)
     error_correction: ErrorCorrection = "intra"
-    warm_start: WarmStart = "sparsegpt"
-    lambda_init: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
-    lambda_max: float = Field(default=1e2, gt=0, allow_inf_nan=False)
-    max_iterations: int = Field(default=20, ge=1)
-    patience: int = Field(default=3, ge=1)
-    epsilon: float = Field(default=1e-3, ge=0, lt=1)
-    xi: float = Field(default=0.3, gt=0, lt=1)
-    block_size: int = Field(default=128, ge=1)
-    dampening_frac: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    preset: Preset = "default"
+    warm_start: WarmStart | None = None
+    column_scaling: bool | None = None
+    refit: bool | None = None
+    lambda_init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    lambda_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_iterations: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    epsilon: float | None = Field(default=None, ge=0, lt=1)
+    xi: float | None = Field(default=None, gt=0, lt=1)
+    dampening_frac: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    block_size: int | None = Field(default=None, ge=1)
 
     _results: list[OperatorResult] = PrivateAttr(default_factory=list)
     _pattern: SparsityPattern = PrivateAttr()
+    _options: SolverOptions = PrivateAttr()
     # what is to be pruned, by decoder layer, in the order of the model
     _layers: list[DecoderLayer] = PrivateAttr(default_factory=list)
     # pruned weights of layers that the pipeline has not left yet
@@ -124,10 +142,11 @@ class FISTAPruningModifier(Modifier):
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
         self._pattern = parse_pattern(self.mask_structure, self.sparsity)
-        if self.lambda_init >= self.lambda_max:
+        self._options = self._solver_options()
+        if self._options.lambda_init >= self._options.lambda_max:
             raise ValueError(
-                f"lambda_init ({self.lambda_init}) must be below lambda_max "
-                f"({self.lambda_max}): the search for λ runs between them"
+                f"lambda_init ({self._options.lambda_init}) must be below lambda_max "
+                f"({self._options.lambda_max}): the search for λ runs between them"
             )
         return self
 
@@ -159,11 +178,11 @@ class FISTAPruningModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         modifiers = active_session().lifecycle.recipe.modifiers
-        if len(modifiers) > 1:
+        others = [type(other).__name__ for other in modifiers if other is not self]
+        if others:
             raise ValueError(
                 "FISTAPruningModifier cannot share a calibration epoch with "
-                f"{[type(other).__name__ for other in modifiers if other is not self]}: "
-                "leave oneshot's pipeline at 'independent'"
+                f"{', '.join(others)}: leave oneshot's pipeline at 'independent'"
             )
         offload_device = torch.device("cpu")
         if self.error_correction == "full":
@@ -201,12 +220,14 @@ class FISTAPruningModifier(Modifier):
         self._stream = None
         return True
 
-    def _prune(self, layer: DecoderLayer, inputs: LayerInputs) -> dict[Operator, Tensor]:
+    def _prune(
+        self, layer: DecoderLayer, inputs: LayerInputs
+    ) -> dict[Operator, Tensor]:
         """Prune one layer; the model stays as it is."""
         if not len(inputs):
             raise ValueError(
-                f"{layer.name} was not run by the calibration pipeline, so it cannot be "
-                "pruned; put its operators on the ignore list"
+                f"{layer.name} was not run by the calibration pipeline, so it cannot "
+                "be pruned; put its operators on the ignore list"
             )
         check_causal(next(iter(inputs)), layer.name)
         follows = self._stream is not None and layer.in_sequence
@@ -219,7 +240,7 @@ class FISTAPruningModifier(Modifier):
                 inputs,
                 pruned_inputs,
                 self._pattern,
-                self._solver_options(),
+                self._options,
                 correct_errors=self.error_correction != "none",
                 on_batch=progress.on_batch,
                 on_operator=progress.on_operator,
@@ -235,14 +256,10 @@ class FISTAPruningModifier(Modifier):
         self._pending = {}
 
     def _solver_options(self) -> SolverOptions:
-        return SolverOptions(
-            lambda_init=self.lambda_init,
-            lambda_max=self.lambda_max,
-            max_iterations=self.max_iterations,
-            patience=self.patience,
-            epsilon=self.epsilon,
-            xi=self.xi,
-            start=self.warm_start,
-            block_size=self.block_size,
-            dampening_frac=self.dampening_frac,
-        )
+        """The preset, and what the recipe says otherwise."""
+        names = {field.name for field in fields(SolverOptions)} - {"start"}
+        given = {name: getattr(self, name) for name in names} | {
+            "start": self.warm_start
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(PRESETS[self.preset], **given)

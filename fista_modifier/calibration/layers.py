@@ -70,7 +70,5 @@ def group_by_layer(
                 layer.operators.append(operator)
                 break
         else:
-            lone.append(
-                DecoderLayer(operator.name, operator.module, False, [operator])
-            )
+            lone.append(DecoderLayer(operator.name, operator.module, False, [operator]))
     return [*layers.values(), *lone]

@@ -31,7 +31,7 @@ class Operator:
     """
 
     name: str
-    module: torch.nn.Module
+    module: torch.nn.Linear | Conv1D
 
     @property
     def weight(self) -> Tensor:
@@ -92,7 +92,7 @@ def find_operators(
     targets = expand_special_targets(targets)
     if "Linear" in targets:
         targets = [*targets, "Conv1D"]
-    found: dict[str, torch.nn.Module] = {}
+    found: dict[str, torch.nn.Linear | Conv1D] = {}
     for target in targets:
         matches = list(match_named_modules(model, [target]))
         if not matches and target != "Conv1D":
@@ -112,8 +112,10 @@ def find_operators(
     }
     embedding, head = get_embeddings(model)
     operators = []
-    for name, module in model.named_modules():
-        if name not in found or name in ignored:
+    order = [name for name, _ in model.named_modules() if name in found]
+    for name in order:
+        module = found[name]
+        if name in ignored:
             continue
         if module is head:
             if not any(match_name(name, target) for target in targets):
@@ -153,6 +155,6 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         raise ValueError(f"{operator.name}: {error}") from None
     if not bool(weight.isfinite().all()):
         raise ValueError(
-            f"the weight of {operator.name} contains NaN or infinity; the checkpoint is "
-            "damaged, or it was loaded in a dtype that cannot hold it"
+            f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
+            "is damaged, or it was loaded in a dtype that cannot hold it"
         )

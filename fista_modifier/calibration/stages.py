@@ -30,7 +30,9 @@ class Stage:
     calls: int = 1
 
 
-def find_stages(operators: Sequence[Operator], calls: Iterable[LayerCall]) -> list[Stage]:
+def find_stages(
+    operators: Sequence[Operator], calls: Iterable[LayerCall]
+) -> list[Stage]:
     """
     Watch the layer run. No names are needed: the order of pruning is the order of
     execution, and a stage is what receives one and the same tensor. One batch is

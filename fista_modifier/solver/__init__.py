@@ -7,14 +7,22 @@ from fista_modifier.solver.patterns import (
     Unstructured,
     parse_pattern,
 )
-from fista_modifier.solver.prune import PrunedWeight, SolverOptions, prune_weight
+from fista_modifier.solver.prune import (
+    PAPER,
+    PrunedWeight,
+    SolverOptions,
+    StageSolver,
+    prune_weight,
+)
 
 __all__ = [
     "GramStatistics",
+    "PAPER",
     "NofM",
     "PrunedWeight",
     "SolverOptions",
     "SparsityPattern",
+    "StageSolver",
     "Unstructured",
     "parse_pattern",
     "prune_weight",

@@ -62,7 +62,8 @@ def fista(
     stop = tolerance * float(objective.weight.norm())
     current = extrapolated = start
     momentum = 1.0
-    for iteration in range(1, max_iterations + 1):
+    iteration = 0
+    for iteration in range(1, max_iterations + 1):  # noqa: B007
         gradient = objective.gradient(extrapolated)
         previous = current
         current = soft_threshold(
@@ -70,9 +71,7 @@ def fista(
         )
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         change = current - previous
-        extrapolated = torch.add(
-            current, change, alpha=(momentum - 1) / next_momentum
-        )
+        extrapolated = torch.add(current, change, alpha=(momentum - 1) / next_momentum)
         momentum = next_momentum
         if change.norm() < stop:
             break

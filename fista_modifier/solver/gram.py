@@ -72,6 +72,34 @@ class GramStatistics:
         self.drift_cross.addmm_(drift.T, pruned)
         self.drift_gram.addmm_(drift.T, drift)
 
+    def column_scale(self) -> Tensor:
+        """
+        :return: diag(G)^½, n: the norm of each input feature over all tokens; features
+            without data get a tiny one instead of 0, so that it can be divided by
+        """
+        diagonal = self.gram.diagonal()
+        floor = 1e-8 * diagonal.mean()
+        return torch.where(floor > 0, diagonal.clamp_min(floor), 1).sqrt()
+
+    def scaled(self, scale: Tensor) -> GramStatistics:
+        """
+        The statistics of inputs divided by ``scale``, for weights multiplied by it: the
+        outputs, and so all errors, are the same.
+
+        :param scale: n, positive
+        :return: statistics with new matrices
+        """
+
+        def divide(matrix: Tensor | None) -> Tensor | None:
+            return None if matrix is None else matrix / scale / scale[:, None]
+
+        return GramStatistics(
+            self.gram / scale / scale[:, None],
+            divide(self.drift_cross),
+            divide(self.drift_gram),
+            self.tokens,
+        )
+
     def is_finite(self) -> bool:
         """
         :return: whether no activation was NaN or infinite (or overflowed when squared)

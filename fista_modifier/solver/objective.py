@@ -22,13 +22,25 @@ class LayerObjective:
 
     Matrix products are float32 and the inner products are summed in float64.
 
+    With damping δ the gradient is that of f(V) + δ/2 ‖V − W‖_F²: δ is added to the
+    diagonal of G and δW to B, which holds back directions that the calibration data
+    hardly determine. Errors are always those of f itself.
+
     :param weight: dense weight W, m×n
     :param statistics: Gram matrices of the operator's inputs, each n×n
+    :param damping: δ ≥ 0, in the units of G
     """
 
-    def __init__(self, weight: Tensor, statistics: GramStatistics) -> None:
+    def __init__(
+        self, weight: Tensor, statistics: GramStatistics, damping: float = 0.0
+    ) -> None:
         self.weight = weight.to(statistics.gram.device, torch.float32)
         self.gram = statistics.gram
+        self.damping = damping
+        if damping:
+            self.gram = self.gram + damping * torch.eye(
+                statistics.features, device=self.gram.device
+            )
         self._drift: Tensor | None = None
         self._drift_error = 0.0
         if statistics.drift_cross is not None and statistics.drift_gram is not None:
@@ -49,7 +61,7 @@ class LayerObjective:
     @cached_property
     def output_norm(self) -> float:
         """‖W X‖_F, the size of the dense output: the yardstick of relative errors"""
-        squared = inner(self.weight, self.weight @ self.gram) + self._drift_error
+        squared = self._form(self.weight) + self._drift_error
         if self._drift is not None:
             squared -= 2 * inner(self.weight, self._drift)
         return max(squared, 0.0) ** 0.5
@@ -67,10 +79,17 @@ class LayerObjective:
         :return: ‖V X* − W X‖_F over all calibration tokens
         """
         difference = candidate - self.weight
-        product = difference @ self.gram
+        squared = self._form(difference) + self._drift_error
         if self._drift is not None:
-            product.add_(self._drift, alpha=2)
-        return max(inner(difference, product) + self._drift_error, 0.0) ** 0.5
+            squared += 2 * inner(difference, self._drift)
+        return max(squared, 0.0) ** 0.5
+
+    def _form(self, weight: Tensor) -> float:
+        """⟨V, V G⟩ with the undamped G"""
+        squared = inner(weight, weight @ self.gram)
+        return (
+            squared - self.damping * inner(weight, weight) if self.damping else squared
+        )
 
 
 def inner(a: Tensor, b: Tensor) -> float:
@@ -80,18 +99,31 @@ def inner(a: Tensor, b: Tensor) -> float:
 
 def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
     """
-    λ_max of a positive semidefinite matrix by power iteration. The residual ‖Gv − θv‖
-    bounds the distance from the Rayleigh quotient θ to an eigenvalue; adding it makes
-    the estimate err to the safe side (a step of 1/L must not be too long).
+    λ_max of a positive semidefinite matrix by Lanczos' iteration: the largest Ritz
+    value θ of the Krylov space of a random vector. (Power iteration with as many
+    products is several per cent too low where the largest eigenvalues lie close
+    together.) The residual ‖Gv − θv‖ bounds the distance from θ to an eigenvalue;
+    adding it makes the estimate err to the safe side (a step of 1/L must not be too
+    long).
 
     :param gram: G, n×n
     :return: θ + ‖Gv − θv‖; 0 for G = 0
     """
+    features = gram.shape[0]
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(gram.shape[0], generator=generator).to(gram)
-    for _ in range(iterations):
-        vector = gram @ (vector / vector.norm().clamp_min(1e-30))
-    vector = vector / vector.norm().clamp_min(1e-30)
-    product = gram @ vector
-    rayleigh = vector @ product
-    return float(rayleigh + (product - rayleigh * vector).norm())
+    vector = torch.randn(features, generator=generator).to(gram)
+    basis = gram.new_zeros(min(iterations, features), features)
+    images = torch.zeros_like(basis)
+    rounding = torch.finfo(gram.dtype).eps
+    for step in range(len(basis)):
+        basis[step] = vector / vector.norm().clamp_min(1e-30)
+        images[step] = gram @ basis[step]
+        vector = images[step]
+        for _ in range(2):  # once leaves rounding errors, twice is enough
+            vector = vector - (basis @ vector) @ basis
+        # the space is exhausted where nothing but rounding is left: zeros do no harm
+        exhausted = vector.norm() <= features * rounding * images[step].norm()
+        vector = vector.masked_fill(exhausted, 0)
+    values, vectors = torch.linalg.eigh(basis @ images.T)
+    ritz, image = vectors[:, -1] @ basis, vectors[:, -1] @ images
+    return float(values[-1] + (image - values[-1] * ritz).norm())

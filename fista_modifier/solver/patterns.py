@@ -60,9 +60,10 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
+            per_cent = 1 < self.sparsity < 100
             raise ValueError(
                 f"sparsity must be in [0, 1), the share of zeros, got {self.sparsity}"
-                + (f"; write {self.sparsity / 100:g}" if 1 < self.sparsity < 100 else "")
+                + (f"; write {self.sparsity / 100:g}" if per_cent else "")
             )
 
     def __str__(self) -> str:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.admm import Spectrum, admm
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
-from fista_modifier.solver.patterns import SparsityPattern, project
-from fista_modifier.solver.support import fill_support
+from fista_modifier.solver.patterns import SparsityPattern
+from fista_modifier.solver.support import fill_support, refit
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 from fista_modifier.solver.warm_start import WarmStart, warm_start
 
-__all__ = ["PrunedWeight", "SolverOptions", "prune_weight"]
+__all__ = ["PAPER", "PrunedWeight", "SolverOptions", "StageSolver", "prune_weight"]
 
 
 @dataclass(frozen=True)
 class SolverOptions:
     """
-    Algorithm 1's inputs, by the paper's symbols (section 4.1 gives its values).
+    Parameters of Algorithm 1, by the paper's symbols, and of what this project adds.
 
     :param lambda_init: λ₀, the first and smallest λ, in units of
         :func:`~fista_modifier.solver.tuning.lambda_unit`
@@ -31,19 +33,37 @@ class SolverOptions:
     :param epsilon: ε, relative improvement below which the search ends
     :param xi: ξ: λ grows while rounding causes more than this share of the error
     :param start: the warm start W₀*
+    :param column_scaling: solve for V diag(G)^½, so that the ℓ1 penalty and the
+        rounding weigh an entry by its feature's norm, as Wanda does, and the problem
+        is better conditioned
+    :param refit: after each rounding, give the kept entries their least squares values
+        (:func:`~fista_modifier.solver.support.refit`), free of the ℓ1 term's shrinkage
+    :param dampening_frac: damping of a SparseGPT warm start, and with ``refit`` of the
+        whole problem, as a fraction of the mean of diag(G)
     :param block_size: columns that a SparseGPT warm start prunes at once
-    :param dampening_frac: damping of a SparseGPT warm start
     """
 
-    lambda_init: float = 1e-5
+    lambda_init: float = 0.03
     lambda_max: float = 1e2
     max_iterations: int = 20
-    patience: int = 3
+    patience: int = 1
     epsilon: float = 1e-3
     xi: float = 0.3
-    start: WarmStart = "sparsegpt"
-    block_size: int = 128
+    start: WarmStart = "admm"
+    column_scaling: bool = True
+    refit: bool = True
     dampening_frac: float = 0.01
+    block_size: int = 128
+
+
+PAPER = SolverOptions(
+    lambda_init=1e-5,
+    patience=3,
+    start="sparsegpt",
+    column_scaling=False,
+    refit=False,
+)
+"""Algorithm 1 as published (section 4.1's values), λ in this project's unit."""
 
 
 @dataclass(frozen=True)
@@ -99,73 +119,156 @@ def prune_weight(
     options: SolverOptions | None = None,
 ) -> PrunedWeight:
     """
-    Prune one linear operator by Algorithm 1 of the paper.
-
-    Every candidate is judged by its true error after it was cast to the dtype of
-    ``weight``, so the result is never worse than its warm start in the checkpoint
-    either. As in section 3.5's text (and unlike the listing, which never resets t),
-    T counts consecutive rounds without improvement. Rounds that repeat the same λ are
-    not idle: FISTA goes on from the best weight so far, and its support may change.
+    Prune one linear operator.
 
     :param weight: dense weight W, m×n, of any floating dtype
     :param statistics: Gram matrices of its inputs, n×n
     :param pattern: sparsity asked for; W* has exactly its zeros (an unstructured
         result has more only where fewer entries of W itself are non-zero)
-    :param options: parameters of the algorithm, by default the paper's
+    :param options: parameters of the algorithm
     :return: W* in the dtype and on the device of ``weight``
     :raises ValueError: if the pattern does not fit the width of W
     """
-    options = options or SolverOptions()
-    pattern.check_columns(weight.shape[1])
-    objective = LayerObjective(weight, statistics)
+    return StageSolver(statistics, pattern, options or SolverOptions()).prune(weight)
 
-    def feasible(candidate: Tensor) -> Tensor:
-        rounded = project(candidate, pattern)
-        return rounded.to(weight.dtype).to(torch.float32)
 
-    start = warm_start(
-        options.start,
-        objective.weight,
-        objective.gram,
-        pattern,
-        block_size=options.block_size,
-        dampening_frac=options.dampening_frac,
-    )
-    best = feasible(start)
-    start_error = best_error = objective.error(best)
-    # a dense start is FISTA's first iterate as it is, though only its rounding counts
-    iterate = start if options.start == "dense" else best
+class StageSolver:
+    """
+    Algorithm 1 of the paper, for all operators that share an input.
 
-    unit = lambda_unit(objective)
-    search = LambdaBisection(options.lambda_init, options.lambda_max)
-    trials: list[Trial] = []
-    failures = 0
-    while failures < options.patience:
-        penalty = search.value
-        solution = fista(objective, penalty * unit, iterate, options.max_iterations)
-        candidate = feasible(solution.weight)
-        error = objective.error(candidate)
-        rounding = error - objective.error(solution.weight)
-        improvement = (best_error - error) / best_error if best_error else 0.0
-        if improvement > 0:
-            iterate = best = candidate
-            best_error = error
-            failures = 0
-        else:
-            failures += 1
-        share = rounding / error if error else 0.0
-        trials.append(
-            Trial(penalty, solution.iterations, error, share, best_error)
+    Every candidate is judged by its true error after it was cast to the dtype of the
+    weight, so the result is never worse than its warm start in the checkpoint either.
+    As in section 3.5's text (and unlike the listing, which never resets t), T counts
+    consecutive rounds without improvement. Rounds that repeat the same λ are not idle:
+    FISTA goes on from the best weight so far, and its support may change.
+
+    :param statistics: Gram matrices of the shared input, n×n
+    :param pattern: sparsity asked for
+    :param options: parameters of the algorithm
+    :raises ValueError: if the pattern does not fit the width n
+    """
+
+    def __init__(
+        self,
+        statistics: GramStatistics,
+        pattern: SparsityPattern,
+        options: SolverOptions,
+    ) -> None:
+        pattern.check_columns(statistics.features)
+        self.pattern = pattern
+        self.options = options
+        self._raw_gram = statistics.gram
+        self._scale: Tensor | None = None
+        self._statistics = statistics
+        if options.column_scaling:
+            self._scale = statistics.column_scale()
+            self._statistics = statistics.scaled(self._scale)
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        gram = self._statistics.gram
+        damping = self._damping * torch.eye(gram.shape[0], device=gram.device)
+        return Spectrum.of(gram + damping)
+
+    @cached_property
+    def _damping(self) -> float:
+        if not self.options.refit:
+            return 0.0
+        mean = float(self._statistics.gram.diagonal().mean())
+        return self.options.dampening_frac * mean
+
+    def prune(self, weight: Tensor) -> PrunedWeight:
+        """
+        :param weight: dense weight W, m×n, of any floating dtype
+        :return: W* in the dtype and on the device of ``weight``
+        """
+        objective = LayerObjective(
+            self._scaled(weight.to(self._statistics.gram.device, torch.float32)),
+            self._statistics,
+            self._damping,
         )
-        if 0 < improvement < options.epsilon:
-            break
-        search.update(increase=share > options.xi)
+        start = self._warm_start(objective)
+        best = self._feasible(objective, start, weight.dtype)
+        start_error = objective.error(best)
+        # FISTA starts from dense weights as they are, though only their rounding counts
+        iterate = start if self.options.start == "dense" else best
+        best, trials = self._search(objective, best, iterate, weight.dtype)
+        best = self._cast(fill_support(objective, best, self.pattern), weight.dtype)
+        return PrunedWeight(
+            weight=self._unscaled(best).to(weight),
+            error=objective.error(best),
+            start_error=start_error,
+            output_norm=objective.output_norm,
+            trials=trials,
+        )
 
-    result = fill_support(objective, best, pattern).to(weight.dtype)
-    return PrunedWeight(
-        weight=result.to(weight.device),
-        error=objective.error(result.to(objective.weight)),
-        start_error=start_error,
-        output_norm=objective.output_norm,
-        trials=trials,
-    )
+    def _search(
+        self,
+        objective: LayerObjective,
+        best: Tensor,
+        iterate: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, list[Trial]]:
+        """The loop of Algorithm 1: W*_best and the rounds that led to it."""
+        options = self.options
+        unit = lambda_unit(objective)
+        search = LambdaBisection(options.lambda_init, options.lambda_max)
+        best_error = objective.error(best)
+        trials: list[Trial] = []
+        failures = 0
+        while failures < options.patience:
+            penalty = search.value
+            solution = fista(objective, penalty * unit, iterate, options.max_iterations)
+            candidate = self._feasible(objective, solution.weight, dtype)
+            error = objective.error(candidate)
+            rounding = error - objective.error(solution.weight)
+            improvement = (best_error - error) / best_error if best_error else 0.0
+            if improvement > 0:
+                iterate = best = candidate
+                best_error = error
+                failures = 0
+            else:
+                failures += 1
+            share = rounding / error if error else 0.0
+            trials.append(Trial(penalty, solution.iterations, error, share, best_error))
+            if 0 < improvement < options.epsilon:
+                break
+            search.update(increase=share > options.xi)
+        return best, trials
+
+    def _warm_start(self, objective: LayerObjective) -> Tensor:
+        """W₀* of Algorithm 1, in scaled columns; the dense start lacks the pattern."""
+        kind = self.options.start
+        if kind == "dense":
+            return objective.weight
+        if kind == "admm":
+            return admm(objective, self.pattern, self._spectrum)
+        start = warm_start(
+            kind,
+            self._unscaled(objective.weight),
+            self._raw_gram,
+            self.pattern,
+            block_size=self.options.block_size,
+            dampening_frac=self.options.dampening_frac,
+        )
+        return self._scaled(start)
+
+    def _feasible(
+        self, objective: LayerObjective, iterate: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Round, refit, and cast as the checkpoint will."""
+        support = self.pattern.support(iterate.abs())
+        rounded = torch.where(support, iterate, 0)
+        if self.options.refit:
+            rounded = refit(objective, rounded, support)
+        return self._cast(rounded, dtype)
+
+    def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a weight in scaled columns is worth once it was stored in ``dtype``."""
+        return self._scaled(self._unscaled(weight).to(dtype).to(torch.float32))
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        return weight if self._scale is None else weight * self._scale
+
+    def _unscaled(self, weight: Tensor) -> Tensor:
+        return weight if self._scale is None else weight / self._scale

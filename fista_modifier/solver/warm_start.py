@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fista_modifier.solver.patterns import NofM, SparsityPattern, project
 
-__all__ = ["WarmStart", "warm_start"]
+__all__ = ["OneShot", "WarmStart", "warm_start"]
 
-WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
+WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt", "admm"]
+OneShot = Literal["magnitude", "wanda", "sparsegpt"]
 
 
 def warm_start(
-    kind: WarmStart,
+    kind: OneShot,
     weight: Tensor,
     gram: Tensor,
     pattern: SparsityPattern,
@@ -30,10 +31,10 @@ def warm_start(
     dampening_frac: float = 0.01,
 ) -> Tensor:
     """
-    W₀* of Algorithm 1 (section F.2 of the paper compares the four).
+    W₀* of Algorithm 1 by a one-shot method (section F.2 of the paper compares them).
 
-    :param kind: "dense" (W itself, which does not have the pattern), "magnitude",
-        "wanda" (Sun et al. 2023) or "sparsegpt" (Frantar & Alistarh 2023)
+    :param kind: "magnitude", "wanda" (Sun et al. 2023) or "sparsegpt" (Frantar &
+        Alistarh 2023)
     :param weight: dense weight W, float32 m×n
     :param gram: G = X* X*ᵀ, float32 n×n
     :param pattern: the sparsity asked for
@@ -41,11 +42,11 @@ def warm_start(
     :param dampening_frac: SparseGPT's damping, as a fraction of the mean of diag(G)
     :return: float32 m×n
     """
-    module = torch.nn.Linear(*weight.T.shape, bias=False, device="meta")
+    module = torch.nn.Linear(
+        weight.shape[1], weight.shape[0], bias=False, device="meta"
+    )
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     match kind:
-        case "dense":
-            return weight
         case "magnitude":
             return project(weight, pattern)
         case "wanda":

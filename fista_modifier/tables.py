@@ -1,0 +1,69 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.table import Table
+
+from fista_modifier.evaluation.perplexity import Perplexity
+from fista_modifier.layer import OperatorResult
+
+__all__ = ["operator_table", "perplexity_table"]
+
+
+def operator_table(results: Sequence[OperatorResult]) -> Table:
+    """
+    :param results: of all operators of a model
+    :return: one line for each kind of operator (q_proj, up_proj, …), and a total
+    """
+    table = Table(title="Pruned operators")
+    table.add_column("operator")
+    for heading in (
+        "count",
+        "weights",
+        "zeros",
+        "error, warm start",
+        "error",
+        "solver, s",
+    ):
+        table.add_column(heading, justify="right")
+    by_kind = sorted(results, key=lambda result: result.kind)
+    for kind, group in groupby(by_kind, key=lambda result: result.kind):
+        table.add_row(kind, *_summary(list(group)))
+    table.add_section()
+    table.add_row("all", *_summary(results))
+    table.caption = "error: mean over operators of ‖W*X* − WX‖ / ‖WX‖"
+    return table
+
+
+def _summary(results: Sequence[OperatorResult]) -> list[str]:
+    weights = sum(result.shape[0] * result.shape[1] for result in results)
+    zeros = sum(result.zeros for result in results)
+    count = len(results)
+    return [
+        str(count),
+        f"{weights / 1e6:.2f} M",
+        f"{100 * zeros / weights:.2f} %",
+        f"{sum(result.relative_start_error for result in results) / count:.4f}",
+        f"{sum(result.relative_error for result in results) / count:.4f}",
+        f"{sum(result.seconds for result in results):.1f}",
+    ]
+
+
+def perplexity_table(measured: Sequence[tuple[str, Perplexity]], text: str) -> Table:
+    """
+    :param measured: name and perplexity of each model
+    :param text: what it was measured on
+    :return: one line for each model
+    """
+    table = Table(title=f"Perplexity on {text}")
+    table.add_column("model")
+    for heading in ("perplexity", "nats/token", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, result in measured:
+        table.add_row(
+            name, f"{result.value:.3f}", f"{result.nll:.4f}", str(result.tokens)
+        )
+    return table

@@ -1,0 +1,302 @@
+"""What the solver is given, against plain forward passes of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from families import FAMILIES, LAYERS, SLIDING_WINDOW, tiny_model
+from runs import LENGTH, prune, samples, weights
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import fista_modifier.layer
+import fista_modifier.modifier
+from fista_modifier.calibration.attention import check_causal
+from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.layer import OperatorResult
+from fista_modifier.solver import GramStatistics, PrunedWeight
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CORRECTIONS = ["none", "intra", "full"]
+
+
+@dataclass
+class Solver:
+    """What the solver was given and returned, in the order of its calls."""
+
+    statistics: list[GramStatistics] = field(default_factory=list)
+    solutions: list[PrunedWeight] = field(default_factory=list)
+
+    def by_name(
+        self, results: list[OperatorResult]
+    ) -> dict[str, tuple[GramStatistics, Tensor]]:
+        assert len(results) == len(self.solutions)
+        return {
+            result.name: (statistics, solution.weight)
+            for result, statistics, solution in zip(
+                results, self.statistics, self.solutions, strict=True
+            )
+        }
+
+
+@pytest.fixture
+def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
+    """The real solver, watched."""
+    seen = Solver()
+    real = fista_modifier.layer.prune_weight
+
+    def prune_weight(weight: Tensor, statistics: GramStatistics, *others: Any):
+        solution = real(weight, statistics, *others)
+        seen.statistics.append(copy.deepcopy(statistics))
+        seen.solutions.append(solution)
+        return solution
+
+    monkeypatch.setattr(fista_modifier.layer, "prune_weight", prune_weight)
+    return seen
+
+
+def plain_inputs(
+    model: PreTrainedModel, names: list[str], sequences: list[Tensor]
+) -> dict[str, Tensor]:
+    """The inputs of operators, tokens×n, when sequences are run one at a time."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _module, args: seen[name].append(args[0].flatten(0, -2))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+        for name in names
+    ]
+    with torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=sequence[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(values) for name, values in seen.items()}
+
+
+def reference(
+    model: PreTrainedModel,
+    family: str,
+    correction: str,
+    pruned: dict[str, Tensor],
+    sequences: list[Tensor],
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """
+    The two passes of section 3.1: the name of each operator, X* and X.
+
+    :param model: the dense model
+    :param pruned: the weight of each operator after pruning, out×in
+    """
+    prefix, stages = FAMILIES[family].layers, FAMILIES[family].stages
+    partly_pruned = copy.deepcopy(model)
+    for layer, stage in product(range(LAYERS), stages):
+        if stage is stages[0] and correction == "intra":
+            partly_pruned = copy.deepcopy(model)
+        names = [f"{prefix}.{layer}.{operator}" for operator in stage]
+        dense_inputs = plain_inputs(model, names, sequences)
+        pruned_inputs = plain_inputs(partly_pruned, names, sequences)
+        for name in names:
+            yield name, pruned_inputs[name], dense_inputs[name]
+        if correction != "none":
+            for name in names:
+                module = partly_pruned.get_submodule(name)
+                is_transposed = isinstance(module, Conv1D)
+                module.weight.data = pruned[name].T if is_transposed else pruned[name]
+
+
+def check_inputs(
+    family: str,
+    solver: Solver,
+    sequences: list[Tensor],
+    correction: str = "intra",
+    **oneshot_arguments: Any,
+) -> None:
+    """
+    Prune a model and compare. Two ways to compute the same activations differ by some
+    hundred roundings in float32, about 1e-5, and a product of two by twice that.
+    """
+    model = tiny_model(family)
+    modifier = prune(
+        tiny_model(family),
+        error_correction=correction,
+        oneshot_arguments=oneshot_arguments,
+    )
+    seen = solver.by_name(modifier.results)
+    assert set(seen) == FAMILIES[family].operators
+    pruned = {name: weight for name, (_, weight) in seen.items()}
+    names = []
+    for name, x_star, x in reference(model, family, correction, pruned, sequences):
+        names.append(name)
+        statistics, _ = seen[name]
+        x_star, drift = x_star.double(), (x_star - x).double()
+        gram = x_star.T @ x_star
+        tolerance = 1e-4 * float(gram.diagonal().max())
+
+        def close(
+            actual: Tensor | None, expected: Tensor, tolerance: float = tolerance
+        ) -> bool:
+            actual = torch.zeros_like(expected) if actual is None else actual
+            return float((actual - expected).abs().max()) <= tolerance
+
+        assert statistics.tokens == sum(map(len, sequences)), name
+        assert close(statistics.gram, gram), name
+        assert close(statistics.drift_gram, drift.T @ drift), name
+        assert close(statistics.drift_cross, drift.T @ x_star), name
+    assert set(names) == set(seen)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_solver_sees_the_inputs_of_a_plain_run(family, correction, solver):
+    assert LENGTH > 2 * SLIDING_WINDOW
+    check_inputs(family, solver, list(samples()), correction)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt", "gpt2"])
+def test_sequences_may_differ_in_length(family, solver):
+    sequences = [sequence[: 5 + 2 * i] for i, sequence in enumerate(samples()[:4])]
+    data = Dataset.from_dict(
+        {
+            "input_ids": [sequence.tolist() for sequence in sequences],
+            "attention_mask": [[1] * len(sequence) for sequence in sequences],
+        }
+    )
+    check_inputs(family, solver, sequences, dataset=data)
+
+
+def padded(side: str, *, with_positions: bool) -> Callable[..., dict[str, Tensor]]:
+    """
+    A collator that pads. Rotary and OPT's positions do not need to be told of the
+    padding, GPT-2's do.
+    """
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(feature["input_ids"]) for feature in features)
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
+        for feature in features:
+            real = len(feature["input_ids"])
+            padding, ones = [0] * (length - real), [1] * real
+            ids = feature["input_ids"]
+            left = side == "left"
+            batch["input_ids"].append(padding + ids if left else ids + padding)
+            batch["attention_mask"].append(padding + ones if left else ones + padding)
+        tensors = {name: torch.tensor(rows) for name, rows in batch.items()}
+        if with_positions:
+            positions = tensors["attention_mask"].cumsum(1) - 1
+            tensors["position_ids"] = positions.clamp_min(0)
+        return tensors
+
+    return collate
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_does_not_reach_the_solver(family, side, solver):
+    """Batches of three: of 12, 9 and 3 tokens, and of 11, 10 and 1."""
+    lengths = [12, 9, 3, 11, 10, 1]
+    sequences = [
+        sequence[:length] for sequence, length in zip(samples(), lengths, strict=True)
+    ]
+    data = Dataset.from_dict(
+        {
+            "input_ids": [sequence.tolist() for sequence in sequences],
+            "attention_mask": [[1] * length for length in lengths],
+        }
+    )
+    check_inputs(
+        family,
+        solver,
+        sequences,
+        dataset=data,
+        batch_size=3,
+        data_collator=padded(side, with_positions=family == "gpt2"),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_batches_need_no_mask(family, solver):
+    data = Dataset.from_dict({"input_ids": samples().tolist()})
+    check_inputs(family, solver, list(samples()), dataset=data, batch_size=2)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_propagation_by_the_toolkit_changes_nothing(family, correction):
+    with_it, without = tiny_model(family), tiny_model(family)
+    for model, propagate in [(with_it, True), (without, False)]:
+        prune(
+            model,
+            error_correction=correction,
+            oneshot_arguments={"propagate_error": propagate},
+        )
+    expected = weights(without)
+    for name, weight in weights(with_it).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_corrections_differ():
+    """So that a test that compares them with a reference can fail."""
+    pruned = {}
+    for correction in CORRECTIONS:
+        model = tiny_model("llama")
+        prune(model, error_correction=correction)
+        pruned[correction] = weights(model)
+    first, last = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp"
+    for correction in CORRECTIONS:
+        assert torch.equal(pruned[correction][first], pruned["none"][first])
+    last += ".down_proj.weight"
+    assert not torch.equal(pruned["intra"][last], pruned["none"][last])
+    assert not torch.equal(pruned["intra"][last], pruned["full"][last])
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_layer_that_the_toolkit_runs_without_mask_is_refused(family, monkeypatch):
+    """llm-compressor's tracer loses these masks; the modifier mends that by default."""
+    monkeypatch.setattr(
+        fista_modifier.modifier, "traced_with_masks", lambda _model: nullcontext()
+    )
+    model = tiny_model(family)
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0 see later tokens") as e:
+        prune(model)
+    assert "without a causal mask" in str(e.value)
+    dense = weights(tiny_model(family))
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, dense[name]), name
+
+
+class Mean(torch.nn.Module):
+    """Adds to each token the mean of all, or of those up to it."""
+
+    def __init__(self, *, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.causal:
+            return hidden_states + hidden_states.mean(1, keepdim=True)
+        counts = torch.arange(1, hidden_states.shape[1] + 1)[:, None]
+        return hidden_states + hidden_states.cumsum(1) / counts
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16])
+def test_only_a_look_at_later_tokens_is_refused(length):
+    hidden_states = torch.randn(2, length, 4, generator=torch.Generator().manual_seed(0))
+    check_causal(LayerCall(Mean(causal=True), (hidden_states,), {}), "layer")
+    looking_ahead = LayerCall(Mean(causal=False), (hidden_states,), {})
+    if length == 1:
+        check_causal(looking_ahead, "layer")
+    else:
+        with pytest.raises(RuntimeError, match="layer see later tokens"):
+            check_causal(looking_ahead, "layer")

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from problems import FLOAT32, gram_statistics, inputs, normal, true_error
+
+from fista_modifier.solver import GramStatistics
+from fista_modifier.solver.objective import LayerObjective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS, FEATURES, ROWS = 96, 24, 8
+
+
+def close(actual: torch.Tensor | None, expected: torch.Tensor, tokens: int) -> bool:
+    """Within what summing ``tokens`` float32 products of that size may be off."""
+    assert actual is not None
+    scale = expected.diagonal().abs().max() if expected.ndim == 2 else expected
+    difference = (actual.double() - expected).abs().max()
+    return bool(difference <= tokens * FLOAT32 * scale)
+
+
+def test_gram_matrices_are_those_of_the_tokens():
+    pruned, dense = inputs(TOKENS, FEATURES), inputs(TOKENS, FEATURES, seed=5)
+    statistics = gram_statistics(pruned, dense)
+    drift = (pruned - dense).double()
+    assert close(statistics.gram, pruned.double().T @ pruned.double(), TOKENS)
+    assert close(statistics.drift_cross, drift.T @ pruned.double(), TOKENS)
+    assert close(statistics.drift_gram, drift.T @ drift, TOKENS)
+    assert statistics.tokens == TOKENS
+    assert statistics.features == FEATURES
+
+
+@pytest.mark.parametrize("candidate", ["half", "zero", "dense"])
+@pytest.mark.parametrize("drift", [None, 1.0, 1e-2])
+def test_error_is_that_of_the_outputs(candidate, drift):
+    weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
+    dense = None if drift is None else pruned + drift * inputs(TOKENS, FEATURES, seed=5)
+    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    mask = {"half": weight.abs() > 0.7, "zero": False, "dense": True}[candidate]
+    other = torch.where(torch.as_tensor(mask), weight, 0)
+    expected = true_error(other, weight, pruned, dense)
+    assert objective.error(other) == pytest.approx(expected, rel=TOKENS * FLOAT32)
+    output = true_error(torch.zeros_like(weight), weight, pruned, dense)
+    assert objective.output_norm == pytest.approx(output, rel=TOKENS * FLOAT32)
+
+
+def test_the_error_of_a_tiny_drift_does_not_cancel():
+    """
+    With V = W only ‖W Δ‖ is left, here 1e-5 of ‖W X‖: its square is below the rounding
+    of the float32 squares of the outputs, of which the naive formula is a difference.
+    """
+    weight, dense = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
+    pruned = dense + 1e-5 * inputs(TOKENS, FEATURES, seed=5)
+    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    expected = true_error(weight, weight, pruned, dense)
+
+    def square(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((weight @ (one.T @ other) * weight).sum())
+
+    naive = square(pruned, pruned) - 2 * square(dense, pruned) + square(dense, dense)
+    assert abs(naive - expected**2) > expected**2
+    assert objective.error(weight) == pytest.approx(expected, rel=TOKENS * FLOAT32)
+
+
+def test_the_gradient_is_that_of_half_the_squared_error():
+    weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
+    dense = inputs(TOKENS, FEATURES, seed=5)
+    candidate = normal(ROWS, FEATURES, seed=9)
+    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    variable = candidate.double().requires_grad_()
+    output = variable @ pruned.double().T - weight.double() @ dense.double().T
+    (expected,) = torch.autograd.grad(output.square().sum() / 2, variable)
+    gradient = objective.gradient(candidate).double()
+    assert (gradient - expected).norm() <= TOKENS * FLOAT32 * expected.norm()
+
+
+@pytest.mark.parametrize("split", [[96], [1, 95], [32, 32, 32], [1] * 96])
+def test_batches_may_be_split_anyhow(split):
+    pruned, dense = inputs(TOKENS, FEATURES), inputs(TOKENS, FEATURES, seed=5)
+    whole = gram_statistics(pruned, dense)
+    parts = GramStatistics.empty(FEATURES)
+    for one, other in zip(pruned.split(split), dense.split(split), strict=True):
+        parts.accumulate(one, other)
+    assert parts.tokens == whole.tokens
+    assert close(parts.gram, whole.gram.double(), TOKENS)
+    assert whole.drift_gram is not None and whole.drift_cross is not None
+    assert close(parts.drift_gram, whole.drift_gram.double(), TOKENS)
+    assert close(parts.drift_cross, whole.drift_cross.double(), TOKENS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_float32(dtype):
+    """Sums in bfloat16 stop growing after 256 equal terms, in float16 after 2048."""
+    tokens = 8192
+    pruned = inputs(tokens, 4).to(dtype)
+    dense = (pruned.float() + 0.1 * inputs(tokens, 4, seed=5)).to(dtype)
+    statistics = gram_statistics(pruned, dense)
+    assert statistics.gram.dtype == torch.float32
+    exact = pruned.double()
+    drift = exact - dense.double()
+    # rounding errors of so many sums are independent: they grow as the square root
+    steps = int(tokens**0.5)
+    assert close(statistics.gram, exact.T @ exact, steps)
+    assert close(statistics.drift_gram, drift.T @ drift, steps)
+
+
+def test_a_feature_that_no_token_excites_is_dead():
+    pruned = inputs(TOKENS, FEATURES)
+    pruned[:, [3, 7]] = 0
+    dead = gram_statistics(pruned).dead
+    assert dead.nonzero().flatten().tolist() == [3, 7]
+    assert bool(GramStatistics.empty(FEATURES).dead.all())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("where", ["pruned", "dense"])
+def test_broken_activations_are_not_finite(broken, where):
+    pruned, dense = inputs(TOKENS, FEATURES), inputs(TOKENS, FEATURES, seed=5)
+    assert gram_statistics(pruned, dense).is_finite()
+    {"pruned": pruned, "dense": dense}[where][5, 2] = broken
+    assert not gram_statistics(pruned, dense).is_finite()
