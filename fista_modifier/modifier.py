@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -180,10 +181,11 @@ class FISTAPruningModifier(Modifier):
         modifiers = active_session().lifecycle.recipe.modifiers
         others = [type(other).__name__ for other in modifiers if other is not self]
         if others:
-            raise ValueError(
-                "FISTAPruningModifier cannot share a calibration epoch with "
-                f"{', '.join(others)}: leave oneshot's pipeline at 'independent'"
-            )
+            with self._undone_on_error():
+                raise ValueError(
+                    "FISTAPruningModifier cannot share a calibration epoch with "
+                    f"{', '.join(others)}: leave oneshot's pipeline at 'independent'"
+                )
         offload_device = torch.device("cpu")
         if self.error_correction == "full":
             self._stream = PrunedStream(offload_device)
@@ -203,7 +205,7 @@ class FISTAPruningModifier(Modifier):
     ) -> None:
         self._store_pending()
         here = set(modules)
-        with calibration_runs(state.model):
+        with self._undone_on_error(), calibration_runs(state.model):
             for layer in self._layers:
                 if layer.module in here and layer.inputs is not None:
                     self._pending |= self._prune(layer, layer.inputs)
@@ -220,6 +222,16 @@ class FISTAPruningModifier(Modifier):
         self._stream = None
         return True
 
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """The toolkit tells nobody of an error, and the user's model lives on."""
+        try:
+            yield
+        except BaseException:
+            self.remove_hooks()
+            self._contexts.close()
+            raise
+
     def _prune(
         self, layer: DecoderLayer, inputs: LayerInputs
     ) -> dict[Operator, Tensor]:
@@ -229,7 +241,8 @@ class FISTAPruningModifier(Modifier):
                 f"{layer.name} was not run by the calibration pipeline, so it cannot "
                 "be pruned; put its operators on the ignore list"
             )
-        check_causal(next(iter(inputs)), layer.name)
+        if layer.in_sequence:
+            check_causal(next(iter(inputs)), layer.name)
         follows = self._stream is not None and layer.in_sequence
         pruned_inputs = inputs
         if self._stream is not None and follows:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify
@@ -6,9 +8,9 @@ from problems import error_slack, gram_statistics, inputs, normal, true_error
 from torch import Tensor
 
 from fista_modifier.solver import (
+    PAPER,
     GramStatistics,
     NofM,
-    PrunedWeight,
     SolverOptions,
     SparsityPattern,
     Unstructured,
@@ -23,6 +25,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS, FEATURES, ROWS = 96, 32, 12
 STARTS = ["dense", "magnitude", "wanda", "sparsegpt"]
+PRESETS = {"paper": PAPER, "default": SolverOptions()}
+OPTIONS = {
+    f"{name}-{start}": replace(preset, start=start)
+    for name, preset in PRESETS.items()
+    for start in [*STARTS, "admm"]
+}
 PATTERNS = [Unstructured(0.5), Unstructured(0.77), NofM(2, 4), NofM(1, 4), NofM(4, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -52,20 +60,16 @@ def rounded_start(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("start", STARTS)
-def test_the_result_is_never_worse_than_its_start(tokens, start, pattern, dtype):
-    """By the outputs' error in float64, of the weights as they would be stored."""
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_result_is_never_worse_than_its_start(tokens, options, pattern, dtype):
+    """By the outputs' error in float64, of the weight as it would be stored."""
     pruned, dense = tokens
     weight = normal(ROWS, FEATURES).to(dtype)
-    statistics = gram_statistics(pruned, dense)
-    solution = prune_weight(weight, statistics, pattern, SolverOptions(start=start))
-    before = rounded_start(start, weight, statistics, pattern)
+    solution = prune_weight(weight, gram_statistics(pruned, dense), pattern, options)
     error = true_error(solution.weight, weight, pruned, dense)
-    start_error = true_error(before, weight, pruned, dense)
     slack = error_slack(weight, pruned)
-    assert error**2 <= start_error**2 + slack
     assert solution.error**2 == pytest.approx(error**2, abs=slack)
-    assert solution.start_error**2 == pytest.approx(start_error**2, abs=slack)
+    assert error**2 <= solution.start_error**2 + slack
     assert solution.weight.dtype == dtype
     assert has_exactly(solution.weight, pattern)
     bests = [solution.start_error] + [trial.best_error for trial in solution.trials]
@@ -75,12 +79,27 @@ def test_the_result_is_never_worse_than_its_start(tokens, start, pattern, dtype)
     assert solution.error**2 <= lowest**2 + slack
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("start", STARTS)
+def test_the_papers_start_is_the_rounded_warm_start(tokens, start, pattern, dtype):
+    pruned, dense = tokens
+    weight, statistics = normal(ROWS, FEATURES).to(dtype), gram_statistics(*tokens)
+    options = replace(PAPER, start=start)
+    solution = prune_weight(weight, statistics, pattern, options)
+    before = rounded_start(start, weight, statistics, pattern)
+    expected = true_error(before, weight, pruned, dense)
+    slack = error_slack(weight, pruned)
+    assert solution.start_error**2 == pytest.approx(expected**2, abs=slack)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("start", ["dense", "magnitude", "wanda"])
 def test_fista_improves_on_starts_that_only_select(tokens, start, pattern):
     """Features correlate, so that what is kept can make up for what is pruned."""
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
-    solution = prune_weight(weight, statistics, pattern, SolverOptions(start=start))
+    options = replace(PAPER, start=start)
+    solution = prune_weight(weight, statistics, pattern, options)
     assert solution.error < 0.99 * solution.start_error
     output = true_error(torch.zeros_like(weight), weight, *tokens)
     assert solution.relative_error == pytest.approx(solution.error / output, rel=1e-4)
@@ -89,7 +108,7 @@ def test_fista_improves_on_starts_that_only_select(tokens, start, pattern):
 def test_nothing_to_prune_leaves_the_dense_weight():
     weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
     for pattern in [Unstructured(0.0), NofM(4, 4)]:
-        options = SolverOptions(start="magnitude")
+        options = replace(PAPER, start="magnitude")
         solution = prune_weight(weight, gram_statistics(pruned), pattern, options)
         assert torch.equal(solution.weight, weight)
         assert solution.error == 0
@@ -97,8 +116,8 @@ def test_nothing_to_prune_leaves_the_dense_weight():
 
 def test_the_weight_given_and_its_statistics_stay_as_they_are(tokens):
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
-    for start in STARTS:
-        prune_weight(weight, statistics, NofM(2, 4), SolverOptions(start=start))
+    for options in OPTIONS.values():
+        prune_weight(weight, statistics, NofM(2, 4), options)
     assert torch.equal(weight, normal(ROWS, FEATURES))
     assert torch.equal(statistics.gram, gram_statistics(*tokens).gram)
 
@@ -113,7 +132,7 @@ def test_a_width_that_does_not_fit_is_refused():
 def test_the_search_ends_after_patience_rounds_without_improvement(tokens):
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
     for patience in [1, 2, 4]:
-        options = SolverOptions(patience=patience, epsilon=0.0, start="magnitude")
+        options = replace(PAPER, patience=patience, epsilon=0.0, start="magnitude")
         solution = prune_weight(weight, statistics, Unstructured(0.5), options)
         bests = [solution.start_error] + [t.best_error for t in solution.trials]
         stood_still = [a == b for a, b in zip(bests, bests[1:], strict=False)]
@@ -124,7 +143,7 @@ def test_the_search_ends_after_patience_rounds_without_improvement(tokens):
 
 def test_an_improvement_below_epsilon_ends_the_search(tokens):
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
-    options = SolverOptions(epsilon=0.9, start="magnitude")
+    options = replace(PAPER, epsilon=0.9, start="magnitude")
     solution = prune_weight(weight, statistics, Unstructured(0.5), options)
     first = next(t for t in solution.trials if t.error < solution.start_error)
     assert solution.trials[-1] is first
@@ -132,54 +151,53 @@ def test_an_improvement_below_epsilon_ends_the_search(tokens):
 
 def test_all_penalties_lie_in_the_interval_asked_for(tokens):
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
-    options = SolverOptions(lambda_init=1e-3, lambda_max=1e-1)
+    options = replace(PAPER, lambda_init=1e-3, lambda_max=1e-1)
     solution = prune_weight(weight, statistics, Unstructured(0.5), options)
     assert solution.trials[0].penalty == 1e-3
     assert all(1e-3 <= trial.penalty <= 1e-1 for trial in solution.trials)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NofM(2, 4)], ids=str)
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("data", ["few tokens", "one token", "dead features"])
-def test_poor_data_break_nothing(data, start, pattern):
+def test_poor_data_break_nothing(data, options, pattern):
     pruned = inputs({"few tokens": 9, "one token": 1}.get(data, TOKENS), FEATURES)
     if data == "dead features":
         pruned[:, ::3] = 0
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(pruned)
-    solution = prune_weight(weight, statistics, pattern, SolverOptions(start=start))
-    before = rounded_start(start, weight, statistics, pattern)
+    solution = prune_weight(weight, statistics, pattern, options)
     error = true_error(solution.weight, weight, pruned)
-    slack = error_slack(weight, pruned)
-    assert error**2 <= true_error(before, weight, pruned) ** 2 + slack
+    assert error**2 <= solution.start_error**2 + error_slack(weight, pruned)
     assert has_exactly(solution.weight, pattern)
     assert bool(solution.weight.isfinite().all())
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NofM(2, 4)], ids=str)
-@pytest.mark.parametrize("start", STARTS)
-def test_without_data_what_is_kept_stays_dense(start, pattern):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_without_data_what_is_kept_stays_dense(options, pattern):
     weight, statistics = normal(ROWS, FEATURES), GramStatistics.empty(FEATURES)
-    solution = prune_weight(weight, statistics, pattern, SolverOptions(start=start))
+    solution = prune_weight(weight, statistics, pattern, options)
     kept = solution.weight != 0
     assert has_exactly(solution.weight, pattern)
     assert torch.equal(solution.weight[kept], weight[kept])
     assert solution.error == solution.relative_error == 0
 
 
-def test_an_operator_of_zeros_stays_zero(tokens):
-    weight = torch.zeros(ROWS, FEATURES)
-    solution = prune_weight(weight, gram_statistics(*tokens), NofM(2, 4))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_operator_of_zeros_stays_zero(tokens, options):
+    weight, statistics = torch.zeros(ROWS, FEATURES), gram_statistics(*tokens)
+    solution = prune_weight(weight, statistics, NofM(2, 4), options)
     assert not solution.weight.any()
-    assert isinstance(solution, PrunedWeight)
     assert solution.relative_error == 0
 
 
-def test_identical_features_break_nothing():
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_identical_features_break_nothing(options):
     """SparseGPT's Cholesky and conjugate gradients both meet a singular matrix."""
     pruned = inputs(TOKENS, FEATURES)
     pruned[:, 1::2] = pruned[:, ::2]
     weight, pattern = normal(ROWS, FEATURES), NofM(2, 4)
-    solution = prune_weight(weight, gram_statistics(pruned), pattern)
+    solution = prune_weight(weight, gram_statistics(pruned), pattern, options)
     error = true_error(solution.weight, weight, pruned)
     assert has_exactly(solution.weight, pattern)
     assert solution.error**2 == pytest.approx(

@@ -1,0 +1,159 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner, Result
+
+from fista_modifier.cli import app
+from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.solver import NofM, Unstructured
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A tiny LLaMA with a tokenizer beside it."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", vocab_size=len(tiny_tokenizer)), folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return file
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
+    )
+
+
+def prune(model: Path, text: Path, output: Path, *arguments: object) -> Result:
+    common = ("--dataset", text, "--samples", 4, "--seq-len", 16)
+    return run("prune", model, "-o", output, *common, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--pattern", "2:4"], NofM(2, 4)),
+        (["--pattern", "0.5"], Unstructured(0.5)),
+        (["--pattern", "2:4", "--preset", "paper"], NofM(2, 4)),
+        (["--recipe", "recipes/fista-unstructured-50.yaml"], Unstructured(0.5)),
+    ],
+)
+def test_prune_writes_a_checkpoint_with_the_pattern(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    pattern: NofM | Unstructured,
+    request: pytest.FixtureRequest,
+) -> None:
+    arguments = [
+        str(request.config.rootpath / part) if part.endswith(".yaml") else part
+        for part in arguments
+    ]
+    output = tmp_path / "pruned"
+    result = prune(model, text, output, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "50.00 %" in result.output
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    for name in FAMILIES["llama"].operators:
+        assert pattern.holds(loaded.get_submodule(name).weight)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt", "pruned"}
+
+
+def test_the_same_command_gives_the_same_weights(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    for output in ("one", "two"):
+        assert prune(model, text, tmp_path / output, "--pattern", "2:4").exit_code == 0
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / output).state_dict()
+        for output in ("one", "two")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_output_folder_with_files_is_replaced_only_on_request(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "pruned"
+    output.mkdir()
+    (output / "precious").write_text("data")
+    refused = prune(model, text, output, "--pattern", "2:4")
+    assert refused.exit_code == 1
+    assert "--overwrite" in refused.output and "pruned" in refused.output
+    assert (output / "precious").read_text() == "data"
+    assert prune(model, text, output, "--pattern", "2:4", "--overwrite").exit_code == 0
+    assert not (output / "precious").exists()
+    assert (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pattern", "5:4"], ["5:4", "2:4"]),
+        (["--pattern", "2:3"], ["2:3", "32", "q_proj"]),
+        (["--pattern", "50"], ["50", "0.5"]),
+        (["--pattern", "half"], ["half", "2:4", "0.5"]),
+        ([], ["--pattern", "--recipe"]),
+        (["--pattern", "2:4", "--recipe", "x.yaml"], ["--pattern", "--recipe"]),
+        (["--recipe", "missing.yaml"], ["missing.yaml"]),
+        (["--pattern", "2:4", "--dataset", "missing.txt"], ["missing.txt"]),
+        (["--pattern", "2:4", "--samples", "4000"], ["4000", "--samples"]),
+    ],
+)
+def test_bad_arguments_are_a_message_and_leave_nothing(
+    model: Path, text: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    result = prune(model, text, tmp_path / "pruned", *arguments)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.output
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_missing_model_is_named(text: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-model"
+    result = prune(missing, text, tmp_path / "pruned", "--pattern", "2:4")
+    assert result.exit_code == 1
+    assert "no-such-model" in result.output.replace("\n", "")
+
+
+def test_eval_prints_the_perplexity_of_each_model(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    twin = shutil.copytree(model, tmp_path / "twin")
+    result = run("eval", model, twin, "--text", text, "--seq-len", 16)
+    assert result.exit_code == 0, result.output
+    expected = perplexity(
+        AutoModelForCausalLM.from_pretrained(model),
+        tiny_tokenizer,
+        text.read_text(),
+        seq_len=16,
+    )
+    assert len(re.findall(rf"{expected.value:.3f}", result.output)) == 2
+
+
+def test_help_names_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("prune", "eval", "demo"):
+        assert command in result.output

@@ -1,0 +1,53 @@
+"""The real model on real text: three of its thirty layers, to be quick."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier.data import calibration_dataset
+from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.solver import NofM
+
+
+def test_pruned_smollm2_still_predicts_news(
+    smollm2: Path, wikipedia: Path, news: Path, tmp_path: Path
+) -> None:
+    tokenizer = pipeline.load_tokenizer(str(smollm2))
+    model = pipeline.load_model(str(smollm2))
+    text = news.read_text()
+
+    def measure(model: torch.nn.Module) -> float:
+        result = perplexity(model, tokenizer, text, seq_len=256, max_tokens=2048)
+        return result.value
+
+    dense = measure(model)
+    calibration = calibration_dataset(
+        str(wikipedia), tokenizer, samples=4, seq_len=256
+    )
+    modifier = FISTAPruningModifier(
+        mask_structure="2:4", targets=[r"re:.*layers\.(1|15|29)$"]
+    )
+    run = pipeline.prune(model, tokenizer, calibration, modifier)
+    pipeline.save(model, tokenizer, tmp_path / "pruned")
+    assert len(run.results) == 21
+    for result in run.results:
+        assert result.sparsity == 0.5
+        assert result.relative_error <= result.relative_start_error
+        assert 0 < result.relative_error < 0.6
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    for result in run.results:
+        assert NofM(2, 4).holds(loaded.get_submodule(result.name).weight)
+    layer = loaded.model.layers[2].self_attn.q_proj
+    assert (layer.weight != 0).float().mean() > 0.9
+    pruned = measure(loaded)
+    # a tenth of the layers pruned costs something, and far from everything
+    assert 0 < math.log(pruned / dense) < 0.25
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    reply = loaded.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(reply[0])
