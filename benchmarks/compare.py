@@ -3,8 +3,8 @@ FISTAPruner beside the toolkit's own pruners: perplexity, time, memory.
 
 Every method sees the same calibration tokens, in the same order, in one run of this
 script; each runs in a process of its own, so that its peak memory is its own. Results
-are added to OUT.json as they come, and OUT.md is the table; what OUT.json has already is
-not measured again.
+are added to OUT.json as they come, and OUT.md is the table; what OUT.json has already
+is not measured again.
 
     python benchmarks/compare.py --model DIR --calibration FILE.txt --text FILE.txt \\
         --samples 128 --seq-len 512 --out benchmarks/results/compare

@@ -45,15 +45,6 @@ def wikipedia() -> Path:
     return demo.wikipedia_text(CACHE)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tiny matrices: where cores are busy, threads wait for each other for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Operators of 32 columns gain nothing from a second thread, and wait for it."""

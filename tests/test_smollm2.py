@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fista_modifier.solver import NofM
 def test_pruned_smollm2_still_predicts_news(
     smollm2: Path, wikipedia: Path, news: Path, tmp_path: Path
 ) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = pipeline.load_tokenizer(str(smollm2))
     model = pipeline.load_model(str(smollm2))
     text = news.read_text()
@@ -26,9 +28,7 @@ def test_pruned_smollm2_still_predicts_news(
         return result.value
 
     dense = measure(model)
-    calibration = calibration_dataset(
-        str(wikipedia), tokenizer, samples=4, seq_len=256
-    )
+    calibration = calibration_dataset(str(wikipedia), tokenizer, samples=4, seq_len=256)
     modifier = FISTAPruningModifier(
         mask_structure="2:4", targets=[r"re:.*layers\.(1|15|29)$"]
     )

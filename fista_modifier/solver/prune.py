@@ -12,7 +12,7 @@ from fista_modifier.solver.admm import Spectrum, admm
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
-from fista_modifier.solver.patterns import SparsityPattern
+from fista_modifier.solver.patterns import SparsityPattern, project
 from fista_modifier.solver.support import fill_support, refit
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 from fista_modifier.solver.warm_start import WarmStart, warm_start
@@ -90,7 +90,7 @@ class PrunedWeight:
     """
     :param weight: W*, m×n, with the pattern, in the dtype asked for
     :param error: ‖W* X* − W X‖_F of exactly this weight
-    :param start_error: the same of the warm start, after rounding and the cast
+    :param start_error: the same of the warm start, rounded and cast but not refitted
     :param output_norm: ‖W X‖_F, the yardstick of relative errors
     :param trials: the rounds of Algorithm 1, in order
     """
@@ -182,18 +182,19 @@ class StageSolver:
         :param weight: dense weight W, m×n, of any floating dtype
         :return: W* in the dtype and on the device of ``weight``
         """
-        objective = LayerObjective(
-            self._scaled(weight.to(self._statistics.gram.device, torch.float32)),
-            self._statistics,
-            self._damping,
-        )
+        dense = self._scaled(weight.to(self._statistics.gram.device, torch.float32))
+        objective = LayerObjective(dense, self._statistics, self._damping)
         start = self._warm_start(objective)
-        best = self._feasible(objective, start, weight.dtype)
+        best = self._cast(project(start, self.pattern), weight.dtype)
         start_error = objective.error(best)
+        refitted = self._feasible(objective, start, weight.dtype)
+        if objective.error(refitted) < start_error:
+            best = refitted
         # FISTA starts from dense weights as they are, though only their rounding counts
         iterate = start if self.options.start == "dense" else best
         best, trials = self._search(objective, best, iterate, weight.dtype)
-        best = self._cast(fill_support(objective, best, self.pattern), weight.dtype)
+        best = fill_support(LayerObjective(dense, self._statistics), best, self.pattern)
+        best = self._cast(best, weight.dtype)
         return PrunedWeight(
             weight=self._unscaled(best).to(weight),
             error=objective.error(best),

@@ -64,6 +64,8 @@ def fill_support(
     :return: V with as many non-zeros as the pattern allows, f not higher
     """
     zero = weight == 0
+    if not (pattern.support(weight.abs()) & zero).any():
+        return weight  # every entry that the pattern keeps is in use
     diagonal = objective.gram.diagonal().expand_as(weight)
     dead = diagonal <= 0
     gain = objective.gradient(weight).square() / diagonal
@@ -71,7 +73,5 @@ def fill_support(
     # features without data come last, the largest dense weights among them first
     gain = torch.where(dead, -1 / (1 + dense), gain)
     added = pattern.support(torch.where(zero, gain, torch.inf)) & zero
-    if not added.any():
-        return weight
     filled = refit(objective, weight, added & ~dead)
     return torch.where(added & dead, objective.weight, filled)

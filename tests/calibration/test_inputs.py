@@ -26,8 +26,6 @@ from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.layer import OperatorResult
 from fista_modifier.solver import GramStatistics, PrunedWeight, StageSolver
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CORRECTIONS = ["none", "intra", "full"]
 
 

@@ -10,8 +10,6 @@ from fista_modifier.calibration.operators import Operator, find_operators
 from fista_modifier.calibration.replay import LayerCall, LayerInputs
 from fista_modifier.calibration.stages import find_stages
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def called_layers(family: str) -> list[DecoderLayer]:
     """The decoder layers of a model after one run of it."""

@@ -18,8 +18,6 @@ from fista_modifier.solver.fista import fista, soft_threshold
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS, FEATURES, ROWS = 96, 24, 6
 
 

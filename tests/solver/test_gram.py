@@ -5,8 +5,6 @@ from problems import FLOAT32, gram_statistics, inputs, normal, true_error
 from fista_modifier.solver import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS, FEATURES, ROWS = 96, 24, 8
 
 
