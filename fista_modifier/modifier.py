@@ -243,10 +243,8 @@ class FISTAPruningModifier(Modifier):
             )
         if layer.in_sequence:
             check_causal(next(iter(inputs)), layer.name)
-        follows = self._stream is not None and layer.in_sequence
-        pruned_inputs = inputs
-        if self._stream is not None and follows:
-            pruned_inputs = self._stream.inputs_of(inputs, layer.name)
+        stream = self._stream if layer.in_sequence else None
+        pruned_inputs = stream.inputs_of(inputs, layer.name) if stream else inputs
         with LayerProgress(layer, len(inputs), self._results) as progress:
             pruned = prune_layer(
                 layer.operators,
@@ -258,8 +256,8 @@ class FISTAPruningModifier(Modifier):
                 on_batch=progress.on_batch,
                 on_operator=progress.on_operator,
             )
-        if self._stream is not None and follows:
-            self._stream.advance(inputs, pruned_inputs, pruned)
+        if stream:
+            stream.advance(inputs, pruned_inputs, pruned)
         return pruned
 
     def _store_pending(self) -> None:

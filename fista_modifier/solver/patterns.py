@@ -79,9 +79,9 @@ class Unstructured:
             return torch.ones_like(scores, dtype=torch.bool)
         threshold = flat.kthvalue(zeros).values
         keep = flat > threshold
-        # equal scores share the threshold: the first of them make up the exact count
         missing = flat.numel() - zeros - int(keep.sum())
-        keep[(flat == threshold).nonzero()[:missing]] = True
+        if missing:  # equal scores share the threshold: the first of them fill it up
+            keep[(flat == threshold).nonzero()[:missing]] = True
         return keep.view_as(scores)
 
     def holds(self, weight: Tensor) -> bool:
