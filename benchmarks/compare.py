@@ -126,7 +126,9 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a function in a fresh interpreter and return its result."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_child, args=(function, queue, *arguments))
+    process = context.Process(
+        target=_child, args=(function, queue, *arguments), daemon=True
+    )
     process.start()
     process.join()
     if process.exitcode:

@@ -12,7 +12,7 @@ __all__ = ["fill_support", "refit"]
 
 
 def refit(
-    objective: LayerObjective, weight: Tensor, free: Tensor, iterations: int = 20
+    objective: LayerObjective, weight: Tensor, free: Tensor, iterations: int = 10
 ) -> Tensor:
     """
     Minimise f over the entries in ``free``, all others held at their values, by
