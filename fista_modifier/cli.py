@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,16 +28,18 @@ class DemoSize:
     """
     :param samples: calibration sequences
     :param seq_len: tokens in each
-    :param eval_tokens: tokens of news that the perplexity is measured on; None is all
+    :param eval_tokens: tokens of news that the perplexity is measured on
+    :param fields: fields of the modifier that differ from the defaults
     """
 
     samples: int
     seq_len: int
-    eval_tokens: int | None
+    eval_tokens: int
+    fields: dict[str, Any]
 
 
-QUICK = DemoSize(samples=8, seq_len=256, eval_tokens=8192)
-FULL = DemoSize(samples=32, seq_len=512, eval_tokens=None)
+QUICK = DemoSize(8, 256, 4096, {"warm_start": "dense", "max_iterations": 5})
+FULL = DemoSize(32, 512, 16384, {})
 
 
 class Correction(str, Enum):
@@ -241,7 +243,7 @@ def demo(
         Path, typer.Option("--output", "-o", help="working folder of the demo")
     ] = Path("fista-demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="fewer and shorter sequences")
+        bool, typer.Option("--quick", help="fewer sequences, a cheaper warm start")
     ] = False,
 ) -> None:
     """
@@ -284,7 +286,9 @@ def demo(
             measured.append((name, result))
 
         measure("dense", dense)
-        recipe = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
+        recipe = FISTAPruningModifier(
+            mask_structure="2:4", ignore=["re:.*lm_head"], **size.fields
+        )
         run = pipeline.prune(model, tokenizer, calibration, recipe)
         pruned = output / "SmolLM2-135M-Instruct-2of4"
         pipeline.save(run.model, tokenizer, pruned)
