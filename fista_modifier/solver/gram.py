@@ -72,14 +72,15 @@ class GramStatistics:
         self.drift_cross.addmm_(drift.T, pruned)
         self.drift_gram.addmm_(drift.T, drift)
 
-    def column_scale(self) -> Tensor:
+    def column_scale(self, ridge: float = 0.0) -> Tensor:
         """
-        :return: diag(G)^½, n: the norm of each input feature over all tokens; features
-            without data get a tiny one instead of 0, so that it can be divided by
+        :param ridge: added to the diagonal of G, in its units
+        :return: (diag(G) + ridge)^½, n: the norm of each input feature over all tokens;
+            a tiny number instead of 0, so that it can be divided by
         """
         diagonal = self.gram.diagonal()
         floor = 1e-8 * diagonal.mean()
-        return torch.where(floor > 0, diagonal.clamp_min(floor), 1).sqrt()
+        return torch.where(floor > 0, (diagonal + ridge).clamp_min(floor), 1).sqrt()
 
     def scaled(self, scale: Tensor) -> GramStatistics:
         """

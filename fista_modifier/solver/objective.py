@@ -22,25 +22,26 @@ class LayerObjective:
 
     Matrix products are float32 and the inner products are summed in float64.
 
-    With damping δ the gradient is that of f(V) + δ/2 ‖V − W‖_F²: δ is added to the
-    diagonal of G and δW to B, which holds back directions that the calibration data
-    hardly determine. Errors are always those of f itself.
+    With damping δ the gradient is that of f(V) + ½ Σ_j δ_j ‖V_j − W_j‖², j running over
+    the columns: δ is added to the diagonal of G and W diag(δ) to B, which holds back
+    directions that the data hardly determine. Errors are always those of f itself.
 
     :param weight: dense weight W, m×n
     :param statistics: Gram matrices of the operator's inputs, each n×n
-    :param damping: δ ≥ 0, in the units of G
+    :param damping: δ ≥ 0 of each column, n, in the units of G; None is zero
     """
 
     def __init__(
-        self, weight: Tensor, statistics: GramStatistics, damping: float = 0.0
+        self,
+        weight: Tensor,
+        statistics: GramStatistics,
+        damping: Tensor | None = None,
     ) -> None:
         self.weight = weight.to(statistics.gram.device, torch.float32)
         self.gram = statistics.gram
         self.damping = damping
-        if damping:
-            self.gram = self.gram + damping * torch.eye(
-                statistics.features, device=self.gram.device
-            )
+        if damping is not None:
+            self.gram = self.gram + damping.diag()
         self._drift: Tensor | None = None
         self._drift_error = 0.0
         if statistics.drift_cross is not None and statistics.drift_gram is not None:
@@ -87,9 +88,9 @@ class LayerObjective:
     def _form(self, weight: Tensor) -> float:
         """⟨V, V G⟩ with the undamped G"""
         squared = inner(weight, weight @ self.gram)
-        return (
-            squared - self.damping * inner(weight, weight) if self.damping else squared
-        )
+        if self.damping is not None:
+            squared -= inner(weight, weight * self.damping)
+        return squared
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -33,9 +33,9 @@ class SolverOptions:
     :param epsilon: ε, relative improvement below which the search ends
     :param xi: ξ: λ grows while rounding causes more than this share of the error
     :param start: the warm start W₀*
-    :param column_scaling: solve for V diag(G)^½, so that the ℓ1 penalty and the
-        rounding weigh an entry by its feature's norm, as Wanda does, and the problem
-        is better conditioned
+    :param column_scaling: solve for V diag(G)^½ (G with its damping), so that the ℓ1
+        penalty and the rounding weigh an entry by its feature's norm, as Wanda does,
+        and the problem is better conditioned
     :param refit: after each rounding, give the kept entries their least squares values
         (:func:`~fista_modifier.solver.support.refit`), free of the ℓ1 term's shrinkage
     :param dampening_frac: damping of a SparseGPT warm start, and with ``refit`` of the
@@ -158,24 +158,20 @@ class StageSolver:
         self.pattern = pattern
         self.options = options
         self._raw_gram = statistics.gram
-        self._scale: Tensor | None = None
+        ridge = 0.0
+        if options.refit:
+            ridge = options.dampening_frac * float(statistics.gram.diagonal().mean())
         self._statistics = statistics
+        self._scale: Tensor | None = None
+        self._damping = torch.full_like(statistics.gram[0], ridge)
         if options.column_scaling:
-            self._scale = statistics.column_scale()
+            self._scale = statistics.column_scale(ridge)
             self._statistics = statistics.scaled(self._scale)
+            self._damping /= self._scale.square()
 
     @cached_property
     def _spectrum(self) -> Spectrum:
-        gram = self._statistics.gram
-        damping = self._damping * torch.eye(gram.shape[0], device=gram.device)
-        return Spectrum.of(gram + damping)
-
-    @cached_property
-    def _damping(self) -> float:
-        if not self.options.refit:
-            return 0.0
-        mean = float(self._statistics.gram.diagonal().mean())
-        return self.options.dampening_frac * mean
+        return Spectrum.of(self._statistics.gram + self._damping.diag())
 
     def prune(self, weight: Tensor) -> PrunedWeight:
         """
