@@ -1,4 +1,4 @@
-"""The real model on real text: three of its thirty layers, to be quick."""
+"""The real model on real text: one of its thirty layers, to be quick."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def test_pruned_smollm2_still_predicts_news(
     text = news.read_text()
 
     def measure(model: torch.nn.Module) -> float:
-        result = perplexity(model, tokenizer, text, seq_len=256, max_tokens=2048)
+        result = perplexity(model, tokenizer, text, seq_len=256, max_tokens=1024)
         return result.value
 
     dense = measure(model)
     calibration = calibration_dataset(str(wikipedia), tokenizer, samples=4, seq_len=256)
     modifier = FISTAPruningModifier(
-        mask_structure="2:4", targets=[r"re:.*layers\.(1|15|29)$"]
+        mask_structure="2:4", targets=[r"re:.*layers\.15$"]
     )
     run = pipeline.prune(model, tokenizer, calibration, modifier)
     pipeline.save(model, tokenizer, tmp_path / "pruned")
-    assert len(run.results) == 21
+    assert len(run.results) == 7
     for result in run.results:
         assert result.sparsity == 0.5
         assert result.relative_error <= result.relative_start_error
@@ -43,11 +43,11 @@ def test_pruned_smollm2_still_predicts_news(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     for result in run.results:
         assert NofM(2, 4).holds(loaded.get_submodule(result.name).weight)
-    layer = loaded.model.layers[2].self_attn.q_proj
+    layer = loaded.model.layers[16].self_attn.q_proj
     assert (layer.weight != 0).float().mean() > 0.9
     pruned = measure(loaded)
-    # a tenth of the layers pruned costs something, and far from everything
-    assert 0 < math.log(pruned / dense) < 0.25
+    # a thirtieth of the model pruned costs something, and far from everything
+    assert 0 < math.log(pruned / dense) < 0.1
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     reply = loaded.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert "Paris" in tokenizer.decode(reply[0])
