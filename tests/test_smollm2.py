@@ -29,9 +29,7 @@ def test_pruned_smollm2_still_predicts_news(
 
     dense = measure(model)
     calibration = calibration_dataset(str(wikipedia), tokenizer, samples=4, seq_len=256)
-    modifier = FISTAPruningModifier(
-        mask_structure="2:4", targets=[r"re:.*layers\.15$"]
-    )
+    modifier = FISTAPruningModifier(mask_structure="2:4", targets=[r"re:.*layers\.15$"])
     run = pipeline.prune(model, tokenizer, calibration, modifier)
     pipeline.save(model, tokenizer, tmp_path / "pruned")
     assert len(run.results) == 7
