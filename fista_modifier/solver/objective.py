@@ -42,11 +42,19 @@ class LayerObjective:
         self.damping = damping
         if damping is not None:
             self.gram = self.gram + damping.diag()
-        self._drift: Tensor | None = None
-        self._drift_error = 0.0
-        if statistics.drift_cross is not None and statistics.drift_gram is not None:
-            self._drift = self.weight @ statistics.drift_cross
-            self._drift_error = inner(self.weight, self.weight @ statistics.drift_gram)
+        self._statistics = statistics
+
+    @cached_property
+    def _drift(self) -> Tensor | None:
+        """W Δ X*ᵀ, m×n, or None where X* = X"""
+        cross = self._statistics.drift_cross
+        return None if cross is None else self.weight @ cross
+
+    @cached_property
+    def _drift_error(self) -> float:
+        """‖W Δ‖_F², the error of W itself"""
+        gram = self._statistics.drift_gram
+        return 0.0 if gram is None else inner(self.weight, self.weight @ gram)
 
     @cached_property
     def target(self) -> Tensor:

@@ -183,9 +183,10 @@ class StageSolver:
         start = self._warm_start(objective)
         best = self._cast(project(start, self.pattern), weight.dtype)
         start_error = objective.error(best)
-        refitted = self._feasible(objective, start, weight.dtype)
-        if objective.error(refitted) < start_error:
-            best = refitted
+        if self.options.refit:
+            refitted = self._feasible(objective, start, weight.dtype)
+            if objective.error(refitted) < start_error:
+                best = refitted
         # FISTA starts from dense weights as they are, though only their rounding counts
         iterate = start if self.options.start == "dense" else best
         best, trials = self._search(objective, best, iterate, weight.dtype)
