@@ -45,7 +45,7 @@ class OperatorResult:
     :param trials: values of λ tried
     :param iterations: FISTA iterations in all
     :param tokens: calibration tokens that reached the operator
-    :param seconds: wall time of the solver
+    :param seconds: wall time of the solver: of its stage, shared out by rows
     """
 
     name: str
@@ -107,12 +107,15 @@ def prune_layer(
             pruned if correct_errors else {},
             on_batch,
         )
-        solver = StageSolver(statistics, pattern, options)
-        for operator in stage.operators:
-            started = time.perf_counter()
-            solution = solver.prune(operator.weight)
+        started = time.perf_counter()
+        solutions = StageSolver(statistics, pattern, options).prune(
+            [operator.weight for operator in stage.operators]
+        )
+        rows = sum(solution.weight.shape[0] for solution in solutions)
+        seconds_per_row = (time.perf_counter() - started) / rows
+        for operator, solution in zip(stage.operators, solutions, strict=True):
             pruned[operator] = solution.weight
-            seconds = time.perf_counter() - started
+            seconds = seconds_per_row * solution.weight.shape[0]
             on_operator(_result(operator, pattern, solution, statistics, seconds))
     for operator in operators:
         if operator not in pruned:

@@ -26,6 +26,7 @@ from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.layer import ErrorCorrection, OperatorResult, prune_layer
 from fista_modifier.progress import LayerProgress
 from fista_modifier.solver import (
+    FAST,
     PAPER,
     SolverOptions,
     SparsityPattern,
@@ -35,8 +36,12 @@ from fista_modifier.solver.warm_start import WarmStart
 
 __all__ = ["FISTAPruningModifier"]
 
-Preset = Literal["default", "paper"]
-PRESETS: dict[Preset, SolverOptions] = {"default": SolverOptions(), "paper": PAPER}
+Preset = Literal["default", "fast", "paper"]
+PRESETS: dict[Preset, SolverOptions] = {
+    "default": SolverOptions(),
+    "fast": FAST,
+    "paper": PAPER,
+}
 
 
 class FISTAPruningModifier(Modifier):
@@ -93,8 +98,10 @@ class FISTAPruningModifier(Modifier):
     :param error_correction: "none", "intra" or "full", see above
     :param preset: values of the fields below that the recipe leaves out. "default" is
         the most accurate (docs/method.md): columns scaled, support found by ADMM, kept
-        entries refitted. "paper" is Algorithm 1 as published
+        entries refitted. "fast" stops at a shorter ADMM and its refit. "paper" is
+        Algorithm 1 as published
     :param warm_start: W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"
+    :param admm_steps: steps of an "admm" warm start
     :param column_scaling: weigh entries by their feature's norm, as Wanda does
     :param refit: give the kept entries their least squares values after each rounding
     :param lambda_init: λ₀, where the search for λ starts. λ is in units of
@@ -102,7 +109,8 @@ class FISTAPruningModifier(Modifier):
         scale of the data and of the scale of the weights
     :param lambda_max: M, the largest λ, in the same unit
     :param max_iterations: K, FISTA iterations for one value of λ
-    :param patience: T, consecutive values of λ without improvement that end the search
+    :param patience: T, consecutive values of λ without improvement that end the search;
+        0 for no search, the result is then the warm start
     :param epsilon: ε, relative improvement of the error below which the search ends
     :param xi: ξ: λ is raised while rounding causes more than this share of the error
     :param dampening_frac: damping of the least squares problem (with ``refit``) and of
@@ -119,12 +127,13 @@ class FISTAPruningModifier(Modifier):
     error_correction: ErrorCorrection = "intra"
     preset: Preset = "default"
     warm_start: WarmStart | None = None
+    admm_steps: int | None = Field(default=None, ge=1)
     column_scaling: bool | None = None
     refit: bool | None = None
     lambda_init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     lambda_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_iterations: int | None = Field(default=None, ge=1)
-    patience: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=0)
     epsilon: float | None = Field(default=None, ge=0, lt=1)
     xi: float | None = Field(default=None, gt=0, lt=1)
     dampening_frac: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -124,11 +125,17 @@ def prune(
     :return: the pruned model and what became of each operator
     """
     started = time.perf_counter()
+    recipe = Recipe.create_instance(str(recipe) if isinstance(recipe, Path) else recipe)
+    # the propagation pass would run each layer a second time, for other modifiers only
+    propagate = any(
+        not isinstance(modifier, FISTAPruningModifier) for modifier in recipe.modifiers
+    )
     oneshot(
         model=model,
         tokenizer=tokenizer,
         dataset=calibration,
-        recipe=str(recipe) if isinstance(recipe, Path) else recipe,
+        recipe=recipe,
+        propagate_error=propagate,
         num_calibration_samples=len(calibration),
         max_seq_length=None,
         shuffle_calibration_samples=False,

@@ -349,7 +349,7 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused_at_once(fields, match)
         ({"lambda_init": 0.0}, "lambda_init"),
         ({"lambda_max": float("inf")}, "lambda_max"),
         ({"max_iterations": 0}, "max_iterations"),
-        ({"patience": 0}, "patience"),
+        ({"patience": -1}, "patience"),
         ({"epsilon": -1e-3}, "epsilon"),
         ({"xi": 1.0}, "xi"),
         ({"warm_start": "random"}, "warm_start"),

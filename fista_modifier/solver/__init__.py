@@ -8,6 +8,7 @@ from fista_modifier.solver.patterns import (
     parse_pattern,
 )
 from fista_modifier.solver.prune import (
+    FAST,
     PAPER,
     PrunedWeight,
     SolverOptions,
@@ -17,6 +18,7 @@ from fista_modifier.solver.prune import (
 
 __all__ = [
     "GramStatistics",
+    "FAST",
     "PAPER",
     "NofM",
     "PrunedWeight",

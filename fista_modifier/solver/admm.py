@@ -2,72 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern, project
+from fista_modifier.solver.quadratic import Quadratic
 
-__all__ = ["Spectrum", "admm"]
+__all__ = ["admm"]
 
-ITERATIONS = 30
-PENALTY = 0.1
-GROWTH = 1.1
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """
-    Eigendecomposition G = Q diag(e) Qᵀ, shared by all operators with the same input.
-
-    :param values: e, n
-    :param vectors: Q, n×n
-    """
-
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, gram: Tensor) -> Spectrum:
-        """
-        :param gram: positive semidefinite n×n
-        """
-        values, vectors = torch.linalg.eigh(gram)
-        return cls(values.clamp_min_(0), vectors)
+FIRST_PENALTY, LAST_PENALTY = 0.2, 1.5
+RELAXATION = 1.5
+STEPS_PER_PENALTY = 2
 
 
 def admm(
-    objective: LayerObjective, pattern: SparsityPattern, spectrum: Spectrum
-) -> Tensor:
+    objectives: Sequence[LayerObjective],
+    quadratic: Quadratic,
+    pattern: SparsityPattern,
+    steps: int,
+) -> list[Tensor]:
     """
     Minimise f(V) subject to V = Z and Z ∈ 𝒮, the weights with the pattern, by the
     alternating direction method of multipliers (Boyd et al. 2011, section 9.1; for
-    pruning: Boža 2024, and ALPS, Meng et al. 2024). Steps, with multiplier U:
+    pruning: Boža 2024, and ALPS, Meng et al. 2024). Steps, with multiplier U and
+    over-relaxation α = 1.5 (section 3.4.3):
 
-        V ← (B + ρ (Z − U)) (G + ρ I)⁻¹,   Z ← H(V + U),   U ← U + V − Z.
+        V ← (B + ρ (Z − U)) (G + ρ I)⁻¹,   U ← U + α V + (1 − α) Z,
+        Z ← H(U),   U ← U − Z.
 
     The constraint is not convex, so this is a heuristic: a small ρ lets the support
-    change, and its growth by a tenth a step makes it settle (in 30 steps from 0.1 to
-    1.7, where the diagonal of G is 1). On SmolLM2-135M its squared error is 8 to 30 %
-    below that of the least squares fit on SparseGPT's support.
+    change, and its growth from 0.2 to 1.5 (in units of the mean of diag(G)) makes it
+    settle. ρ stays for two steps, so that the inverse serves both, of all operators.
+    On operators of SmolLM2-135M, 20 steps leave a squared error that is 1 % above that
+    of 40 steps, 10 steps one that is 3.5 % above it.
 
-    :param objective: f, scaled so that diag(G) ≈ 1
+    :param objectives: f of operators with the same input, best scaled so that
+        diag(G) ≈ 1
+    :param quadratic: G, which they share
     :param pattern: the sparsity asked for
-    :param spectrum: eigendecomposition of ``objective.gram``
-    :return: Z, m×n, with the pattern
+    :param steps: number of steps, rounded up to an even one
+    :return: Z, m×n, with the pattern, of each operator
     """
-    rotated = objective.target @ spectrum.vectors
-    sparse = project(objective.weight, pattern)
-    multiplier = torch.zeros_like(sparse)
-    penalty = PENALTY
-    for _ in range(ITERATIONS):
-        pull = ((sparse - multiplier) @ spectrum.vectors).mul_(penalty)
-        solution = pull.add_(rotated).div_(spectrum.values + penalty)
-        multiplier.add_(solution @ spectrum.vectors.T)
-        sparse = project(multiplier, pattern)
-        # the scaled multiplier is U/ρ: it shrinks as ρ grows
-        multiplier.sub_(sparse).div_(GROWTH)
-        penalty *= GROWTH
+    rounds = -(-steps // STEPS_PER_PENALTY)
+    growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / max(rounds - 1, 1))
+    penalty = FIRST_PENALTY * (float(quadratic.gram.diagonal().mean()) or 1.0)
+    sparse = [project(objective.weight, pattern) for objective in objectives]
+    multipliers = [torch.zeros_like(objective.weight) for objective in objectives]
+    for _ in range(rounds):
+        resolvent = quadratic.resolvent(penalty)
+        for index, objective in enumerate(objectives):
+            multiplier = multipliers[index]
+            for _ in range(STEPS_PER_PENALTY):
+                pull = (sparse[index] - multiplier).mul_(penalty).add_(objective.target)
+                multiplier.addmm_(pull, resolvent, alpha=RELAXATION)
+                multiplier.add_(sparse[index], alpha=1 - RELAXATION)
+                sparse[index] = project(multiplier, pattern)
+                multiplier.sub_(sparse[index])
+            # the scaled multiplier is U/ρ: it shrinks as ρ grows
+            multiplier.div_(growth)
+        penalty *= growth
     return sparse

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softshrink
 
 from fista_modifier.solver.objective import LayerObjective
 
@@ -20,7 +21,7 @@ def soft_threshold(values: Tensor, threshold: float) -> Tensor:
     :param threshold: ρ ≥ 0
     :return: sign(x)·max(|x| − ρ, 0), elementwise
     """
-    return values - values.clamp(-threshold, threshold)
+    return softshrink(values, threshold)
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def fista(
     :param tolerance: of the stop, relative to ‖W‖_F
     :return: the last proximal point
     """
-    step_size = objective.lipschitz
-    if step_size == 0:  # no token excites the operator: every V has the same error
+    lipschitz = objective.quadratic.lipschitz
+    if lipschitz == 0:  # no token excites the operator: every V has the same error
         return FISTASolution(start, 0)
     stop = tolerance * float(objective.weight.norm())
     current = extrapolated = start
@@ -65,10 +66,8 @@ def fista(
     iteration = 0
     for iteration in range(1, max_iterations + 1):  # noqa: B007
         gradient = objective.gradient(extrapolated)
-        previous = current
-        current = soft_threshold(
-            torch.sub(extrapolated, gradient, alpha=1 / step_size), penalty / step_size
-        )
+        descended = torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
+        previous, current = current, soft_threshold(descended, penalty / lipschitz)
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         change = current - previous
         extrapolated = torch.add(current, change, alpha=(momentum - 1) / next_momentum)

@@ -61,7 +61,7 @@ class GramStatistics:
         :param dense: Xᵀ of the same tokens, tokens×n; None where X* = X
         """
         pruned = pruned.to(self.gram.device, torch.float32)
-        self.gram.addmm_(pruned.T, pruned)
+        _add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
         if dense is None:
             return
@@ -70,17 +70,19 @@ class GramStatistics:
             self.drift_cross = torch.zeros_like(self.gram)
             self.drift_gram = torch.zeros_like(self.gram)
         self.drift_cross.addmm_(drift.T, pruned)
-        self.drift_gram.addmm_(drift.T, drift)
+        _add_gram(self.drift_gram, drift)
 
-    def column_scale(self, ridge: float = 0.0) -> Tensor:
+    def column_scale(self, damping: Tensor | None = None) -> Tensor:
         """
-        :param ridge: added to the diagonal of G, in its units
-        :return: (diag(G) + ridge)^½, n: the norm of each input feature over all tokens;
+        :param damping: δ, n, in the units of G
+        :return: (diag(G) + δ)^½, n: the norm of each input feature over all tokens;
             a tiny number instead of 0, so that it can be divided by
         """
         diagonal = self.gram.diagonal()
         floor = 1e-8 * diagonal.mean()
-        return torch.where(floor > 0, (diagonal + ridge).clamp_min(floor), 1).sqrt()
+        if damping is not None:
+            diagonal = diagonal + damping
+        return torch.where(floor > 0, diagonal.clamp_min(floor), 1).sqrt()
 
     def scaled(self, scale: Tensor) -> GramStatistics:
         """
@@ -108,3 +110,17 @@ class GramStatistics:
         return bool(self.gram.isfinite().all()) and (
             self.drift_gram is None or bool(self.drift_gram.isfinite().all())
         )
+
+
+def _add_gram(gram: Tensor, tokens: Tensor) -> None:
+    """
+    Add XᵀX of tokens×n to a symmetric sum: only blocks on and above the diagonal are
+    computed (10/16 of the work with four blocks a side), the others are their copies.
+    """
+    features = gram.shape[0]
+    width = -(-features // 4)
+    for start in range(0, features, width):
+        end = min(start + width, features)
+        block = tokens[:, start:end].T @ tokens[:, start:]
+        gram[start:end, start:] += block
+        gram[end:, start:end] += block[:, width:].T

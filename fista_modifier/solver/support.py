@@ -12,7 +12,12 @@ __all__ = ["fill_support", "refit"]
 
 
 def refit(
-    objective: LayerObjective, weight: Tensor, free: Tensor, iterations: int = 10
+    objective: LayerObjective,
+    weight: Tensor,
+    free: Tensor,
+    *,
+    iterations: int = 20,
+    tolerance: float = 0.0,
 ) -> Tensor:
     """
     Minimise f over the entries in ``free``, all others held at their values, by
@@ -23,25 +28,33 @@ def refit(
     :param objective: f
     :param weight: V, m×n, float32
     :param free: bool m×n, the entries that may change
-    :param iterations: steps
+    :param iterations: steps at most
+    :param tolerance: the last step is one that lowers f by less than this
     :return: m×n, equal to V off ``free``
     """
     diagonal = objective.gram.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0) * free
     solution = weight.clone()
-    residual = -objective.gradient(weight) * free
+    residual = objective.gradient(weight).neg_().mul_(free)
     scaled = residual * inverse
-    direction = scaled
-    power = (residual * scaled).sum(1, keepdim=True)
+    direction = scaled.clone()
+    power = _row_products(residual, scaled)
     for _ in range(iterations):
-        curved = (direction @ objective.gram) * free
-        length = _ratio(power, (direction * curved).sum(1, keepdim=True))
+        curved = (direction @ objective.gram).mul_(free)
+        length = _ratio(power, _row_products(direction, curved))
         solution.addcmul_(direction, length)
-        residual = torch.addcmul(residual, curved, length, value=-1)
-        scaled = residual * inverse
-        previous, power = power, (residual * scaled).sum(1, keepdim=True)
-        direction = torch.addcmul(scaled, direction, _ratio(power, previous))
+        if float((power * length).sum()) < 2 * tolerance:
+            break
+        residual.addcmul_(curved, length, value=-1)
+        torch.mul(residual, inverse, out=scaled)
+        previous, power = power, _row_products(residual, scaled)
+        direction.mul_(_ratio(power, previous)).add_(scaled)
     return solution
+
+
+def _row_products(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of each row with the other's, m×1."""
+    return torch.linalg.vecdot(one, other).unsqueeze(1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

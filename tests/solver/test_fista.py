@@ -16,6 +16,7 @@ from fista_modifier.solver import (
 )
 from fista_modifier.solver.fista import fista, soft_threshold
 from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 
 TOKENS, FEATURES, ROWS = 96, 24, 6
@@ -26,7 +27,9 @@ def objective() -> LayerObjective:
     """X* differs from X, so that the target is not W's own output."""
     pruned = inputs(TOKENS, FEATURES)
     dense = pruned + 0.3 * inputs(TOKENS, FEATURES, seed=5)
-    return LayerObjective(normal(ROWS, FEATURES), gram_statistics(pruned, dense))
+    return LayerObjective(
+        normal(ROWS, FEATURES), Quadratic(gram_statistics(pruned, dense))
+    )
 
 
 def solve(objective: LayerObjective, penalty: float, steps: int = 5000) -> Tensor:
@@ -49,7 +52,7 @@ def test_the_minimum_is_that_of_scikit_learn(scale):
     """
     weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
     dense = pruned + 0.3 * inputs(TOKENS, FEATURES, seed=5)
-    problem = LayerObjective(weight, gram_statistics(pruned, dense))
+    problem = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     penalty = scale * lambda_unit(problem)
     features = pruned.double().numpy()
     outputs = (dense.double() @ weight.double().T).numpy()
@@ -89,7 +92,7 @@ def test_a_diagonal_gram_has_a_closed_form(penalty):
     """Each entry is soft-thresholded by itself: V_ij = S(W_ij·G_jj, λ) / G_jj."""
     diagonal = torch.linspace(1, 4, FEATURES)
     weight = normal(ROWS, FEATURES)
-    problem = LayerObjective(weight, GramStatistics(torch.diag(diagonal)))
+    problem = LayerObjective(weight, Quadratic(GramStatistics(torch.diag(diagonal))))
     expected = soft_threshold(weight * diagonal, penalty) / diagonal
     # the slowest entry contracts by 1 − 1/4 a step: after 200 steps by 1e-25
     solution = fista(problem, penalty, torch.zeros_like(weight), 200, 0.0).weight
@@ -100,7 +103,9 @@ def test_a_diagonal_gram_has_a_closed_form(penalty):
 def test_without_penalty_the_dense_weight_stays(objective):
     """Where X* = X, W is the minimum for λ = 0, and FISTA has nothing to do."""
     weight = normal(ROWS, FEATURES)
-    problem = LayerObjective(weight, gram_statistics(inputs(TOKENS, FEATURES)))
+    problem = LayerObjective(
+        weight, Quadratic(gram_statistics(inputs(TOKENS, FEATURES)))
+    )
     solution = fista(problem, 0.0, weight, 20, tolerance=1e-5)
     assert solution.iterations == 1
     assert float((solution.weight - weight).norm()) < 1e-5 * float(weight.norm())
@@ -116,7 +121,7 @@ def test_sparsity_grows_with_the_penalty():
     """Certain where features do not correlate (in general s(λ) may dip a little)."""
     weight = normal(ROWS, FEATURES)
     diagonal = torch.linspace(1, 4, FEATURES)
-    problem = LayerObjective(weight, GramStatistics(torch.diag(diagonal)))
+    problem = LayerObjective(weight, Quadratic(GramStatistics(torch.diag(diagonal))))
     counts = [
         int((solve(problem, 10.0**power, 500) == 0).sum())
         for power in torch.linspace(-3, 1.5, 19).tolist()
@@ -247,15 +252,14 @@ def test_the_lipschitz_constant_is_the_largest_eigenvalue(kind):
         gram = spectrum(kind, seed)
         features = gram.shape[0]
         largest = float(torch.linalg.eigvalsh(gram.double())[-1])
-        weight = normal(2, features)
-        lipschitz = LayerObjective(weight, GramStatistics(gram)).lipschitz
+        lipschitz = Quadratic(GramStatistics(gram)).lipschitz
         assert lipschitz >= largest * (1 - features * FLOAT32)
         assert lipschitz <= 1.03 * largest
 
 
 def test_no_token_leaves_the_start(objective):
     weight = normal(ROWS, FEATURES)
-    problem = LayerObjective(weight, GramStatistics.empty(FEATURES))
+    problem = LayerObjective(weight, Quadratic(GramStatistics.empty(FEATURES)))
     solution = fista(problem, 1.0, weight)
     assert solution.iterations == 0
     assert torch.equal(solution.weight, weight)
@@ -290,6 +294,6 @@ def test_the_error_falls_as_nesterov_promises(objective):
     distance = float((start - optimum).norm()) ** 2
     for steps in [1, 3, 10, 30]:
         reached = fista(objective, penalty, start, steps, 0.0).weight
-        bound = 2 * objective.lipschitz * distance / (steps + 1) ** 2
+        bound = 2 * objective.quadratic.lipschitz * distance / (steps + 1) ** 2
         assert value(reached) - value(optimum) <= bound
         assert math.isfinite(bound)

@@ -4,6 +4,7 @@ from problems import FLOAT32, gram_statistics, inputs, normal, true_error
 
 from fista_modifier.solver import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.quadratic import Quadratic
 
 TOKENS, FEATURES, ROWS = 96, 24, 8
 
@@ -32,7 +33,7 @@ def test_gram_matrices_are_those_of_the_tokens():
 def test_error_is_that_of_the_outputs(candidate, drift):
     weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
     dense = None if drift is None else pruned + drift * inputs(TOKENS, FEATURES, seed=5)
-    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     mask = {"half": weight.abs() > 0.7, "zero": False, "dense": True}[candidate]
     other = torch.where(torch.as_tensor(mask), weight, 0)
     expected = true_error(other, weight, pruned, dense)
@@ -48,7 +49,7 @@ def test_the_error_of_a_tiny_drift_does_not_cancel():
     """
     weight, dense = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
     pruned = dense + 1e-5 * inputs(TOKENS, FEATURES, seed=5)
-    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     expected = true_error(weight, weight, pruned, dense)
 
     def square(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -63,7 +64,7 @@ def test_the_gradient_is_that_of_half_the_squared_error():
     weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
     dense = inputs(TOKENS, FEATURES, seed=5)
     candidate = normal(ROWS, FEATURES, seed=9)
-    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     variable = candidate.double().requires_grad_()
     output = variable @ pruned.double().T - weight.double() @ dense.double().T
     (expected,) = torch.autograd.grad(output.square().sum() / 2, variable)

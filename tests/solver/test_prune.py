@@ -18,6 +18,7 @@ from fista_modifier.solver import (
 )
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import project
+from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import fill_support, refit
 from fista_modifier.solver.warm_start import warm_start
 
@@ -227,7 +228,7 @@ def test_refit_is_least_squares_on_the_support(tokens, others):
     weight = normal(ROWS, FEATURES)
     free = weight.abs() > 0.7
     start = torch.where(free, weight, 0) if others == "zero" else weight
-    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     expected = least_squares(weight, free, start, pruned, dense)
     solution = refit(objective, start, free, iterations=2 * FEATURES)
     assert torch.equal(solution[~free], start[~free])
@@ -242,13 +243,16 @@ def test_refit_lowers_the_error_of_every_row_at_every_step(tokens):
     weight = normal(ROWS, FEATURES)
     free = weight.abs() > 0.7
     start = torch.where(free, weight, 0)
-    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
 
     def row_errors(candidate: Tensor) -> Tensor:
         return (candidate @ pruned.T - weight @ dense.T).norm(dim=1)
 
-    errors = [row_errors(refit(objective, start, free, steps)) for steps in range(6)]
-    assert torch.equal(refit(objective, start, free, 0), start)
+    errors = [
+        row_errors(refit(objective, start, free, iterations=steps))
+        for steps in range(6)
+    ]
+    assert torch.equal(refit(objective, start, free, iterations=0), start)
     for before, after in zip(errors, errors[1:], strict=False):
         assert bool((after < before).all())
 
@@ -260,7 +264,7 @@ def test_fill_support_uses_what_the_pattern_allows(tokens, pattern, dead):
     pruned[:, dead] = dense[:, dead] = 0
     weight = normal(ROWS, FEATURES)
     sparser = torch.where(NofM(1, 8).support(weight.abs()), weight, 0)
-    objective = LayerObjective(weight, gram_statistics(pruned, dense))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     filled = fill_support(objective, sparser, pattern)
     assert has_exactly(filled, pattern)
     kept = sparser != 0
@@ -271,7 +275,7 @@ def test_fill_support_uses_what_the_pattern_allows(tokens, pattern, dead):
 
 def test_fill_support_of_a_full_weight_changes_nothing(tokens):
     weight, pattern = normal(ROWS, FEATURES), NofM(2, 4)
-    objective = LayerObjective(weight, gram_statistics(*tokens))
+    objective = LayerObjective(weight, Quadratic(gram_statistics(*tokens)))
     full = project(weight, pattern)
     assert torch.equal(fill_support(objective, full, pattern), full)
 

@@ -1,0 +1,78 @@
+"""The curvature of the problem: one matrix for all operators with the same input."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fista_modifier.solver.gram import GramStatistics
+
+__all__ = ["Quadratic"]
+
+
+class Quadratic:
+    """
+    The quadratic form ⟨V, V G⟩ that all operators of a stage share.
+
+    With damping δ, G stands for X* X*ᵀ + diag(δ): see :class:`LayerObjective`.
+
+    :param statistics: Gram matrices of the shared input, each n×n
+    :param damping: δ ≥ 0 of each feature, n, in the units of G; None is zero
+    """
+
+    def __init__(
+        self, statistics: GramStatistics, damping: Tensor | None = None
+    ) -> None:
+        self.statistics = statistics
+        self.damping = damping
+        self.gram = statistics.gram
+        if damping is not None:
+            self.gram = self.gram + damping.diag()
+
+    @cached_property
+    def lipschitz(self) -> float:
+        """L, an upper estimate of λ_max(G): the step length of FISTA is 1/L"""
+        return largest_eigenvalue(self.gram)
+
+    def resolvent(self, penalty: float) -> Tensor:
+        """
+        :param penalty: ρ > 0
+        :return: (G + ρ I)⁻¹, n×n
+        """
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(penalty)
+        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+
+
+def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
+    """
+    λ_max of a positive semidefinite matrix by Lanczos' iteration: the largest Ritz
+    value θ of the Krylov space of a random vector. (Power iteration with as many
+    products is several per cent too low where the largest eigenvalues lie close
+    together.) The residual ‖Gv − θv‖ bounds the distance from θ to an eigenvalue;
+    adding it makes the estimate err to the safe side (a step of 1/L must not be too
+    long).
+
+    :param gram: G, n×n
+    :return: θ + ‖Gv − θv‖; 0 for G = 0
+    """
+    features = gram.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(features, generator=generator).to(gram)
+    basis = gram.new_zeros(min(iterations, features), features)
+    images = torch.zeros_like(basis)
+    rounding = torch.finfo(gram.dtype).eps
+    for step in range(len(basis)):
+        basis[step] = vector / vector.norm().clamp_min(1e-30)
+        images[step] = gram @ basis[step]
+        vector = images[step]
+        for _ in range(2):  # once leaves rounding errors, twice is enough
+            vector = vector - (basis @ vector) @ basis
+        # the space is exhausted where nothing but rounding is left: zeros do no harm
+        exhausted = vector.norm() <= features * rounding * images[step].norm()
+        vector = vector.masked_fill(exhausted, 0)
+    values, vectors = torch.linalg.eigh(basis @ images.T)
+    ritz, image = vectors[:, -1] @ basis, vectors[:, -1] @ images
+    return float(values[-1] + (image - values[-1] * ritz).norm())
