@@ -66,7 +66,7 @@ class SolverOptions:
     admm_steps: int = 20
     column_scaling: bool = True
     refit: bool = True
-    dampening_frac: float = 0.01
+    dampening_frac: float = 0.1
     block_size: int = 128
 
 
@@ -80,6 +80,7 @@ PAPER = SolverOptions(
     start="sparsegpt",
     column_scaling=False,
     refit=False,
+    dampening_frac=0.01,
 )
 """Algorithm 1 as published (section 4.1's values), λ in this project's unit."""
 
