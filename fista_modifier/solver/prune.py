@@ -227,7 +227,7 @@ class StageSolver:
         )
         best = self._cast(fill_support(undamped, best, self.pattern), weight.dtype)
         return PrunedWeight(
-            weight=self._unscaled(best).to(weight),
+            weight=self._unscaled(best).add(0.0).to(weight),  # and no zero is negative
             error=objective.error(best),
             start_error=start_error,
             output_norm=objective.output_norm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
@@ -58,11 +58,11 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
             super().__init__(statistics, *others)
             self.given = copy.deepcopy(statistics)
 
-        def prune(self, weight: Tensor) -> PrunedWeight:
-            solution = super().prune(weight)
-            seen.statistics.append(self.given)
-            seen.solutions.append(solution)
-            return solution
+        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
+            solutions = super().prune(weights)
+            seen.statistics += [self.given] * len(solutions)
+            seen.solutions += solutions
+            return solutions
 
     monkeypatch.setattr(fista_modifier.layer, "StageSolver", Watched)
     return seen
