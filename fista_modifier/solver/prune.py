@@ -71,7 +71,7 @@ class SolverOptions:
 
 
 FAST = SolverOptions(admm_steps=10, patience=0)
-"""ADMM cut short and a refit, without FISTA: about half the default's solver time."""
+"""ADMM cut short and a refit, without FISTA."""
 
 PAPER = SolverOptions(
     lambda_init=1e-5,
