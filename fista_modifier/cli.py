@@ -170,10 +170,14 @@ def prune(
         pipeline.save(run.model, tokenizer, output)
         if run.results:
             console.print(operator_table(run.results))
-        console.print(
-            f"Wrote [bold]{output}[/] after {run.seconds:.0f} s of calibration and "
-            "pruning."
-        )
+        announce(output, run.seconds)
+
+
+def announce(folder: Path, seconds: float) -> None:
+    """The last line of a command that pruned."""
+    console.print(
+        f"Wrote [bold]{folder}[/] after {seconds:.0f} s of calibration and pruning."
+    )
 
 
 def pattern_fields(pattern: str) -> dict[str, str | float]:
@@ -296,10 +300,7 @@ def demo(
         measure("2:4, FISTAPruner", str(pruned))
         console.print(operator_table(run.results))
         console.print(perplexity_table(measured, "news"))
-        console.print(
-            f"Wrote [bold]{pruned}[/] after {run.seconds:.0f} s of calibration and "
-            "pruning."
-        )
+        announce(pruned, run.seconds)
 
 
 if __name__ == "__main__":

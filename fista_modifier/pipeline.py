@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from transformers import (
@@ -143,7 +142,7 @@ def prune(
     )
     results = [
         result
-        for modifier in active_session().lifecycle.recipe.modifiers
+        for modifier in recipe.modifiers
         if isinstance(modifier, FISTAPruningModifier)
         for result in modifier.results
     ]

@@ -20,7 +20,8 @@ class LayerObjective:
         ‖V X* − W X‖_F² = ⟨V − W, (V − W) G + 2 W Δ X*ᵀ⟩ + ⟨W, W Δ Δᵀ⟩,
         ∇f(V) = V G − B,  B = W (G − Δ X*ᵀ).
 
-    Matrix products are float32 and the inner products are summed in float64.
+    Matrix products are float32, inner products float32 along a row and float64 over
+    the rows.
 
     With damping δ the gradient is that of f(V) + ½ Σ_j δ_j ‖V_j − W_j‖², j running over
     the columns: δ is added to the diagonal of G and W diag(δ) to B, which holds back

@@ -203,8 +203,10 @@ class StageSolver:
         ]
         starts = self._warm_starts(objectives)
         return [
-            self._prune(*arguments)
-            for arguments in zip(objectives, starts, weights, strict=True)
+            self._prune(objective, start, weight)
+            for objective, start, weight in zip(
+                objectives, starts, weights, strict=True
+            )
         ]
 
     def _prune(
@@ -274,9 +276,7 @@ class StageSolver:
         if kind == "dense":
             return [objective.weight for objective in objectives]
         if kind == "admm":
-            return admm(
-                objectives, self._quadratic, self.pattern, self.options.admm_steps
-            )
+            return admm(objectives, self.pattern, self.options.admm_steps)
         return [
             self._scaled(
                 warm_start(

@@ -29,7 +29,7 @@ class Quadratic:
         self.damping = damping
         self.gram = statistics.gram
         if damping is not None:
-            self.gram = self.gram + damping.diag()
+            self.gram = _with_diagonal_raised(self.gram, damping)
 
     @cached_property
     def lipschitz(self) -> float:
@@ -41,9 +41,14 @@ class Quadratic:
         :param penalty: ρ > 0
         :return: (G + ρ I)⁻¹, n×n
         """
-        shifted = self.gram.clone()
-        shifted.diagonal().add_(penalty)
+        shifted = _with_diagonal_raised(self.gram, penalty)
         return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+
+
+def _with_diagonal_raised(matrix: Tensor, by: Tensor | float) -> Tensor:
+    raised = matrix.clone()
+    raised.diagonal().add_(by)
+    return raised
 
 
 def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:

@@ -8,6 +8,7 @@ from problems import error_slack, gram_statistics, inputs, normal, true_error
 from torch import Tensor
 
 from fista_modifier.solver import (
+    FAST,
     PAPER,
     GramStatistics,
     NofM,
@@ -24,7 +25,7 @@ from fista_modifier.solver.warm_start import warm_start
 
 TOKENS, FEATURES, ROWS = 96, 32, 12
 STARTS = ["dense", "magnitude", "wanda", "sparsegpt"]
-PRESETS = {"paper": PAPER, "default": SolverOptions()}
+PRESETS = {"paper": PAPER, "default": SolverOptions(), "fast": FAST}
 OPTIONS = {
     f"{name}-{start}": replace(preset, start=start)
     for name, preset in PRESETS.items()
