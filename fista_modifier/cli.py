@@ -6,12 +6,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+
+from fista_modifier import pipeline
+from fista_modifier.data import calibration_dataset, load_text, max_sequence_length
+from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
+from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.layer import ErrorCorrection
+from fista_modifier.modifier import FISTAPruningModifier, Preset
+from fista_modifier.solver import WarmStart
+from fista_modifier.tables import operator_table, perplexity_table
 
 app = typer.Typer(
     name="fista-prune",
@@ -41,40 +49,7 @@ class DemoSize:
 QUICK = DemoSize(8, 256, 4096, {"preset": "fast"})
 FULL = DemoSize(32, 512, 16384, {})
 
-
-class Correction(str, Enum):
-    """Values of --error-correction."""
-
-    none = "none"
-    intra = "intra"
-    full = "full"
-
-
-class Start(str, Enum):
-    """Values of --warm-start."""
-
-    admm = "admm"
-    dense = "dense"
-    magnitude = "magnitude"
-    wanda = "wanda"
-    sparsegpt = "sparsegpt"
-
-
-class Preset(str, Enum):
-    """Values of --preset."""
-
-    default = "default"
-    fast = "fast"
-    paper = "paper"
-
-
-class Precision(str, Enum):
-    """Values of --dtype."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @contextmanager
@@ -114,17 +89,18 @@ def prune(
     seed: Annotated[int, typer.Option(help="seed of the choice of sequences")] = 0,
     batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
     error_correction: Annotated[
-        Correction, typer.Option(help="what X* follows: see the README")
-    ] = Correction.intra,
+        ErrorCorrection, typer.Option(help="what X* follows: see the README")
+    ] = "intra",
     preset: Annotated[
         Preset, typer.Option(help="'paper' is Algorithm 1 as published")
-    ] = Preset.default,
+    ] = "default",
     warm_start: Annotated[
-        Start | None, typer.Option(help="where FISTA starts, if not as in the preset")
+        WarmStart | None,
+        typer.Option(help="where FISTA starts, if not as in the preset"),
     ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load and save the weights in")
-    ] = Precision.auto,
+    ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace what is in the output folder")
     ] = False,
@@ -136,11 +112,6 @@ def prune(
     each as long as the model allows (at most 2048 tokens).
     """
     with errors_as_messages():
-        from fista_modifier import pipeline
-        from fista_modifier.data import calibration_dataset, max_sequence_length
-        from fista_modifier.modifier import FISTAPruningModifier
-        from fista_modifier.tables import operator_table
-
         pipeline.check_output(output, overwrite)
         if (pattern is None) == (recipe is None):
             raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
@@ -151,12 +122,12 @@ def prune(
             modifier = FISTAPruningModifier(
                 **pattern_fields(pattern),
                 ignore=["re:.*lm_head"],
-                error_correction=error_correction.value,
-                preset=preset.value,
-                warm_start=warm_start.value if warm_start else None,
+                error_correction=error_correction,
+                preset=preset,
+                warm_start=warm_start,
             )
         tokenizer = pipeline.load_tokenizer(model)
-        dense = pipeline.load_model(model, dtype.value)
+        dense = pipeline.load_model(model, dtype)
         calibration = calibration_dataset(
             dataset,
             tokenizer,
@@ -214,23 +185,18 @@ def evaluate(
     ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load the weights in")
-    ] = Precision.auto,
+    ] = "auto",
 ) -> None:
     """
     Measure the perplexity of MODELS on a text, in contiguous blocks.
     """
     with errors_as_messages():
-        from fista_modifier import pipeline
-        from fista_modifier.data import load_text, max_sequence_length
-        from fista_modifier.evaluation.perplexity import perplexity
-        from fista_modifier.tables import perplexity_table
-
         # both fail at once if something is missing, before anything is measured
         corpus = "\n\n".join(load_text(text))
         tokenizers = {model: pipeline.load_tokenizer(model) for model in models}
         measured = []
         for model, tokenizer in tokenizers.items():
-            loaded = pipeline.load_model(model, dtype.value, to_accelerator=True)
+            loaded = pipeline.load_model(model, dtype, to_accelerator=True)
             result = perplexity(
                 loaded,
                 tokenizer,
@@ -258,13 +224,6 @@ def demo(
     and evaluated on news, both from gensim's test data.
     """
     with errors_as_messages():
-        from fista_modifier import pipeline
-        from fista_modifier.data import calibration_dataset
-        from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
-        from fista_modifier.evaluation.perplexity import perplexity
-        from fista_modifier.modifier import FISTAPruningModifier
-        from fista_modifier.tables import operator_table, perplexity_table
-
         size = QUICK if quick else FULL
         output.mkdir(parents=True, exist_ok=True)
         dense = str(build_smollm2(output / "SmolLM2-135M-Instruct"))

@@ -30,11 +30,11 @@ from fista_modifier.solver import (
     PAPER,
     SolverOptions,
     SparsityPattern,
+    WarmStart,
     parse_pattern,
 )
-from fista_modifier.solver.warm_start import WarmStart
 
-__all__ = ["FISTAPruningModifier"]
+__all__ = ["FISTAPruningModifier", "Preset"]
 
 Preset = Literal["default", "fast", "paper"]
 PRESETS: dict[Preset, SolverOptions] = {

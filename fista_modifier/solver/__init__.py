@@ -13,6 +13,7 @@ from fista_modifier.solver.prune import (
     PrunedWeight,
     SolverOptions,
     StageSolver,
+    WarmStart,
     prune_weight,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "SparsityPattern",
     "StageSolver",
     "Unstructured",
+    "WarmStart",
     "parse_pattern",
     "prune_weight",
 ]

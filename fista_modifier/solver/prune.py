@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from fista_modifier.solver.admm import admm
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
-from fista_modifier.solver.patterns import SparsityPattern, project
+from fista_modifier.solver.patterns import SparsityPattern
 from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import fill_support, refit
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
-from fista_modifier.solver.warm_start import WarmStart, warm_start
+from fista_modifier.solver.warm_start import OneShot, warm_start
+
+WarmStart = Literal["dense", OneShot, "admm"]
+"""W₀*: a one-shot method, the dense weights, or the ADMM of this package"""
 
 REFIT_TOLERANCE = 1e-3
 """a refit ends where a step lowers the squared error by less than this share"""
@@ -27,6 +31,7 @@ __all__ = [
     "PrunedWeight",
     "SolverOptions",
     "StageSolver",
+    "WarmStart",
     "prune_weight",
 ]
 
@@ -213,10 +218,11 @@ class StageSolver:
         self, objective: LayerObjective, start: Tensor, weight: Tensor
     ) -> PrunedWeight:
         """Algorithm 1 and what comes before and after it, for one operator."""
-        best = self._cast(project(start, self.pattern), weight.dtype)
+        support = self.pattern.support(start.abs())
+        best = self._cast(start * support, weight.dtype)
         start_error = best_error = objective.error(best)
         if self.options.refit:
-            refitted = self._feasible(objective, start, start_error, weight.dtype)
+            refitted = self._refit(objective, best, support, start_error, weight.dtype)
             refitted_error = objective.error(refitted)
             if refitted_error < start_error:
                 best, best_error = refitted, refitted_error
@@ -301,10 +307,20 @@ class StageSolver:
         """Round, refit, and cast as the checkpoint will."""
         support = self.pattern.support(iterate.abs())
         rounded = iterate * support
-        if self.options.refit:
-            tolerance = REFIT_TOLERANCE * best_error**2 / 2
-            rounded = refit(objective, rounded, support, tolerance=tolerance)
-        return self._cast(rounded, dtype)
+        if not self.options.refit:
+            return self._cast(rounded, dtype)
+        return self._refit(objective, rounded, support, best_error, dtype)
+
+    def _refit(
+        self,
+        objective: LayerObjective,
+        weight: Tensor,
+        support: Tensor,
+        best_error: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        tolerance = REFIT_TOLERANCE * best_error**2 / 2
+        return self._cast(refit(objective, weight, support, tolerance=tolerance), dtype)
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """What a weight in scaled columns is worth once it was stored in ``dtype``."""

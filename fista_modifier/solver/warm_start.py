@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fista_modifier.solver.patterns import NofM, SparsityPattern, project
 
-__all__ = ["OneShot", "WarmStart", "warm_start"]
+__all__ = ["OneShot", "warm_start"]
 
-WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt", "admm"]
 OneShot = Literal["magnitude", "wanda", "sparsegpt"]
 
 
@@ -41,6 +40,7 @@ def warm_start(
     :param block_size: columns that SparseGPT prunes at once
     :param dampening_frac: SparseGPT's damping, as a fraction of the mean of diag(G)
     :return: float32 m×n
+    :raises ValueError: for any other kind
     """
     module = torch.nn.Linear(
         weight.shape[1], weight.shape[0], bias=False, device="meta"
@@ -66,6 +66,8 @@ def warm_start(
                 preserve_sparsity_mask=False,
                 **_host_pattern(pattern),
             )
+        case _:
+            raise ValueError(f"warm start '{kind}' is none of {get_args(OneShot)}")
     # the kernels round the number of zeros down for each row or block
     return project(pruned, pattern)
 
