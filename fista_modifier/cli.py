@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import typer
+from datasets import Dataset
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
+from fista_modifier.checkpoint.report import Calibration, PruningReport
+from fista_modifier.checkpoint.verification import Verification
+from fista_modifier.checkpoint.verification import verify as verify_checkpoint
 from fista_modifier.data import calibration_dataset, load_text, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.layer import ErrorCorrection
 from fista_modifier.modifier import FISTAPruningModifier, Preset
-from fista_modifier.solver import WarmStart
-from fista_modifier.tables import operator_table, perplexity_table
+from fista_modifier.solver import SparsityPattern, WarmStart, parse_pattern
+from fista_modifier.tables import operator_table, perplexity_table, verification_table
 
 app = typer.Typer(
     name="fista-prune",
@@ -128,30 +133,79 @@ def prune(
             )
         tokenizer = pipeline.load_tokenizer(model)
         dense = pipeline.load_model(model, dtype)
-        calibration = calibration_dataset(
-            dataset,
-            tokenizer,
-            samples=samples,
-            seq_len=seq_len or max_sequence_length(dense.config),
-            seed=seed,
+        data = Calibration(
+            dataset, samples, seq_len or max_sequence_length(dense.config), seed
         )
+        calibration = calibration_of(data, tokenizer)
         run = pipeline.prune(
             dense, tokenizer, calibration, modifier or recipe, batch_size=batch_size
         )
-        pipeline.save(run.model, tokenizer, output)
-        if run.results:
-            console.print(operator_table(run.results))
-        announce(output, run.seconds)
+        finish(model, run, tokenizer, data, output)
 
 
-def announce(folder: Path, seconds: float) -> None:
-    """The last line of a command that pruned."""
-    console.print(
-        f"Wrote [bold]{folder}[/] after {seconds:.0f} s of calibration and pruning."
+def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """
+    :param data: the user's choice
+    :param tokenizer: the model's
+    :return: the tokens
+    """
+    return calibration_dataset(
+        data.dataset,
+        tokenizer,
+        samples=data.samples,
+        seq_len=data.seq_len,
+        seed=data.seed,
     )
 
 
-def pattern_fields(pattern: str) -> dict[str, str | float]:
+def finish(
+    model: str,
+    run: pipeline.PruningRun,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Calibration,
+    folder: Path,
+) -> None:
+    """
+    Write what a run made, verify it, and say so.
+
+    :param model: what was pruned
+    :param run: the pruned model
+    :param tokenizer: the model's
+    :param data: what it was calibrated on
+    :param folder: the checkpoint to write
+    :raises RuntimeError: if the checkpoint on disk is not what it should be
+    """
+    report = PruningReport(model, data, run.seconds, run.results)
+    pipeline.save(run.model, tokenizer, folder, report)
+    if run.results:
+        console.print(operator_table(run.results))
+        if not getattr(run.model.config, "quantization_config", None):
+            check(verify_checkpoint(folder), folder)
+    console.print(
+        f"Wrote [bold]{folder}[/] after {run.seconds:.0f} s of calibration and pruning."
+    )
+
+
+def check(verification: Verification, folder: Path) -> None:
+    """
+    :param verification: of a checkpoint
+    :param folder: the checkpoint
+    :raises RuntimeError: naming all that is wrong with it
+    """
+    faults = list(verification.problems)
+    faults += [f"{failed.name} {failed.problem}" for failed in verification.failures]
+    if faults:
+        raise RuntimeError(f"{folder} failed verification:\n" + "\n".join(faults))
+
+
+class PatternFields(TypedDict, total=False):
+    """The modifier's fields that say how sparse."""
+
+    sparsity: float
+    mask_structure: str
+
+
+def pattern_fields(pattern: str) -> PatternFields:
     """
     :param pattern: "n:m" or a sparsity such as "0.5"
     :return: the modifier's fields for it
@@ -166,6 +220,41 @@ def pattern_fields(pattern: str) -> dict[str, str | float]:
             f"--pattern must be n:m such as 2:4, or a sparsity such as 0.5; got "
             f"'{pattern}'"
         ) from None
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="such as 2:4 or 0.5 (default: what the report beside it says)"
+        ),
+    ] = None,
+) -> None:
+    """
+    Check that CHECKPOINT is whole and as sparse as it should be.
+
+    Every pruned operator has its pattern, no value is NaN or infinite, shards and index
+    agree, names and shapes are those of config.json, tied weights are equal. Exit
+    status 1, with all that is wrong, if anything is. Reads safetensors only.
+    """
+    with errors_as_messages():
+        expected = None if pattern is None else parsed(pattern)
+        verification = verify_checkpoint(checkpoint, expected)
+        console.print(verification_table(verification))
+        check(verification, checkpoint)
+        console.print(f"[bold]{checkpoint}[/] is whole.")
+
+
+def parsed(pattern: str) -> SparsityPattern:
+    """
+    :param pattern: "n:m" or a sparsity such as "0.5"
+    :return: the pattern
+    :raises ValueError: if it is neither
+    """
+    given = pattern_fields(pattern)
+    return parse_pattern(given.get("mask_structure", "0:0"), given.get("sparsity"))
 
 
 @app.command("eval")
@@ -230,12 +319,9 @@ def demo(
         news = news_text(output).read_text()
         tokenizer = pipeline.load_tokenizer(dense)
         model = pipeline.load_model(dense)
-        calibration = calibration_dataset(
-            str(wikipedia_text(output)),
-            tokenizer,
-            samples=size.samples,
-            seq_len=size.seq_len,
-        )
+        wikipedia = str(wikipedia_text(output))
+        data = Calibration(wikipedia, size.samples, size.seq_len, seed=0)
+        calibration = calibration_of(data, tokenizer)
         console.print(
             f"Pruning SmolLM2-135M-Instruct to 2:4 with {size.samples} sequences of "
             f"{size.seq_len} tokens of Wikipedia."
@@ -255,11 +341,9 @@ def demo(
         )
         run = pipeline.prune(model, tokenizer, calibration, recipe)
         pruned = output / "SmolLM2-135M-Instruct-2of4"
-        pipeline.save(run.model, tokenizer, pruned)
+        finish(dense, run, tokenizer, data, pruned)
         measure("2:4, FISTAPruner", str(pruned))
-        console.print(operator_table(run.results))
         console.print(perplexity_table(measured, "news"))
-        announce(pruned, run.seconds)
 
 
 if __name__ == "__main__":

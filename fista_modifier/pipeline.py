@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.layer import OperatorResult
 from fista_modifier.modifier import FISTAPruningModifier
 
@@ -150,7 +151,10 @@ def prune(
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    report: PruningReport | None = None,
 ) -> None:
     """
     Write a checkpoint completely or not at all: into a folder beside the target, which
@@ -159,6 +163,7 @@ def save(
     :param model: what to save
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
+    :param report: what was done to the model, saved with it
     :raises OSError: if the disk is full, naming the folder; what was there stays
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +174,8 @@ def save(
         try:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+            if report:
+                report.save(unfinished)
         except Exception as error:
             raise OSError(
                 f"could not write the checkpoint {folder}: {error}"

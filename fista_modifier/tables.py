@@ -7,10 +7,11 @@ from itertools import groupby
 
 from rich.table import Table
 
+from fista_modifier.checkpoint.verification import OperatorCheck, Verification
 from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.layer import OperatorResult
 
-__all__ = ["operator_table", "perplexity_table"]
+__all__ = ["operator_table", "perplexity_table", "verification_table"]
 
 
 def operator_table(results: Sequence[OperatorResult]) -> Table:
@@ -65,5 +66,34 @@ def perplexity_table(measured: Sequence[tuple[str, Perplexity]], text: str) -> T
     for name, result in measured:
         table.add_row(
             name, f"{result.value:.3f}", f"{result.nll:.4f}", str(result.tokens)
+        )
+    return table
+
+
+def verification_table(verification: Verification) -> Table:
+    """
+    :param verification: of a checkpoint
+    :return: one line for each kind of operator and pattern
+    """
+    table = Table(title="Verified operators")
+    table.add_column("operator")
+    for heading in ("pattern", "count", "weights", "zeros", "failed"):
+        table.add_column(heading, justify="right")
+
+    def kind(check: OperatorCheck) -> tuple[str, str]:
+        return check.name.rpartition(".")[2], check.pattern
+
+    by_kind = sorted(verification.operators, key=kind)
+    for (name, pattern), group in groupby(by_kind, key=kind):
+        checks = list(group)
+        entries = sum(check.entries for check in checks)
+        zeros = sum(check.zeros for check in checks)
+        table.add_row(
+            name,
+            pattern,
+            str(len(checks)),
+            f"{entries / 1e6:.2f} M",
+            f"{100 * zeros / entries:.2f} %" if entries else "",
+            str(sum(check.problem is not None for check in checks)),
         )
     return table

@@ -12,6 +12,7 @@ from families import FAMILIES, checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
+from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.solver import NofM, Unstructured
@@ -73,6 +74,28 @@ def test_prune_writes_a_checkpoint_with_the_pattern(
     for name in FAMILIES["llama"].operators:
         assert pattern.holds(loaded.get_submodule(name).weight)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt", "pruned"}
+
+
+def test_a_pruned_checkpoint_passes_verification_until_it_is_damaged(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "pruned"
+    assert prune(model, text, output, "--pattern", "2:4").exit_code == 0
+    report = PruningReport.load(output)
+    assert {operator.name for operator in report.operators} == set(
+        FAMILIES["llama"].operators
+    )
+    assert report.calibration == Calibration(str(text), 4, 16, 0)
+    for arguments in ([], ["--pattern", "2:4"], ["--pattern", "0.5"]):
+        result = run("verify", output, *arguments)
+        assert result.exit_code == 0, result.output
+    refused = run("verify", output, "--pattern", "1:4")
+    assert refused.exit_code == 1
+    assert "model.layers.1.mlp.down_proj is not 1:4" in refused.output
+    (output / "model.safetensors").write_bytes(b"")
+    result = run("verify", output)
+    assert result.exit_code == 1
+    assert "model.safetensors" in result.output
 
 
 def test_the_same_command_gives_the_same_weights(
@@ -155,5 +178,5 @@ def test_eval_prints_the_perplexity_of_each_model(
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("prune", "eval", "demo"):
+    for command in ("prune", "verify", "eval", "demo"):
         assert command in result.output

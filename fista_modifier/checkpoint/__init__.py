@@ -1,0 +1,1 @@
+"""What is on disk: the report beside a checkpoint, and its verification."""

@@ -1,0 +1,86 @@
+"""``pruning_report.json``: what was done to a checkpoint, and how well it went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fista_modifier.layer import OperatorResult
+
+__all__ = ["REPORT_NAME", "Calibration", "PruningReport"]
+
+REPORT_NAME = "pruning_report.json"
+PACKAGES = (
+    "fista-modifier",
+    "llmcompressor",
+    "compressed-tensors",
+    "transformers",
+    "torch",
+)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    The data that a model was calibrated on.
+
+    :param dataset: local file or hub id
+    :param samples: number of sequences
+    :param seq_len: tokens in each
+    :param seed: of their choice
+    """
+
+    dataset: str
+    samples: int
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """
+    :param model: what was pruned, a folder or a hub id
+    :param calibration: what it was calibrated on
+    :param seconds: wall time of calibration and pruning
+    :param operators: what became of each operator, in the order of pruning
+    :param versions: of this package and of those that its result depends on
+    """
+
+    model: str
+    calibration: Calibration
+    seconds: float
+    operators: Sequence[OperatorResult]
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: version(name) for name in PACKAGES}
+    )
+
+    def save(self, folder: Path) -> None:
+        """
+        :param folder: of the checkpoint; ``pruning_report.json`` is written into it
+        """
+        text = json.dumps(asdict(self), indent=2)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> PruningReport:
+        """
+        :param folder: of the checkpoint
+        :return: its report
+        :raises FileNotFoundError: if it has none
+        :raises ValueError: if the file is not such a report
+        """
+        file = folder / REPORT_NAME
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            operators = [
+                OperatorResult(**operator | {"shape": tuple(operator["shape"])})
+                for operator in content.pop("operators")
+            ]
+            calibration = Calibration(**content.pop("calibration"))
+            return cls(operators=operators, calibration=calibration, **content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is not a pruning report: {error!r}") from error

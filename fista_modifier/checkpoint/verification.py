@@ -1,0 +1,266 @@
+"""Whether a checkpoint on disk is whole and as sparse as it should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from fista_modifier.calibration.operators import find_operators
+from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
+from fista_modifier.solver import SparsityPattern, parse_pattern
+
+__all__ = ["OperatorCheck", "Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class OperatorCheck:
+    """
+    :param name: the operator's name
+    :param pattern: what its weight must have
+    :param zeros: zero entries that were found
+    :param entries: entries in all
+    :param problem: what is wrong with it, or None
+    """
+
+    name: str
+    pattern: str
+    zeros: int
+    entries: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """
+    :param operators: the operators that must be sparse
+    :param problems: what is wrong with the checkpoint as a whole
+    """
+
+    operators: list[OperatorCheck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """whether nothing is wrong"""
+        return not self.problems and not self.failures
+
+    @property
+    def failures(self) -> list[OperatorCheck]:
+        """the operators with a problem"""
+        return [check for check in self.operators if check.problem]
+
+
+@dataclass(frozen=True)
+class _Expectation:
+    """The pattern of an operator, and its exact number of zeros where it is known."""
+
+    label: str
+    pattern: SparsityPattern | None
+    zeros: int | None = None
+
+
+def verify(
+    folder: Path,
+    pattern: SparsityPattern | None = None,
+    on_tensor: Callable[[], object] = lambda: None,
+) -> Verification:
+    """
+    Check a checkpoint tensor by tensor: memory for the largest of them is enough.
+    Shards and their index agree, names and shapes are those of the model that
+    config.json describes, no value is NaN or infinite, tied weights are equal, and the
+    pruned operators have their zeros. Only safetensors files are read, never a pickle.
+
+    :param folder: the checkpoint
+    :param pattern: what every linear operator but the output embedding must have;
+        None for what ``pruning_report.json`` says of each
+    :param on_tensor: called after each tensor, for a progress bar
+    :return: what was found
+    :raises FileNotFoundError: if there is no such folder, no config.json in it, or
+        neither a pattern nor a report
+    :raises ValueError: if config.json or the report cannot be read, or the checkpoint
+        is quantised
+    """
+    model = _described_model(folder)
+    expected = _expectations(folder, model, pattern)
+    try:
+        files, problems = _locate(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        return Verification(problems=[str(error)])
+    parameters = model.state_dict(keep_vars=True)
+    problems += _disagreements(parameters, set(files))
+    checks = []
+    first_of: dict[int, tuple[str, Tensor]] = {}
+    tied = _tied(parameters)
+    for name, tensor in _tensors(files, problems):
+        problems += _faults(name, tensor, parameters.get(name))
+        if name in tied:
+            other, value = first_of.setdefault(id(parameters[name]), (name, tensor))
+            if value.dtype != tensor.dtype or not torch.equal(value, tensor):
+                problems.append(f"{name} differs from {other}, to which it is tied")
+        operator = name.removesuffix(".weight")
+        if name.endswith(".weight") and operator in expected:
+            module = model.get_submodule(operator)
+            weight = tensor.T if isinstance(module, Conv1D) else tensor
+            checks.append(_check(operator, weight, expected[operator]))
+        on_tensor()
+    found = {check.name for check in checks}
+    problems += [f"{name}.weight is missing" for name in expected if name not in found]
+    return Verification(checks, list(dict.fromkeys(problems)))
+
+
+def _described_model(folder: Path) -> PreTrainedModel:
+    """The model of config.json, without memory for its weights."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
+    with _as_value_error(f"{folder / 'config.json'} describes no model"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        quantization = getattr(config, "quantization_config", None)
+        if not quantization:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config)
+    raise ValueError(
+        f"{folder} is quantised; verify reads checkpoints in plain floating point"
+    )
+
+
+def _expectations(
+    folder: Path, model: PreTrainedModel, pattern: SparsityPattern | None
+) -> dict[str, _Expectation]:
+    """What each pruned operator must be like."""
+    if pattern is not None:
+        return {
+            operator.name: _Expectation(str(pattern), pattern)
+            for operator in find_operators(model, ["Linear"], ["re:.*lm_head"])
+        }
+    if not (folder / REPORT_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {REPORT_NAME}; name the pattern: --pattern 2:4"
+        )
+    report = PruningReport.load(folder)
+    return {
+        operator.name: _Expectation(
+            operator.pattern,
+            parse_pattern(operator.pattern, None) if ":" in operator.pattern else None,
+            operator.zeros,
+        )
+        for operator in report.operators
+    }
+
+
+def _locate(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The file of each tensor, and where index and shards disagree."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        single = folder / SAFE_WEIGHTS_NAME
+        if not single.is_file():
+            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME}")
+        return dict.fromkeys(_keys(single), single), []
+    with _as_value_error(f"{index} is not an index of shards"):
+        listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        if any(Path(shard).name != shard for shard in listed.values()):
+            raise ValueError("a shard lies outside the folder")
+    problems = []
+    held: dict[str, Path] = {}
+    for shard in sorted(set(listed.values())):
+        if (folder / shard).is_file():
+            held |= dict.fromkeys(_keys(folder / shard), folder / shard)
+        else:
+            problems.append(f"the shard {shard} is missing")
+    for name in sorted(set(listed) | set(held)):
+        indexed = listed.get(name, "no file")
+        actual = held[name].name if name in held else "no file"
+        if indexed != actual:
+            problems.append(f"{name} is in {actual}, but indexed in {indexed}")
+    return held, problems
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file.name} cannot be read: {error}") from error
+
+
+def _disagreements(parameters: dict[str, Tensor], present: set[str]) -> list[str]:
+    """Names that the model has and the files have not, or the other way round."""
+    stored = {id(parameters[name]) for name in present if name in parameters}
+    missing = [name for name, value in parameters.items() if id(value) not in stored]
+    unknown = sorted(present - set(parameters))
+    return [f"{name} is missing" for name in missing] + [
+        f"{name} is no part of the model that config.json describes" for name in unknown
+    ]
+
+
+def _tied(parameters: dict[str, Tensor]) -> set[str]:
+    """Names that stand for a parameter with several."""
+    names: dict[int, list[str]] = {}
+    for name, value in parameters.items():
+        names.setdefault(id(value), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _tensors(
+    files: dict[str, Path], problems: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that can be read; what cannot is added to the problems."""
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as opened:
+            for name in (name for name, where in files.items() if where == file):
+                try:
+                    yield name, opened.get_tensor(name)
+                except (SafetensorError, RuntimeError, TypeError) as error:
+                    problems.append(f"{name} cannot be read: {error}")
+
+
+def _faults(name: str, tensor: Tensor, described: Tensor | None) -> list[str]:
+    faults = []
+    if described is not None and tensor.shape != described.shape:
+        faults.append(
+            f"{name} has shape {tuple(tensor.shape)}; by config.json it is "
+            f"{tuple(described.shape)}"
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        faults.append(f"{name} contains NaN or infinity")
+    return faults
+
+
+def _check(name: str, weight: Tensor, expected: _Expectation) -> OperatorCheck:
+    zeros = int((weight == 0).sum())
+    return OperatorCheck(
+        name, expected.label, zeros, weight.numel(), _problem(weight, zeros, expected)
+    )
+
+
+def _problem(weight: Tensor, zeros: int, expected: _Expectation) -> str | None:
+    if weight.ndim != 2:
+        return f"is no matrix: its shape is {tuple(weight.shape)}"
+    if expected.pattern is not None:
+        try:
+            expected.pattern.check_columns(weight.shape[1])
+        except ValueError as error:
+            return str(error)
+        if not expected.pattern.holds(weight):
+            return f"is not {expected.label}"
+    if expected.zeros is not None and zeros != expected.zeros:
+        return f"has {zeros} zeros; the report counts {expected.zeros}"
+    return None
+
+
+@contextmanager
+def _as_value_error(message: str) -> Iterator[None]:
+    """Whatever a malformed file makes its reader raise, as one kind of error."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{message}: {error}") from error

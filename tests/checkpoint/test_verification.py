@@ -1,0 +1,199 @@
+"""Verification finds what is wrong with a checkpoint, and only that."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fista_modifier.calibration.operators import find_operators
+from fista_modifier.checkpoint.report import Calibration, PruningReport
+from fista_modifier.checkpoint.verification import Verification, verify
+from fista_modifier.layer import OperatorResult
+from fista_modifier.solver import NofM, Unstructured
+from fista_modifier.solver.patterns import SparsityPattern, project
+
+PATTERN = NofM(2, 4)
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def sparse(
+    folder: Path,
+    family: str = "llama",
+    pattern: SparsityPattern = PATTERN,
+    shard_size: str = "1GB",
+    **settings: object,
+) -> Path:
+    """A tiny model, pruned by magnitude and saved."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family, **settings))
+    for operator in find_operators(model, ["Linear"], ["re:.*lm_head"]):
+        operator.save(project(operator.weight, pattern))
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """Rewrite the only file of weights."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def report(zeros: int) -> PruningReport:
+    """A report that knows one operator."""
+    result = OperatorResult(
+        name=Q_PROJ,
+        shape=(32, 32),
+        pattern="2:4",
+        zeros=zeros,
+        relative_error=0.1,
+        relative_start_error=0.2,
+        penalty=0.0,
+        trials=0,
+        iterations=0,
+        tokens=8,
+        seconds=0.1,
+    )
+    return PruningReport("model", Calibration("text.txt", 2, 4, 0), 1.0, [result])
+
+
+def faults(verification: Verification) -> list[str]:
+    return [*verification.problems, *(f.name for f in verification.failures)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sparse_checkpoint_of_every_family_passes(
+    family: str, tmp_path: Path
+) -> None:
+    verification = verify(sparse(tmp_path, family), PATTERN)
+    assert faults(verification) == []
+    assert len(verification.operators) == len(FAMILIES[family].operators)
+    assert all(check.zeros == check.entries / 2 for check in verification.operators)
+
+
+def test_shards_pass_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    sparse(tmp_path, shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert verify(tmp_path, PATTERN).passed
+    shards[0].unlink()
+    verification = verify(tmp_path, PATTERN)
+    assert f"the shard {shards[0].name} is missing" in verification.problems
+
+
+def test_an_index_that_disagrees_with_its_shards_is_found(tmp_path: Path) -> None:
+    sparse(tmp_path, shard_size="20KB")
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    del index["weight_map"]["model.norm.weight"]
+    file.write_text(json.dumps(index))
+    assert any(
+        "model.norm.weight" in fault for fault in faults(verify(tmp_path, PATTERN))
+    )
+    index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    file.write_text(json.dumps(index))
+    (fault,) = verify(tmp_path, PATTERN).problems
+    assert "outside" in fault
+
+
+def test_one_entry_too_many_fails_its_operator(tmp_path: Path) -> None:
+    sparse(tmp_path)
+    change(tmp_path, lambda tensors: tensors[f"{Q_PROJ}.weight"][3, :4].fill_(1.0))
+    assert faults(verify(tmp_path, PATTERN)) == [Q_PROJ]
+
+
+def test_an_unstructured_checkpoint_is_not_2_of_4(tmp_path: Path) -> None:
+    sparse(tmp_path, pattern=Unstructured(0.5))
+    assert verify(tmp_path, Unstructured(0.5)).passed
+    assert len(verify(tmp_path, PATTERN).failures) == len(FAMILIES["llama"].operators)
+    assert len(verify(tmp_path, Unstructured(0.6)).failures) > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_found(tmp_path: Path, value: float) -> None:
+    sparse(tmp_path)
+    change(tmp_path, lambda tensors: tensors["model.norm.weight"][:1].fill_(value))
+    (fault,) = faults(verify(tmp_path, PATTERN))
+    assert "model.norm.weight" in fault
+
+
+def test_missing_unknown_and_misshapen_tensors_are_found(tmp_path: Path) -> None:
+    sparse(tmp_path)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{Q_PROJ}.weight"]
+        tensors["stranger"] = torch.zeros(1)
+        tensors["model.norm.weight"] = torch.ones(3)
+
+    change(tmp_path, edit)
+    found = " ".join(faults(verify(tmp_path, PATTERN)))
+    for name in (Q_PROJ, "stranger", "model.norm.weight"):
+        assert name in found
+
+
+def test_tied_weights_may_be_stored_once_or_twice_but_equal(tmp_path: Path) -> None:
+    sparse(tmp_path, tie_word_embeddings=True)
+    assert verify(tmp_path, PATTERN).passed
+
+    def store_twice(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change(tmp_path, store_twice)
+    assert verify(tmp_path, PATTERN).passed
+    change(tmp_path, lambda tensors: tensors["lm_head.weight"].add_(1))
+    (fault,) = faults(verify(tmp_path, PATTERN))
+    assert "tied" in fault
+
+
+def test_the_report_says_what_to_expect(tmp_path: Path) -> None:
+    sparse(tmp_path)
+    with pytest.raises(FileNotFoundError, match="--pattern"):
+        verify(tmp_path)
+    report(zeros=512).save(tmp_path)
+    assert [check.name for check in verify(tmp_path).operators] == [Q_PROJ]
+    assert verify(tmp_path).passed
+    report(zeros=511).save(tmp_path)
+    assert faults(verify(tmp_path)) == [Q_PROJ]
+
+
+def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    report(zeros=512).save(tmp_path)
+    assert PruningReport.load(tmp_path) == report(zeros=512)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        verify(tmp_path, PATTERN)
+
+
+def test_damaged_files_are_faults_or_messages_never_crashes(tmp_path: Path) -> None:
+    sparse(tmp_path)
+    report(zeros=512).save(tmp_path)
+    files = ["model.safetensors", "config.json", "pruning_report.json"]
+    originals = {name: (tmp_path / name).read_bytes() for name in files}
+    choice = random.Random(0)
+    for _ in range(200):
+        name = choice.choice(files)
+        damaged = bytearray(originals[name])
+        truncated = choice.random() < 0.5
+        if truncated:
+            del damaged[choice.randrange(len(damaged) - 1) :]
+        else:  # most often in what describes the data
+            damaged[choice.randrange(min(len(damaged), 2000))] = choice.randrange(256)
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            # another value of a weight is no fault
+            assert not (verify(tmp_path).passed and truncated)
+        except (ValueError, OSError):
+            pass
+        (tmp_path / name).write_bytes(originals[name])
+    assert verify(tmp_path).passed
