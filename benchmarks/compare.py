@@ -9,7 +9,8 @@ is not measured again.
     python benchmarks/compare.py --model DIR --calibration FILE.txt --text FILE.txt \\
         --samples 128 --seq-len 512 --out benchmarks/results/compare
 
-Methods run with their own defaults; "fista-paper" is Algorithm 1 as published.
+Methods run with their own defaults; "fista-paper" is Algorithm 1 as published. "alps"
+and "boza" are the solvers of peers.py in the place of this project's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-METHODS = ("wanda", "sparsegpt", "fista", "fista-paper")
+METHODS = (
+    "wanda",
+    "sparsegpt",
+    "boza",
+    "alps",
+    "fista-paper",
+    "fista-fast",
+    "fista-full",
+    "fista",
+)
 PATTERNS = ("2:4", "0.5")
 
 
@@ -51,19 +61,27 @@ def modifier(method: str, pattern: str) -> Any:
             return WandaPruningModifier(**fields)
         case "sparsegpt":
             return SparseGPTModifier(**fields)
-        case "fista":
+        case "fista" | "alps" | "boza":
             return FISTAPruningModifier(**fields)
         case "fista-paper":
             return FISTAPruningModifier(**fields, preset="paper")
+        case "fista-fast":
+            return FISTAPruningModifier(**fields, preset="fast")
+        case "fista-full":
+            return FISTAPruningModifier(**fields, error_correction="full")
     raise ValueError(f"method '{method}' is none of {METHODS}")
 
 
 def measure(args: argparse.Namespace, method: str, pattern: str) -> dict[str, Any]:
     """Prune by one method and evaluate; "dense" only evaluates."""
-    from fista_modifier import pipeline
+    import peers
+
+    from fista_modifier import layer, pipeline
     from fista_modifier.data import calibration_dataset
     from fista_modifier.evaluation.perplexity import perplexity
 
+    solvers = {"alps": peers.ALPS, "boza": peers.Boza}
+    layer.StageSolver = solvers.get(method, layer.StageSolver)
     tokenizer = pipeline.load_tokenizer(args.model)
     model = pipeline.load_model(args.model, "float32")
     row: dict[str, Any] = {"method": method, "pattern": pattern, "seed": args.seed}
@@ -139,7 +157,10 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def table(report: dict[str, Any]) -> str:
     """Markdown: a row for each method and pattern."""
     texts = list(report["rows"][0]["perplexity"])
-    rows = report["rows"]
+    rows = sorted(
+        report["rows"],
+        key=lambda row: (row["pattern"], ("dense", *METHODS).index(row["method"])),
+    )
     dense = next(row for row in rows if row["method"] == "dense")
     header = ["pattern", "method", *texts]
     header += [f"excess vs SparseGPT, {text}" for text in texts]

@@ -1,0 +1,144 @@
+"""
+Two ADMM pruners from the literature, written from their papers, in place of this
+project's solver: they are given the same Gram matrices of X and X*, the same stages and
+the same error correction.
+
+Both minimise f(V) subject to V having the pattern, by ADMM with multiplier U:
+
+    V ← (G + ρI)⁻¹ applied to B + ρ(Z − U),   Z ← H(V + U),   U ← U + V − Z.
+
+They differ in damping, in ρ, in how the support comes about and in what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fista_modifier.solver import (
+    GramStatistics,
+    SolverOptions,
+    SparsityPattern,
+    StageSolver,
+)
+from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.patterns import Unstructured, project
+from fista_modifier.solver.quadratic import Quadratic
+
+
+class ALPS(StageSolver):
+    """
+    Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for
+    large language models", NeurIPS 2024. ρ starts at 0.1 and grows with the number of
+    entries of the support that changed in three steps; when none did, conjugate
+    gradients on the support give the weights. Damping 0.01 of the mean of diag(G),
+    then columns scaled to norm one.
+    """
+
+    FIRST_PENALTY = 0.1
+    MOST_STEPS = 300
+    STEPS_PER_PENALTY = 3
+
+    def __init__(
+        self,
+        statistics: GramStatistics,
+        pattern: SparsityPattern,
+        options: SolverOptions,
+    ) -> None:
+        super().__init__(
+            statistics, pattern, replace(options, dampening_frac=0.01, patience=0)
+        )
+
+    def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
+        values, vectors = torch.linalg.eigh(self._quadratic.gram)
+        return [self._supported(objective, values, vectors) for objective in objectives]
+
+    def _supported(
+        self, objective: LayerObjective, values: Tensor, vectors: Tensor
+    ) -> Tensor:
+        penalty = self.FIRST_PENALTY
+        sparse = objective.weight
+        multiplier = torch.zeros_like(sparse)  # ρU
+        support = self.pattern.support(sparse.abs())
+        for step in range(1, self.MOST_STEPS + 1):
+            pull = objective.target - multiplier + penalty * sparse
+            weight = (pull @ vectors / (values + penalty)) @ vectors.T
+            sparse = project(weight + multiplier / penalty, self.pattern)
+            multiplier += penalty * (weight - sparse)
+            if step % self.STEPS_PER_PENALTY == 0:
+                previous, support = support, sparse != 0
+                growth = self._growth(int((support ^ previous).sum()), support)
+                if growth is None:
+                    break
+                penalty *= growth
+        return sparse
+
+    @staticmethod
+    def _growth(changed: int, support: Tensor) -> float | None:
+        """By how much ρ grows; None ends the search for the support."""
+        kept = int(support.sum())
+        if changed >= 0.1 * kept:
+            return 1.3
+        if changed >= 0.005 * kept:
+            return 1.2
+        return 1.1 if changed else None
+
+
+class Boza(StageSolver):
+    """
+    Boža, "Fast and effective weight update for pruned large language models", TMLR
+    2024: ρ = 1 with columns scaled to norm one, damping 0.1 of the scaled G. Over 15
+    steps the sparsity grows to the one asked for (cubically; n:m at once), then 5 more
+    with the support held.
+    """
+
+    STEPS, GROWING_STEPS = 20, 15
+    DAMPING = 0.1
+
+    def __init__(
+        self,
+        statistics: GramStatistics,
+        pattern: SparsityPattern,
+        options: SolverOptions,
+    ) -> None:
+        super().__init__(statistics, pattern, replace(options, patience=0))
+        self._scale = statistics.column_scale()
+        scaled = statistics.scaled(self._scale)
+        damping = torch.full_like(self._scale, self.DAMPING)
+        self._quadratic = Quadratic(scaled, damping)
+
+    def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
+        resolvent = self._quadratic.resolvent(1.0)
+        return [self._pruned(objective, resolvent) for objective in objectives]
+
+    def _pruned(self, objective: LayerObjective, resolvent: Tensor) -> Tensor:
+        weight = objective.weight
+        multiplier = torch.zeros_like(weight)
+        for step in range(1, self.STEPS + 1):
+            moved = weight + multiplier
+            if step <= self.GROWING_STEPS:
+                support = self._pattern_at(step).support(moved.abs())
+            sparse = moved * support
+            multiplier = moved - sparse
+            weight = (objective.target + sparse - multiplier) @ resolvent
+        return (weight + multiplier) * support
+
+    def _pattern_at(self, step: int) -> SparsityPattern:
+        if not isinstance(self.pattern, Unstructured):
+            return self.pattern
+        share = 1 - (1 - step / self.GROWING_STEPS) ** 3
+        return Unstructured(self.pattern.sparsity * share)
+
+    def _refit(
+        self,
+        objective: LayerObjective,
+        weight: Tensor,
+        support: Tensor,
+        best_error: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The method ends with its own weights."""
+        return self._cast(weight, dtype)
