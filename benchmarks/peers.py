@@ -104,10 +104,10 @@ class Boza(StageSolver):
         pattern: SparsityPattern,
         options: SolverOptions,
     ) -> None:
-        super().__init__(statistics, pattern, replace(options, patience=0))
-        self._scale = statistics.column_scale()
-        scaled = statistics.scaled(self._scale)
-        damping = torch.full_like(self._scale, self.DAMPING)
+        without_refit = replace(options, patience=0, refit=False)
+        super().__init__(statistics, pattern, without_refit)
+        scaled = self._quadratic.statistics
+        damping = torch.full_like(scaled.gram[0], self.DAMPING)
         self._quadratic = Quadratic(scaled, damping)
 
     def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
@@ -131,14 +131,3 @@ class Boza(StageSolver):
             return self.pattern
         share = 1 - (1 - step / self.GROWING_STEPS) ** 3
         return Unstructured(self.pattern.sparsity * share)
-
-    def _refit(
-        self,
-        objective: LayerObjective,
-        weight: Tensor,
-        support: Tensor,
-        best_error: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The method ends with its own weights."""
-        return self._cast(weight, dtype)

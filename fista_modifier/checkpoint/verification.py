@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,11 +69,7 @@ class _Expectation:
     zeros: int | None = None
 
 
-def verify(
-    folder: Path,
-    pattern: SparsityPattern | None = None,
-    on_tensor: Callable[[], object] = lambda: None,
-) -> Verification:
+def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification:
     """
     Check a checkpoint tensor by tensor: memory for the largest of them is enough.
     Shards and their index agree, names and shapes are those of the model that
@@ -83,7 +79,6 @@ def verify(
     :param folder: the checkpoint
     :param pattern: what every linear operator but the output embedding must have;
         None for what ``pruning_report.json`` says of each
-    :param on_tensor: called after each tensor, for a progress bar
     :return: what was found
     :raises FileNotFoundError: if there is no such folder, no config.json in it, or
         neither a pattern nor a report
@@ -112,7 +107,6 @@ def verify(
             module = model.get_submodule(operator)
             weight = tensor.T if isinstance(module, Conv1D) else tensor
             checks.append(_check(operator, weight, expected[operator]))
-        on_tensor()
     found = {check.name for check in checks}
     problems += [f"{name}.weight is missing" for name in expected if name not in found]
     return Verification(checks, list(dict.fromkeys(problems)))
