@@ -1,19 +1,26 @@
-"""One decoder layer, pruned stage by stage: X and X* in, sparse weights out."""
+"""One decoder layer: X and X* in, sparse weights out, stage by stage."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.operators import Operator, replaced_weights
+from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.calibration.stages import find_stages
+from fista_modifier.calibration.stages import Stage, find_stages
 from fista_modifier.calibration.statistics import stage_statistics
+from fista_modifier.reconstruction import (
+    Reconstruction,
+    ReconstructionResult,
+    reconstruct,
+)
 from fista_modifier.solver import (
     PAPER,
     GramStatistics,
@@ -24,7 +31,7 @@ from fista_modifier.solver import (
     prune_weight,
 )
 
-__all__ = ["ErrorCorrection", "OperatorResult", "prune_layer"]
+__all__ = ["ErrorCorrection", "OperatorResult", "PrunedLayer", "prune_layer"]
 
 ErrorCorrection = Literal["none", "intra", "full"]
 
@@ -38,7 +45,9 @@ class OperatorResult:
     :param shape: (m, n), out and in features
     :param pattern: the sparsity asked for
     :param zeros: number of zero entries of W*
-    :param relative_error: ‖W* X* − W X‖_F / ‖W X‖_F of the weight as it is stored
+    :param relative_error: ‖W* X* − W X‖_F / ‖W X‖_F as the solver left the operator,
+        over all calibration tokens; that is how it is stored, unless its layer was
+        reconstructed
     :param relative_start_error: the same of the warm start
     :param penalty: λ of the best trial, in units of ``lambda_unit``; 0 if the warm
         start was never improved on
@@ -46,6 +55,8 @@ class OperatorResult:
     :param iterations: FISTA iterations in all
     :param tokens: calibration tokens that reached the operator
     :param seconds: wall time of the solver: of its stage, shared out by rows
+    :param reconstructed_error: where its layer was reconstructed, the error of the
+        weight as it is stored, over the tokens that the reconstruction did not see
     """
 
     name: str
@@ -59,6 +70,7 @@ class OperatorResult:
     iterations: int
     tokens: int
     seconds: float
+    reconstructed_error: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -71,41 +83,66 @@ class OperatorResult:
         return self.name.rpartition(".")[2]
 
 
+@dataclass(frozen=True)
+class PrunedLayer:
+    """
+    :param weights: out×in weight of each operator, in the dtype of the module
+    :param operators: what became of each
+    :param reconstruction: what became of the layer, if it was reconstructed
+    """
+
+    weights: dict[Operator, Tensor]
+    operators: list[OperatorResult]
+    reconstruction: ReconstructionResult | None = None
+
+
 def prune_layer(
     operators: Sequence[Operator],
-    dense_inputs: LayerInputs,
+    recording: Recording,
     pruned_inputs: LayerInputs,
     pattern: SparsityPattern,
     options: SolverOptions,
     *,
     correct_errors: bool,
+    reconstruction: Reconstruction | None = None,
     on_batch: Callable[[], object] = lambda: None,
     on_operator: Callable[[OperatorResult], object] = lambda _: None,
-) -> dict[Operator, Tensor]:
+) -> PrunedLayer:
     """
-    Prune the operators of one decoder layer in the order in which they run. The model
-    is not changed: the caller stores the result when it suits the pipeline.
+    Prune the operators of one decoder layer in the order in which they run, then train
+    what was kept. The model is not changed: the caller stores the result when it suits
+    the pipeline.
 
     :param operators: the layer's operators that are to be pruned
-    :param dense_inputs: the layer's inputs in the dense model
-    :param pruned_inputs: its inputs for X* (the same object for independent layers)
+    :param recording: what the layer was called with in the dense model
+    :param pruned_inputs: its inputs for X* (``recording.inputs`` for independent
+        layers)
     :param pattern: sparsity asked for
     :param options: parameters of Algorithm 1
     :param correct_errors: whether X* follows the operators pruned before (otherwise
         X* = X at every stage)
-    :param on_batch: called after each batch of each stage
-    :param on_operator: called with the result of each operator
-    :return: out×in weight of each operator, in the dtype of the module
+    :param reconstruction: how to train the layer afterwards; None leaves it
+    :param on_batch: called after each batch of each stage and of the reconstruction
+    :param on_operator: called with the result of each operator, as soon as it is known
+    :return: weights, and what became of the operators and the layer
     :raises ValueError: if an activation is NaN or infinite
     """
     pruned: dict[Operator, Tensor] = {}
-    for stage in find_stages(operators, dense_inputs):
+    results: list[OperatorResult] = []
+
+    def add(operator: Operator, solution: PrunedWeight, result: OperatorResult) -> None:
+        pruned[operator] = solution.weight
+        results.append(result)
+        on_operator(result)
+
+    corrected = pruned if correct_errors else {}
+    real_tokens = [call.real_tokens() for call in recording.inputs]
+    stages = find_stages(operators, recording.inputs)
+    for stage, dense_inputs, inputs in _with_inputs(
+        stages, recording, pruned_inputs, corrected
+    ):
         statistics = stage_statistics(
-            stage,
-            dense_inputs,
-            pruned_inputs,
-            pruned if correct_errors else {},
-            on_batch,
+            stage, dense_inputs, inputs, corrected, real_tokens, on_batch
         )
         started = time.perf_counter()
         solutions = StageSolver(statistics, pattern, options).prune(
@@ -114,9 +151,9 @@ def prune_layer(
         rows = sum(solution.weight.shape[0] for solution in solutions)
         seconds_per_row = (time.perf_counter() - started) / rows
         for operator, solution in zip(stage.operators, solutions, strict=True):
-            pruned[operator] = solution.weight
             seconds = seconds_per_row * solution.weight.shape[0]
-            on_operator(_result(operator, pattern, solution, statistics, seconds))
+            result = _result(operator, pattern, solution, statistics, seconds)
+            add(operator, solution, result)
     for operator in operators:
         if operator not in pruned:
             logger.warning(
@@ -125,9 +162,42 @@ def prune_layer(
             statistics = GramStatistics.empty(operator.weight.shape[1])
             by_magnitude = replace(PAPER, start="magnitude")
             solution = prune_weight(operator.weight, statistics, pattern, by_magnitude)
-            pruned[operator] = solution.weight
-            on_operator(_result(operator, pattern, solution, statistics, 0.0))
-    return pruned
+            result = _result(operator, pattern, solution, statistics, 0.0)
+            add(operator, solution, result)
+    if reconstruction is None:
+        return PrunedLayer(pruned, results)
+    pruned, outcome = reconstruct(
+        recording, pruned_inputs, pruned, reconstruction, on_batch
+    )
+    errors = outcome.operator_errors
+    results = [
+        replace(result, reconstructed_error=errors.get(result.name))
+        for result in results
+    ]
+    return PrunedLayer(pruned, results, outcome)
+
+
+def _with_inputs(
+    stages: Sequence[Stage],
+    recording: Recording,
+    pruned_inputs: LayerInputs,
+    pruned: dict[Operator, Tensor],
+) -> Iterator[tuple[Stage, LayerInputs, LayerInputs]]:
+    """
+    Each stage with the smallest run that shows its inputs, dense and partly pruned. The
+    inputs of a block with several stages in the partly pruned layer are computed once:
+    they are final when its first stage's turn comes.
+    """
+    for dense_inputs, group in groupby(stages, recording.of_stage):
+        in_block = list(group)
+        inputs = pruned_inputs
+        if not pruned and pruned_inputs is recording.inputs:
+            inputs = dense_inputs
+        elif dense_inputs is not recording.inputs and len(in_block) > 1:
+            with replaced_weights(pruned):
+                inputs = pruned_inputs.of_block(dense_inputs.layer)
+        for stage in in_block:
+            yield stage, dense_inputs, inputs
 
 
 def _result(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from llmcompressor.core import Event, State, active_session
@@ -13,6 +13,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.attention import check_causal, traced_with_masks
 from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
@@ -21,10 +22,12 @@ from fista_modifier.calibration.operators import (
     check_prunable,
     find_operators,
 )
-from fista_modifier.calibration.replay import LayerInputs, calibration_runs
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.layer import ErrorCorrection, OperatorResult, prune_layer
 from fista_modifier.progress import LayerProgress
+from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 from fista_modifier.solver import (
     FAST,
     PAPER,
@@ -37,10 +40,11 @@ from fista_modifier.solver import (
 __all__ = ["FISTAPruningModifier", "Preset"]
 
 Preset = Literal["default", "fast", "paper"]
-PRESETS: dict[Preset, SolverOptions] = {
-    "default": SolverOptions(),
-    "fast": FAST,
-    "paper": PAPER,
+Options = TypeVar("Options", SolverOptions, Reconstruction)
+PRESETS: dict[Preset, tuple[SolverOptions, Reconstruction]] = {
+    "default": (SolverOptions(), Reconstruction(epochs=1, rate=0.02)),
+    "fast": (FAST, Reconstruction(epochs=0, rate=0.02)),
+    "paper": (PAPER, Reconstruction(epochs=0, rate=0.02)),
 }
 
 
@@ -72,6 +76,7 @@ class FISTAPruningModifier(Modifier):
         - remember what the layer is called with
     - on_sequential_epoch_end
         - replay the layer stage by stage, accumulate Gram matrices, prune
+        - train the kept weights of the layer together
     - on_calibration_end
         - store the last layer, remove hooks
 
@@ -116,6 +121,11 @@ class FISTAPruningModifier(Modifier):
     :param dampening_frac: damping of the least squares problem (with ``refit``) and of
         a SparseGPT warm start, as a fraction of the mean of diag(G)
     :param block_size: block size of a SparseGPT warm start, in columns
+    :param reconstruction_epochs: passes over the calibration batches in which the kept
+        weights of a layer are trained together towards the dense layer's output, once
+        its operators are pruned; may be a fraction, 0 is none
+    :param reconstruction_rate: highest learning rate of this, as a share of an
+        operator's mean kept |W_ij|
     """
 
     requires_calibration_data: bool = True
@@ -138,21 +148,38 @@ class FISTAPruningModifier(Modifier):
     xi: float | None = Field(default=None, gt=0, lt=1)
     dampening_frac: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     block_size: int | None = Field(default=None, ge=1)
+    reconstruction_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    reconstruction_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     _results: list[OperatorResult] = PrivateAttr(default_factory=list)
+    _reconstructions: dict[str, ReconstructionResult] = PrivateAttr(
+        default_factory=dict
+    )
     _pattern: SparsityPattern = PrivateAttr()
     _options: SolverOptions = PrivateAttr()
+    _reconstruction: Reconstruction = PrivateAttr()
     # what is to be pruned, by decoder layer, in the order of the model
     _layers: list[DecoderLayer] = PrivateAttr(default_factory=list)
     # pruned weights of layers that the pipeline has not left yet
     _pending: dict[Operator, Tensor] = PrivateAttr(default_factory=dict)
+    _handles: dict[DecoderLayer, set[RemovableHandle]] = PrivateAttr(
+        default_factory=dict
+    )
     _stream: PrunedStream | None = PrivateAttr(default=None)
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
         self._pattern = parse_pattern(self.mask_structure, self.sparsity)
-        self._options = self._solver_options()
+        solver, reconstruction = PRESETS[self.preset]
+        names = {field.name for field in fields(solver)} - {"start"}
+        given = {name: getattr(self, name) for name in names}
+        self._options = _overridden(solver, start=self.warm_start, **given)
+        self._reconstruction = _overridden(
+            reconstruction,
+            epochs=self.reconstruction_epochs,
+            rate=self.reconstruction_rate,
+        )
         if self._options.lambda_init >= self._options.lambda_max:
             raise ValueError(
                 f"lambda_init ({self._options.lambda_init}) must be below lambda_max "
@@ -164,6 +191,11 @@ class FISTAPruningModifier(Modifier):
     def results(self) -> list[OperatorResult]:
         """what became of each operator, in the order of pruning"""
         return list(self._results)
+
+    @property
+    def reconstructions(self) -> dict[str, ReconstructionResult]:
+        """what became of each reconstructed layer, by its name"""
+        return dict(self._reconstructions)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
@@ -200,10 +232,13 @@ class FISTAPruningModifier(Modifier):
             self._stream = PrunedStream(offload_device)
         for layer in self._layers:
             if layer.operators or self._stream:
-                layer.inputs = LayerInputs(layer.module, offload_device)
-                self.register_hook(
-                    layer.module, layer.remember_call, "forward_pre", with_kwargs=True
+                layer.recording = Recording(
+                    layer.module,
+                    layer.operators,
+                    offload_device,
+                    with_outputs=self._reconstructs(layer),
                 )
+                self._handles[layer] = set(self._register(layer.recording))
 
     def on_sequential_epoch_end(
         self,
@@ -216,9 +251,10 @@ class FISTAPruningModifier(Modifier):
         here = set(modules)
         with self._undone_on_error(), calibration_runs(state.model):
             for layer in self._layers:
-                if layer.module in here and layer.inputs is not None:
-                    self._pending |= self._prune(layer, layer.inputs)
-                    layer.inputs = None
+                if layer.module in here and layer.recording is not None:
+                    self._pending |= self._prune(layer, layer.recording)
+                    layer.recording = None
+                    self.remove_hooks(self._handles.pop(layer))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._store_pending()
@@ -241,10 +277,16 @@ class FISTAPruningModifier(Modifier):
             self._contexts.close()
             raise
 
+    def _register(self, recording: Recording) -> Iterator[RemovableHandle]:
+        for module, hook, kind in recording.hooks():
+            arguments = {"with_kwargs": True} if kind == "forward_pre" else {}
+            yield self.register_hook(module, hook, kind, **arguments)
+
     def _prune(
-        self, layer: DecoderLayer, inputs: LayerInputs
+        self, layer: DecoderLayer, recording: Recording
     ) -> dict[Operator, Tensor]:
         """Prune one layer; the model stays as it is."""
+        inputs = recording.inputs
         if not len(inputs):
             raise ValueError(
                 f"{layer.name} was not run by the calibration pipeline, so it cannot "
@@ -254,20 +296,27 @@ class FISTAPruningModifier(Modifier):
             check_causal(next(iter(inputs)), layer.name)
         stream = self._stream if layer.in_sequence else None
         pruned_inputs = stream.inputs_of(inputs, layer.name) if stream else inputs
-        with LayerProgress(layer, len(inputs), self._results) as progress:
+        with LayerProgress(layer) as progress:
             pruned = prune_layer(
                 layer.operators,
-                inputs,
+                recording,
                 pruned_inputs,
                 self._pattern,
                 self._options,
                 correct_errors=self.error_correction != "none",
+                reconstruction=(
+                    self._reconstruction if self._reconstructs(layer) else None
+                ),
                 on_batch=progress.on_batch,
                 on_operator=progress.on_operator,
             )
+            if pruned.reconstruction:
+                self._reconstructions[layer.name] = pruned.reconstruction
+                progress.on_reconstruction(pruned.reconstruction)
+        self._results += pruned.operators
         if stream:
-            stream.advance(inputs, pruned_inputs, pruned)
-        return pruned
+            stream.advance(inputs, pruned_inputs, pruned.weights)
+        return pruned.weights
 
     def _store_pending(self) -> None:
         """Store the layers that the pipeline has left: it no longer runs them."""
@@ -275,11 +324,13 @@ class FISTAPruningModifier(Modifier):
             operator.save(weight)
         self._pending = {}
 
-    def _solver_options(self) -> SolverOptions:
-        """The preset, and what the recipe says otherwise."""
-        names = {field.name for field in fields(SolverOptions)} - {"start"}
-        given = {name: getattr(self, name) for name in names} | {
-            "start": self.warm_start
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(PRESETS[self.preset], **given)
+    def _reconstructs(self, layer: DecoderLayer) -> bool:
+        """A lone operator has no layer around it, and its refit is all there is."""
+        wanted = self._reconstruction.epochs > 0
+        return wanted and layer.in_sequence and bool(layer.operators)
+
+
+def _overridden(preset: Options, **given: Any) -> Options:
+    """A preset's values, apart from those that a recipe gives."""
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(preset, **given)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.layer import OperatorResult
+from fista_modifier.reconstruction import ReconstructionResult
 
 __all__ = ["LayerProgress"]
 
@@ -16,18 +17,13 @@ __all__ = ["LayerProgress"]
 class LayerProgress:
     """
     One bar for a layer: batches replayed and operators pruned; a log line for each
-    operator in the toolkit's METRIC level.
+    operator and for the reconstruction in the toolkit's METRIC level.
 
     :param layer: the layer
-    :param batches: calibration batches
-    :param results: the list to which results are added
     """
 
-    def __init__(
-        self, layer: DecoderLayer, batches: int, results: list[OperatorResult]
-    ) -> None:
-        self._results = results
-        self._operators = len(layer.operators)
+    def __init__(self, layer: DecoderLayer) -> None:
+        self._name = layer.name
         self._bar = tqdm(desc=f"Pruning {layer.name}", unit="batch", leave=False)
 
     def __enter__(self) -> LayerProgress:
@@ -42,12 +38,11 @@ class LayerProgress:
         self._bar.close()
 
     def on_batch(self) -> None:
-        """One batch was replayed for one stage."""
+        """One batch was replayed for one stage, or trained on."""
         self._bar.update()
 
     def on_operator(self, result: OperatorResult) -> None:
         """One operator was pruned."""
-        self._results.append(result)
         self._bar.set_postfix_str(f"{result.kind} error {result.relative_error:.3f}")
         logger.log(
             "METRIC",
@@ -55,4 +50,12 @@ class LayerProgress:
             f"{result.relative_start_error:.4f} -> {result.relative_error:.4f}, "
             f"λ {result.penalty:.2g} after {result.trials} trials, "
             f"{result.seconds:.1f} s",
+        )
+
+    def on_reconstruction(self, result: ReconstructionResult) -> None:
+        """The layer was reconstructed."""
+        logger.log(
+            "METRIC",
+            f"{self._name}: reconstructed in {result.steps} steps, relative error "
+            f"{result.start_error:.4f} -> {result.error:.4f}, {result.seconds:.1f} s",
         )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from compressed_tensors.utils import match_named_modules
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.operators import Operator
-from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.recording import Recording
 
 __all__ = ["DecoderLayer", "group_by_layer"]
 
@@ -25,21 +24,14 @@ class DecoderLayer:
     :param module: the module that the pipeline runs
     :param in_sequence: whether it passes hidden states on to the next decoder layer
     :param operators: what to prune in it
-    :param inputs: its calibration inputs, between the hooked pass and the pruning
+    :param recording: of the toolkit's pass over it, until it is pruned
     """
 
     name: str
     module: torch.nn.Module
     in_sequence: bool = True
     operators: list[Operator] = field(default_factory=list)
-    inputs: LayerInputs | None = None
-
-    def remember_call(
-        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """A forward pre-hook with keyword arguments."""
-        if self.inputs is not None:
-            self.inputs.append(args, kwargs)
+    recording: Recording | None = None
 
 
 def group_by_layer(

@@ -1,10 +1,10 @@
-"""The calibration inputs of one decoder layer, and runs of the layer over them."""
+"""What a decoder layer or a part of it was called with, and runs of it over that."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,14 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["LayerCall", "LayerInputs", "calibration_runs", "inputs_of"]
+__all__ = [
+    "LayerCall",
+    "LayerInputs",
+    "calibration_runs",
+    "first_tensor",
+    "inputs_of",
+    "real_rows",
+]
 
 
 @contextmanager
@@ -40,7 +47,8 @@ class LayerInputs:
     What a decoder layer was called with, one entry a batch. Tensors are kept on the
     offload device.
 
-    :param layer: the decoder layer, or a lone operator outside all of them
+    :param layer: the decoder layer, one of its blocks (attention, MLP), or a lone
+        operator outside all layers
     :param offload_device: where tensors wait between the passes
     """
 
@@ -56,9 +64,34 @@ class LayerInputs:
         call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
         self._calls.append({"args": call.args, "kwargs": call.kwargs})
 
+    def __getitem__(self, batch: int) -> LayerCall:
+        call = self._calls.fetch(batch)
+        return LayerCall(self.layer, call["args"], call["kwargs"])
+
     def __iter__(self) -> Iterator[LayerCall]:
-        for call in self._calls:
-            yield LayerCall(self.layer, call["args"], call["kwargs"])
+        return (self[batch] for batch in range(len(self)))
+
+    def of_block(self, block: torch.nn.Module) -> LayerInputs:
+        """
+        Run the layer as far as one of its blocks.
+
+        :param block: a module inside the layer, called once in each run
+        :return: what it is called with
+        """
+        inputs = LayerInputs(block, self._calls.offload_device)
+
+        def watch(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            inputs.append(args, kwargs)
+            raise _Stop
+
+        handle = block.register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            for call in self:
+                with suppress(_Stop):
+                    call.run()
+        finally:
+            handle.remove()
+        return inputs
 
     def with_hidden_states(self, hidden_states: list[Tensor]) -> LayerInputs:
         """
@@ -122,9 +155,9 @@ class _Stop(Exception):
 
 def inputs_of(module: torch.nn.Module, call: LayerCall, times: int = 1) -> list[Tensor]:
     """
-    Run a layer only as far as the input of one of its modules.
+    Run a layer only as far as the input of a module, of its own or inside it.
 
-    :param module: a module inside the layer
+    :param module: the layer or a module inside it
     :param call: the batch
     :param times: how often the module is called in one run of the layer
     :return: the module's input at each of its calls
@@ -138,12 +171,24 @@ def inputs_of(module: torch.nn.Module, call: LayerCall, times: int = 1) -> list[
 
     handle = module.register_forward_pre_hook(watch)
     try:
-        call.run()
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            call.run()
     finally:
         handle.remove()
     return seen
+
+
+def real_rows(value: Tensor, real: Tensor | None) -> Tensor:
+    """
+    :param value: … × features, an entry a token
+    :param real: which tokens are not padding, batch×sequence, None for all. It is
+        ignored for a module that is not given the whole batch (an expert)
+    :return: real tokens × features
+    """
+    flat = value.reshape(-1, value.shape[-1])
+    if real is None or real.numel() != flat.shape[0]:
+        return flat
+    return flat[real.flatten().to(flat.device)]
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
 from fista_modifier.calibration.operators import Operator, find_operators
-from fista_modifier.calibration.replay import LayerCall, LayerInputs
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 
 
@@ -17,8 +18,11 @@ def called_layers(family: str) -> list[DecoderLayer]:
     operators = find_operators(model, ["Linear"], [])
     layers = group_by_layer(model, operators, infer_sequential_targets(model))
     for layer in layers:
-        layer.inputs = LayerInputs(layer.module, torch.device("cpu"))
-        layer.module.register_forward_pre_hook(layer.remember_call, with_kwargs=True)
+        layer.recording = Recording(
+            layer.module, layer.operators, torch.device("cpu"), with_outputs=False
+        )
+        for module, hook, _ in layer.recording.hooks():
+            module.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         model(samples(), use_cache=False)
     return layers
@@ -30,9 +34,9 @@ def test_stages_follow_the_execution_and_share_an_input(family):
     layers = called_layers(family)
     assert [layer.name for layer in layers] == [f"{prefix}.0", f"{prefix}.1"]
     for layer in layers:
-        assert layer.inputs is not None
+        assert layer.recording is not None
         # the order in which operators are given must not matter
-        stages = find_stages(layer.operators[::-1], layer.inputs)
+        stages = find_stages(layer.operators[::-1], layer.recording.inputs)
         found = [{operator.name for operator in stage.operators} for stage in stages]
         assert found == [
             {f"{layer.name}.{name}" for name in operators} for operators in expected

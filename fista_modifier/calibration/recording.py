@@ -1,0 +1,88 @@
+"""What a dense layer does in the toolkit's own pass, so that it need not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.replay import LayerInputs, first_tensor
+from fista_modifier.calibration.stages import Stage
+
+__all__ = ["Recording"]
+
+Hook = tuple[torch.nn.Module, Callable[..., None], Literal["forward_pre", "forward"]]
+
+
+class Recording:
+    """
+    What a decoder layer and its blocks are called with, and what the layer returns. A
+    block is a direct child with operators in it (attention, MLP). Replays of a stage
+    need no more than the stage's own block; for the first block the layer's input does
+    as well, and its own is not kept.
+
+    Per token this holds the hidden state once for the layer, once for each block but
+    the first, and once for the output, on the offload device.
+
+    :param layer: the decoder layer, or a lone operator outside all of them
+    :param operators: its operators
+    :param offload_device: where tensors wait between the passes
+    :param with_outputs: whether to record what the layer returns
+    """
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        operators: Sequence[Operator],
+        offload_device: torch.device,
+        *,
+        with_outputs: bool,
+    ) -> None:
+        self.inputs = LayerInputs(layer, offload_device)
+        self.outputs: list[Tensor] = []
+        self._with_outputs = with_outputs
+        modules = {operator.module for operator in operators}
+        blocks = [child for child in layer.children() if modules & set(child.modules())]
+        self._blocks = {
+            block: LayerInputs(block, offload_device) for block in blocks[1:]
+        }
+        self._offload_device = offload_device
+
+    def hooks(self) -> Iterator[Hook]:
+        """
+        :return: module, hook and kind of hook for all that is to be recorded; those
+            before a forward take keyword arguments
+        """
+        yield self.inputs.layer, _appending(self.inputs), "forward_pre"
+        for block, inputs in self._blocks.items():
+            yield block, _appending(inputs), "forward_pre"
+        if self._with_outputs:
+            yield self.inputs.layer, self._append_output, "forward"
+
+    def _append_output(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
+        self.outputs.append(first_tensor(output).to(self._offload_device))
+
+    def of_stage(self, stage: Stage) -> LayerInputs:
+        """
+        :param stage: a stage of the layer
+        :return: the inputs of the block that it is in, or of the layer: what to run,
+            and with what, to see the stage's inputs
+        """
+        module = stage.operators[0].module
+        for block, inputs in self._blocks.items():
+            called_once_a_batch = len(inputs) == len(self.inputs)
+            if called_once_a_batch and module in block.modules():
+                return inputs
+        return self.inputs
+
+
+def _appending(inputs: LayerInputs) -> Callable[..., None]:
+    def hook(
+        _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        inputs.append(args, kwargs)
+
+    return hook

@@ -1,0 +1,275 @@
+"""A whole decoder layer, once its operators are pruned: their kept weights together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from fista_modifier.calibration.operators import Operator, replaced_weights
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import LayerCall, LayerInputs, real_rows
+
+__all__ = ["Reconstruction", "ReconstructionResult", "reconstruct"]
+
+BETAS = (0.9, 0.95)
+WARM_UP_STEPS = 10
+HELD_OUT_SHARE = 1 / 16
+SMALLEST = 1e-12
+"""a floor under ‖o‖², for outputs of zero"""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """
+    How the kept weights of a layer are trained.
+
+    :param epochs: passes over the calibration batches, one step of Adam a batch; may be
+        a fraction. 0 is none
+    :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
+    """
+
+    epochs: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class ReconstructionResult:
+    """
+    What became of a layer. Errors are over the tokens of the batches that the training
+    did not see; those of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being
+    the layer's output for a token.
+
+    :param start_error: of the layer with its operators as the solver left them
+    :param error: of the layer as it is stored
+    :param operator_errors: ‖W* X* − W X‖_F / ‖W X‖_F of each operator as it is stored,
+        by its name; none for an operator that not the same tokens reach in the dense
+        and in the pruned layer
+    :param steps: of Adam; 0 if they did not pay and were undone
+    :param seconds: wall time
+    """
+
+    start_error: float
+    error: float
+    operator_errors: dict[str, float]
+    steps: int
+    seconds: float
+
+
+def reconstruct(
+    recording: Recording,
+    inputs: LayerInputs,
+    pruned: dict[Operator, Tensor],
+    options: Reconstruction,
+    on_batch: Callable[[], object] = lambda: None,
+) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
+    """
+    Train the kept weights of all operators of a layer towards the dense layer's output:
+
+        min Σ_t ‖o*_t − o_t‖² / ‖o_t‖²   over the non-zero entries of the layer's W*,
+
+    t running over the tokens. What each operator alone cannot know is which part of its
+    error another can make up for, and which the residual stream drowns. Errors are
+    relative to the token because a plain sum of squares is all but that of the few
+    tokens with massive activations. Zeros stay exactly zero, and biases and norms as
+    they are.
+
+    Adam with a short warm-up and a cosine decay, one step a batch, in an order that the
+    number of batches fixes; weights and moments are float32 whatever the model's dtype.
+    Because a step is a batch, the result depends on the batch size. A sixteenth of the
+    batches is held out (at least one, unless there is only one): if their error does
+    not fall, the weights are returned as they came. It takes the memory of four float32
+    copies of the layer's operators, and of the activations of one batch.
+
+    :param recording: of the dense layer, with its outputs
+    :param inputs: what the pruned layer is called with
+    :param pruned: out×in weight of each operator, in the dtype of the module
+    :param options: how long and how fast
+    :param on_batch: called after each batch, for a progress bar
+    :return: the new weights, in the same dtypes, and what came of it
+    """
+    started = time.perf_counter()
+    training, held_out = _split(len(inputs))
+    steps = math.ceil(options.epochs * len(training))
+    current = {operator: weight.clone() for operator, weight in pruned.items()}
+
+    def errors(batch: int) -> Tensor:
+        return _token_errors(inputs[batch], recording.outputs[batch])
+
+    def held_out_error() -> float:
+        squared = torch.cat([errors(batch) for batch in held_out])
+        return float(squared.mean(dtype=torch.float64).sqrt())
+
+    with _trainable(inputs.layer, current):
+        start_error = held_out_error()
+        kept = _KeptWeights(current, options.rate, steps)
+        for batch in islice(_shuffled(training), steps):
+            with torch.enable_grad():
+                # in float16 the gradients of a smaller multiple would underflow
+                loss = errors(batch).sum() * recording.outputs[batch].shape[-1]
+            kept.step(loss)
+            on_batch()
+        error = held_out_error()
+    if not error < start_error:
+        current, error, steps = pruned, start_error, 0
+    result = ReconstructionResult(
+        start_error=start_error,
+        error=error,
+        operator_errors=_operator_errors(
+            current, ((recording.inputs[batch], inputs[batch]) for batch in held_out)
+        ),
+        steps=steps,
+        seconds=time.perf_counter() - started,
+    )
+    return current, result
+
+
+def _token_errors(call: LayerCall, target: Tensor) -> Tensor:
+    """‖o* − o‖² / ‖o‖² of each real token of a batch"""
+    output = call.run()
+    target = target.to(output.device, torch.float32)
+    norms = target.square().sum(-1).clamp_min(SMALLEST)
+    errors = (output.float() - target).square().sum(-1) / norms
+    real = call.real_tokens()
+    return errors.flatten() if real is None else errors[real]
+
+
+def _operator_errors(
+    weights: dict[Operator, Tensor], calls: Iterable[tuple[LayerCall, LayerCall]]
+) -> dict[str, float]:
+    """‖W* X* − W X‖_F / ‖W X‖_F of each operator that gets the same tokens twice"""
+    squared: defaultdict[str, float] = defaultdict(float)
+    power: defaultdict[str, float] = defaultdict(float)
+    for dense_call, pruned_call in calls:
+        real = dense_call.real_tokens()
+        dense = _operator_outputs(weights, dense_call, real)
+        with replaced_weights(weights):
+            pruned = _operator_outputs(weights, pruned_call, real)
+        for operator, output in dense.items():
+            other = pruned.get(operator)
+            if other is not None and other.shape == output.shape:
+                squared[operator.name] += float((other - output).square().sum())
+                if operator.module.bias is not None:
+                    output = output - operator.module.bias
+                power[operator.name] += float(output.square().sum())
+    return {
+        name: math.sqrt(error / power[name]) if power[name] else 0.0
+        for name, error in squared.items()
+    }
+
+
+def _operator_outputs(
+    operators: Iterable[Operator], call: LayerCall, real: Tensor | None
+) -> dict[Operator, Tensor]:
+    """Real tokens × out features, float32, of each operator that is called at all"""
+    outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
+
+    def record(operator: Operator) -> RemovableHandle:
+        def hook(_module: torch.nn.Module, _args: Any, output: Tensor) -> None:
+            outputs[operator].append(real_rows(output, real).float())
+
+        return operator.module.register_forward_hook(hook)
+
+    handles = [record(operator) for operator in operators]
+    try:
+        call.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {operator: torch.cat(seen) for operator, seen in outputs.items()}
+
+
+def _split(batches: int) -> tuple[list[int], list[int]]:
+    """Which batches are trained on and which are held out: every sixteenth."""
+    every = list(range(batches))
+    held_out = every[:: round(1 / HELD_OUT_SHARE)]
+    return [batch for batch in every if batch not in held_out] or every, held_out
+
+
+def _shuffled(batches: list[int]) -> Iterator[int]:
+    """One epoch after the other, each in an order of its own."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index]
+
+
+@contextmanager
+def _trainable(
+    layer: torch.nn.Module, weights: dict[Operator, Tensor]
+) -> Iterator[None]:
+    """Run the layer with these weights, of all its parameters the only trainable"""
+    trainable = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with replaced_weights(weights):
+            for operator in weights:
+                operator.module.weight.requires_grad_(True)
+            yield
+    finally:
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+
+
+class _KeptWeights:
+    """
+    Adam on the non-zero entries of weights.
+
+    :param weights: out×in weights in the modules' dtype, updated in place
+    :param rate: the highest learning rate, as a share of the mean kept |W_ij|
+    :param steps: after which the rate is zero
+    """
+
+    def __init__(
+        self, weights: dict[Operator, Tensor], rate: float, steps: int
+    ) -> None:
+        self._weights = weights
+        self._supports = {operator: w != 0 for operator, w in weights.items()}
+        self._masters = {
+            operator: weight.to(torch.float32, copy=True)
+            for operator, weight in weights.items()
+        }
+        groups = [
+            {
+                "params": [master],
+                "lr": rate * float(master.abs().sum() / (master != 0).sum().clamp(1)),
+            }
+            for master in self._masters.values()
+        ]
+        self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adam,
+            lambda step: (
+                min(1, (step + 1) / WARM_UP_STEPS)
+                * (1 + math.cos(math.pi * step / steps))
+                / 2
+            ),
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """
+        :param loss: of a run of the layer with the weights as they are
+        """
+        parameters = [operator.module.weight for operator in self._weights]
+        # an expert that no token of the batch is routed to has no gradient
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for operator, gradient in zip(self._weights, gradients, strict=True):
+            master = self._masters[operator]
+            master.grad = None
+            if gradient is not None:
+                gradient = operator.oriented(gradient).to(torch.float32)
+                master.grad = gradient * self._supports[operator]
+        self._adam.step()
+        self._schedule.step()
+        for operator, weight in self._weights.items():
+            weight.copy_(self._masters[operator])

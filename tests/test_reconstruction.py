@@ -1,0 +1,205 @@
+"""The training of what was kept, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from families import FAMILIES, VOCABULARY, tiny_model
+from problems import normal
+from runs import LENGTH, calibration, prune, samples, weights
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.reconstruction import Reconstruction, reconstruct
+
+BATCHES = 64  # of one sequence each
+SEQUENCES = torch.randint(
+    2, VOCABULARY, (BATCHES, 48), generator=torch.Generator().manual_seed(1)
+)
+TRAINED: dict[str, Any] = {
+    "reconstruction_epochs": 2,
+    "reconstruction_rate": 2e-3,  # batches of 48 random tokens are noisy
+    "oneshot_arguments": {"dataset": calibration(SEQUENCES)},
+}
+
+
+class Layer(torch.nn.Module):
+    """One operator with a bias, as a decoder layer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 5, dtype=dtype)
+        self.linear.weight.data = normal(5, 8).to(dtype)
+        self.linear.bias.data = normal(5, seed=1).to(dtype)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.linear(hidden_states)
+
+
+def recorded(layer: Layer, batches: list[Tensor]) -> tuple[Recording, Operator]:
+    operator = Operator("linear", layer.linear)
+    recording = Recording(layer, [operator], torch.device("cpu"), with_outputs=True)
+    for batch in batches:
+        recording.inputs.append((batch,), {})
+        recording.outputs.append(layer(batch).detach())
+    return recording, operator
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """As in the toolkit's calibration."""
+    with torch.no_grad():
+        yield
+
+
+def test_one_operator_ends_at_weighted_least_squares_on_its_support():
+    layer, mixed = Layer(), normal(8, 8, seed=3)
+    # tokens of very different sizes, so that the weights of the sum matter
+    sizes = torch.logspace(-1, 1, 64)[:, None]
+    batches = [normal(1, 64, 8, seed=seed) @ mixed * sizes for seed in range(2)]
+    recording, operator = recorded(layer, batches)
+    support = normal(5, 8, seed=7) > 0
+    pruned = {operator: layer.linear.weight.data * support}
+    trained, result = reconstruct(
+        recording, recording.inputs, pruned, Reconstruction(epochs=4000, rate=0.1)
+    )
+    held_out, training = 0, 1  # of two batches the first is held out
+    target = recording.outputs[training][0]
+    inputs = recording.inputs[training].hidden_states[0]
+    scale = 1 / target.norm(dim=1)
+    for row in range(5):
+        free = support[row]
+        wanted = target[:, row] - layer.linear.bias[row]
+        matrix = (inputs * scale[:, None])[:, free].double()
+        expected = torch.linalg.lstsq(matrix, (wanted * scale).double()).solution
+        actual = trained[operator][row, free].double()
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert bool((trained[operator][~support] == 0).all())
+
+    output = inputs_times(recording, held_out, trained[operator], layer.linear.bias)
+    errors = output - recording.outputs[held_out][0]
+    relative = errors.norm(dim=1) / recording.outputs[held_out][0].norm(dim=1)
+    assert math.isclose(result.error, relative.square().mean().sqrt(), rel_tol=1e-5)
+    without_bias = recording.outputs[held_out][0] - layer.linear.bias
+    share = float(errors.norm() / without_bias.norm())
+    assert math.isclose(result.operator_errors["linear"], share, rel_tol=1e-5)
+    assert result.error < result.start_error
+
+
+def inputs_times(
+    recording: Recording, batch: int, weight: Tensor, bias: Tensor
+) -> Tensor:
+    return recording.inputs[batch].hidden_states[0] @ weight.T + bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_that_does_not_pay_is_undone(dtype):
+    layer = Layer(dtype)
+    batches = [normal(1, 16, 8, seed=seed).to(dtype) for seed in range(4)]
+    recording, operator = recorded(layer, batches)
+    pruned = {operator: layer.linear.weight.data * (normal(5, 8, seed=7) > 0)}
+    before = pruned[operator].clone()
+    trained, result = reconstruct(
+        recording, recording.inputs, pruned, Reconstruction(epochs=5, rate=100.0)
+    )
+    assert torch.equal(trained[operator], before)
+    assert result.steps == 0
+    assert result.error == result.start_error
+
+
+def test_small_steps_are_not_lost_in_a_coarse_dtype():
+    """Each is far below half a unit in the last place of a bfloat16 weight."""
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = Layer(dtype)
+        batches = [normal(1, 64, 8, seed=seed).to(dtype) for seed in range(2)]
+        recording, operator = recorded(layer, batches)
+        pruned = {operator: layer.linear.weight.data * (normal(5, 8, seed=7) > 0)}
+        options = Reconstruction(epochs=2000, rate=1e-3)
+        _, results[dtype] = reconstruct(recording, recording.inputs, pruned, options)
+    exact, coarse = results.values()
+    gained = exact.start_error - exact.error
+    assert gained > 0
+    assert abs(coarse.error - exact.error) < 0.1 * gained
+
+
+def outputs(model: PreTrainedModel, layer: int, sequences: Tensor) -> Tensor:
+    """What a decoder layer returns, sequences×tokens×features."""
+    states = model(
+        input_ids=sequences, use_cache=False, output_hidden_states=True
+    ).hidden_states
+    return states[layer + 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_layers_errors_are_those_of_plain_runs(family):
+    """Every sixteenth batch is held out; the first layer's input is dense."""
+    dense, start, trained = (tiny_model(family) for _ in range(3))
+    prune(start, **TRAINED | {"reconstruction_epochs": 0})
+    modifier = prune(trained, **TRAINED)
+    name = f"{FAMILIES[family].layers}.0"
+    result = modifier.reconstructions[name]
+    held_out = SEQUENCES[::16]
+    target = outputs(dense, 0, held_out)
+
+    def error(model: PreTrainedModel) -> float:
+        errors = (outputs(model, 0, held_out) - target).norm(dim=-1)
+        return float((errors / target.norm(dim=-1)).square().mean().sqrt())
+
+    assert math.isclose(result.start_error, error(start), rel_tol=1e-3)
+    assert math.isclose(result.error, error(trained), rel_tol=1e-3)
+    assert result.error < result.start_error
+    assert result.steps == 2 * (BATCHES - 4)
+    assert modifier.reconstructions.keys() == {
+        f"{FAMILIES[family].layers}.{layer}" for layer in range(2)
+    }
+    # nothing but the kept weights has changed, and gradients are as they were
+    for name, weight in weights(trained).items():
+        assert torch.equal(weight == 0, weights(start)[name] == 0), name
+    assert all(weight.requires_grad for weight in trained.parameters())
+    assert all(weight.grad is None for weight in trained.parameters())
+
+
+def test_every_operator_has_its_error_as_stored():
+    modifier = prune(tiny_model("llama"), **TRAINED)
+    for result in modifier.results:
+        assert result.reconstructed_error is not None
+        assert 0 < result.reconstructed_error < 1
+    untrained = prune(tiny_model("llama"), reconstruction_epochs=0)
+    assert not untrained.reconstructions
+    assert all(result.reconstructed_error is None for result in untrained.results)
+
+
+def test_padding_is_not_trained_on():
+    sequences = [sequence[: 5 + i] for i, sequence in enumerate(samples())]
+    data = Dataset.from_dict({"input_ids": [s.tolist() for s in sequences]})
+
+    def padded(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        [feature] = features
+        ids = feature["input_ids"]
+        padding = LENGTH - len(ids)
+        return {
+            "input_ids": torch.tensor([ids + [0] * padding]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * padding]),
+        }
+
+    with_padding, without = tiny_model("llama"), tiny_model("llama")
+    arguments = {"dataset": data}
+    prune(without, **TRAINED | {"oneshot_arguments": arguments})
+    arguments = {"dataset": data, "data_collator": padded}
+    prune(with_padding, **TRAINED | {"oneshot_arguments": arguments})
+    expected = weights(without)
+    for name, weight in weights(with_padding).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_fraction_of_an_epoch_is_that_many_steps():
+    modifier = prune(tiny_model("llama"), **TRAINED | {"reconstruction_epochs": 0.51})
+    assert [result.steps for result in modifier.reconstructions.values()] == [31, 31]
