@@ -24,7 +24,12 @@ from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.layer import ErrorCorrection
 from fista_modifier.modifier import FISTAPruningModifier, Preset
 from fista_modifier.solver import SparsityPattern, WarmStart, parse_pattern
-from fista_modifier.tables import operator_table, perplexity_table, verification_table
+from fista_modifier.tables import (
+    layer_table,
+    operator_table,
+    perplexity_table,
+    verification_table,
+)
 
 app = typer.Typer(
     name="fista-prune",
@@ -175,10 +180,12 @@ def finish(
     :param folder: the checkpoint to write
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
-    report = PruningReport(model, data, run.seconds, run.results)
+    report = PruningReport(model, data, run.seconds, run.results, run.reconstructions)
     pipeline.save(run.model, tokenizer, folder, report)
     if run.results:
         console.print(operator_table(run.results))
+        if run.reconstructions:
+            console.print(layer_table(run.reconstructions))
         if not getattr(run.model.config, "quantization_config", None):
             check(verify_checkpoint(folder), folder)
     console.print(

@@ -56,7 +56,7 @@ class OperatorResult:
     :param tokens: calibration tokens that reached the operator
     :param seconds: wall time of the solver: of its stage, shared out by rows
     :param reconstructed_error: where its layer was reconstructed, the error of the
-        weight as it is stored, over the tokens that the reconstruction did not see
+        weight as it is stored, over every sixteenth batch
     """
 
     name: str

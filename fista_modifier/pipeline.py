@@ -25,6 +25,7 @@ from transformers import (
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.layer import OperatorResult
 from fista_modifier.modifier import FISTAPruningModifier
+from fista_modifier.reconstruction import ReconstructionResult
 
 __all__ = [
     "PruningRun",
@@ -43,11 +44,13 @@ class PruningRun:
 
     :param model: the pruned model, in memory
     :param results: what became of each operator
+    :param reconstructions: what became of each reconstructed layer, by its name
     :param seconds: wall time of calibration and pruning
     """
 
     model: PreTrainedModel
     results: Sequence[OperatorResult]
+    reconstructions: dict[str, ReconstructionResult]
     seconds: float
 
 
@@ -141,13 +144,14 @@ def prune(
         shuffle_calibration_samples=False,
         batch_size=batch_size,
     )
-    results = [
-        result
-        for modifier in recipe.modifiers
-        if isinstance(modifier, FISTAPruningModifier)
-        for result in modifier.results
-    ]
-    return PruningRun(model, results, time.perf_counter() - started)
+    results: list[OperatorResult] = []
+    reconstructions: dict[str, ReconstructionResult] = {}
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, FISTAPruningModifier):
+            results += modifier.results
+            reconstructions |= modifier.reconstructions
+    seconds = time.perf_counter() - started
+    return PruningRun(model, results, reconstructions, seconds)
 
 
 def save(

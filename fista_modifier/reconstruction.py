@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +23,7 @@ __all__ = ["Reconstruction", "ReconstructionResult", "reconstruct"]
 
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
-HELD_OUT_SHARE = 1 / 16
+MEASURED_EVERY = 16
 SMALLEST = 1e-12
 """a floor under ‖o‖², for outputs of zero"""
 
@@ -45,9 +45,9 @@ class Reconstruction:
 @dataclass(frozen=True)
 class ReconstructionResult:
     """
-    What became of a layer. Errors are over the tokens of the batches that the training
-    did not see; those of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being
-    the layer's output for a token.
+    What became of a layer. Errors are over the tokens of every sixteenth batch; those
+    of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being the layer's output
+    for a token.
 
     :param start_error: of the layer with its operators as the solver left them
     :param error: of the layer as it is stored
@@ -85,10 +85,10 @@ def reconstruct(
 
     Adam with a short warm-up and a cosine decay, one step a batch, in an order that the
     number of batches fixes; weights and moments are float32 whatever the model's dtype.
-    Because a step is a batch, the result depends on the batch size. A sixteenth of the
-    batches is held out (at least one, unless there is only one): if their error does
-    not fall, the weights are returned as they came. It takes the memory of four float32
-    copies of the layer's operators, and of the activations of one batch.
+    Because a step is a batch, the result depends on the batch size. If the layer's
+    error does not fall (it is measured on every sixteenth batch), the weights are
+    returned as they came. It takes the memory of four float32 copies of the layer's
+    operators, and of the activations of one batch.
 
     :param recording: of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
@@ -98,34 +98,35 @@ def reconstruct(
     :return: the new weights, in the same dtypes, and what came of it
     """
     started = time.perf_counter()
-    training, held_out = _split(len(inputs))
-    steps = math.ceil(options.epochs * len(training))
+    batches = range(len(inputs))
+    measured = batches[::MEASURED_EVERY]
+    steps = math.ceil(options.epochs * len(batches))
     current = {operator: weight.clone() for operator, weight in pruned.items()}
 
     def errors(batch: int) -> Tensor:
         return _token_errors(inputs[batch], recording.outputs[batch])
 
-    def held_out_error() -> float:
-        squared = torch.cat([errors(batch) for batch in held_out])
+    def error_now() -> float:
+        squared = torch.cat([errors(batch) for batch in measured])
         return float(squared.mean(dtype=torch.float64).sqrt())
 
     with _trainable(inputs.layer, current):
-        start_error = held_out_error()
+        start_error = error_now()
         kept = _KeptWeights(current, options.rate, steps)
-        for batch in islice(_shuffled(training), steps):
+        for batch in islice(_shuffled(batches), steps):
             with torch.enable_grad():
                 # in float16 the gradients of a smaller multiple would underflow
                 loss = errors(batch).sum() * recording.outputs[batch].shape[-1]
             kept.step(loss)
             on_batch()
-        error = held_out_error()
+        error = error_now()
     if not error < start_error:
         current, error, steps = pruned, start_error, 0
     result = ReconstructionResult(
         start_error=start_error,
         error=error,
         operator_errors=_operator_errors(
-            current, ((recording.inputs[batch], inputs[batch]) for batch in held_out)
+            current, ((recording.inputs[batch], inputs[batch]) for batch in measured)
         ),
         steps=steps,
         seconds=time.perf_counter() - started,
@@ -188,14 +189,7 @@ def _operator_outputs(
     return {operator: torch.cat(seen) for operator, seen in outputs.items()}
 
 
-def _split(batches: int) -> tuple[list[int], list[int]]:
-    """Which batches are trained on and which are held out: every sixteenth."""
-    every = list(range(batches))
-    held_out = every[:: round(1 / HELD_OUT_SHARE)]
-    return [batch for batch in every if batch not in held_out] or every, held_out
-
-
-def _shuffled(batches: list[int]) -> Iterator[int]:
+def _shuffled(batches: Sequence[int]) -> Iterator[int]:
     """One epoch after the other, each in an order of its own."""
     generator = torch.Generator().manual_seed(0)
     while True:

@@ -10,8 +10,9 @@ from rich.table import Table
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
 from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.layer import OperatorResult
+from fista_modifier.reconstruction import ReconstructionResult
 
-__all__ = ["operator_table", "perplexity_table", "verification_table"]
+__all__ = ["layer_table", "operator_table", "perplexity_table", "verification_table"]
 
 
 def operator_table(results: Sequence[OperatorResult]) -> Table:
@@ -35,7 +36,7 @@ def operator_table(results: Sequence[OperatorResult]) -> Table:
         table.add_row(kind, *_summary(list(group)))
     table.add_section()
     table.add_row("all", *_summary(results))
-    table.caption = "error: mean over operators of ‖W*X* − WX‖ / ‖WX‖"
+    table.caption = "error of the solver: mean over operators of ‖W*X* − WX‖ / ‖WX‖"
     return table
 
 
@@ -51,6 +52,27 @@ def _summary(results: Sequence[OperatorResult]) -> list[str]:
         f"{sum(result.relative_error for result in results) / count:.4f}",
         f"{sum(result.seconds for result in results):.1f}",
     ]
+
+
+def layer_table(results: dict[str, ReconstructionResult]) -> Table:
+    """
+    :param results: of the reconstructed layers, by their names
+    :return: one line for each layer
+    """
+    table = Table(title="Reconstructed layers")
+    table.add_column("layer")
+    for heading in ("steps", "error before", "error", "s"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            str(result.steps),
+            f"{result.start_error:.4f}",
+            f"{result.error:.4f}",
+            f"{result.seconds:.1f}",
+        )
+    table.caption = "error: of the layer's output, by token, over every sixteenth batch"
+    return table
 
 
 def perplexity_table(measured: Sequence[tuple[str, Perplexity]], text: str) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fista_modifier.layer import OperatorResult
+from fista_modifier.reconstruction import ReconstructionResult
 
 __all__ = ["REPORT_NAME", "Calibration", "PruningReport"]
 
@@ -47,6 +48,7 @@ class PruningReport:
     :param calibration: what it was calibrated on
     :param seconds: wall time of calibration and pruning
     :param operators: what became of each operator, in the order of pruning
+    :param layers: what became of each reconstructed decoder layer, by its name
     :param versions: of this package and of those that its result depends on
     """
 
@@ -54,6 +56,7 @@ class PruningReport:
     calibration: Calibration
     seconds: float
     operators: Sequence[OperatorResult]
+    layers: dict[str, ReconstructionResult] = field(default_factory=dict)
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in PACKAGES}
     )
@@ -80,7 +83,13 @@ class PruningReport:
                 OperatorResult(**operator | {"shape": tuple(operator["shape"])})
                 for operator in content.pop("operators")
             ]
+            layers = {
+                name: ReconstructionResult(**result)
+                for name, result in content.pop("layers").items()
+            }
             calibration = Calibration(**content.pop("calibration"))
-            return cls(operators=operators, calibration=calibration, **content)
+            return cls(
+                operators=operators, layers=layers, calibration=calibration, **content
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a pruning report: {error!r}") from error
