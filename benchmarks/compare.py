@@ -7,10 +7,12 @@ are added to OUT.json as they come, and OUT.md is the table; what OUT.json has a
 is not measured again.
 
     python benchmarks/compare.py --model DIR --calibration FILE.txt --text FILE.txt \\
-        --samples 128 --seq-len 512 --out benchmarks/results/compare
+        --samples 128 --seq-len 512 --seeds 0 1 2 --out benchmarks/results/compare
 
-Methods run with their own defaults; "fista-paper" is Algorithm 1 as published. "alps"
-and "boza" are the solvers of peers.py in the place of this project's.
+Methods run with their own defaults. "fista-paper" is Algorithm 1 as published,
+"fista-operators" the default without reconstruction of layers, "fista-dense" that from
+dense weights. "alps" and "boza" are the solvers of peers.py in the place of this
+project's, without reconstruction.
 """
 
 from __future__ import annotations
@@ -25,19 +27,24 @@ import resource
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-METHODS = (
-    "wanda",
-    "sparsegpt",
-    "boza",
-    "alps",
-    "fista-paper",
-    "fista-fast",
-    "fista-full",
-    "fista",
-)
+WARM_STARTS = {
+    "dense": "",
+    "wanda": "",
+    "sparsegpt": "",
+    "boza": "dense",
+    "alps": "dense",
+    "fista-paper": "SparseGPT",
+    "fista-dense": "dense",
+    "fista-fast": "ADMM",
+    "fista-operators": "ADMM",
+    "fista": "ADMM",
+}
+METHODS = tuple(method for method in WARM_STARTS if method != "dense")
 PATTERNS = ("2:4", "0.5")
 
 
@@ -61,18 +68,24 @@ def modifier(method: str, pattern: str) -> Any:
             return WandaPruningModifier(**fields)
         case "sparsegpt":
             return SparseGPTModifier(**fields)
-        case "fista" | "alps" | "boza":
+        case "fista":
             return FISTAPruningModifier(**fields)
         case "fista-paper":
             return FISTAPruningModifier(**fields, preset="paper")
         case "fista-fast":
             return FISTAPruningModifier(**fields, preset="fast")
-        case "fista-full":
-            return FISTAPruningModifier(**fields, error_correction="full")
+        case "fista-operators" | "alps" | "boza":
+            return FISTAPruningModifier(**fields, reconstruction_epochs=0)
+        case "fista-dense":
+            return FISTAPruningModifier(
+                **fields, warm_start="dense", reconstruction_epochs=0
+            )
     raise ValueError(f"method '{method}' is none of {METHODS}")
 
 
-def measure(args: argparse.Namespace, method: str, pattern: str) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, method: str, pattern: str, seed: int | None
+) -> dict[str, Any]:
     """Prune by one method and evaluate; "dense" only evaluates."""
     import peers
 
@@ -84,14 +97,14 @@ def measure(args: argparse.Namespace, method: str, pattern: str) -> dict[str, An
     layer.StageSolver = solvers.get(method, layer.StageSolver)
     tokenizer = pipeline.load_tokenizer(args.model)
     model = pipeline.load_model(args.model, "float32")
-    row: dict[str, Any] = {"method": method, "pattern": pattern, "seed": args.seed}
-    if method != "dense":
+    row: dict[str, Any] = {"method": method, "pattern": pattern, "seed": seed}
+    if seed is not None:
         calibration = calibration_dataset(
             args.calibration,
             tokenizer,
             samples=args.samples,
             seq_len=args.seq_len,
-            seed=args.seed,
+            seed=seed,
         )
         run = pipeline.prune(model, tokenizer, calibration, modifier(method, pattern))
         row["seconds"] = run.seconds
@@ -155,61 +168,85 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: a row for each method and pattern."""
+    """Markdown: a row for each pattern and method, the mean over the seeds."""
     texts = list(report["rows"][0]["perplexity"])
-    rows = sorted(
-        report["rows"],
-        key=lambda row: (row["pattern"], ("dense", *METHODS).index(row["method"])),
-    )
-    dense = next(row for row in rows if row["method"] == "dense")
-    header = ["pattern", "method", *texts]
-    header += [f"excess vs SparseGPT, {text}" for text in texts]
-    header += ["time", "time vs SparseGPT", "peak memory", "zeros"]
+    [dense] = [row for row in report["rows"] if row["method"] == "dense"]
+    header = ["pattern", "method", "warm start", "seeds", *texts]
+    header += [f"excess, {text}" for text in texts]
+    header += ["excess", "its range", "time", "peak memory", "zeros"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for row in rows:
-        peer = next(
-            (
-                other
-                for other in rows
-                if other["method"] == "sparsegpt" and other["pattern"] == row["pattern"]
-            ),
-            None,
-        )
-        cells = [row["pattern"], row["method"]]
-        cells += [f"{row['perplexity'][text]:.2f}" for text in texts]
-        for text in texts:
-            excess = math.log(row["perplexity"][text] / dense["perplexity"][text])
-            if peer is None or row is dense:
-                cells.append("")
-                continue
-            of_peer = math.log(peer["perplexity"][text] / dense["perplexity"][text])
-            cells.append(f"{excess / of_peer:.3f}")
-        if row is dense:
-            cells += [""] * 4
-        else:
-            cells.append(f"{row['seconds']:.0f} s")
-            cells.append(f"{row['seconds'] / peer['seconds']:.2f}" if peer else "")
-            cells.append(f"{row['peak_memory_bytes'] / 2**30:.2f} GiB")
-            cells.append(f"{100 * row['zeros']:.2f} %")
-        lines.append("| " + " | ".join(cells) + " |")
+    cells = [f"{dense['perplexity'][text]:.2f}" for text in texts]
+    lines.append("| | dense | | | " + " | ".join(cells) + " |" + " |" * 7)
+    for pattern in sorted({row["pattern"] for row in report["rows"]} - {"-"}):
+        for method in METHODS:
+            rows = [
+                row
+                for row in report["rows"]
+                if row["method"] == method and row["pattern"] == pattern
+            ]
+            if rows:
+                cells = [pattern, method, WARM_STARTS[method]]
+                cells += _cells(rows, dense, report["rows"], texts)
+                lines.append("| " + " | ".join(cells) + " |")
     setup = report["setup"]
     lines += [
         "",
         f"Model {setup['model']}, calibrated on {setup['samples']} × "
-        f"{setup['seq_len']} tokens of {setup['calibration']} (seed {setup['seed']}); "
-        f"perplexity in blocks of {setup['eval_seq_len']} tokens"
+        f"{setup['seq_len']} tokens of {setup['calibration']}; perplexity in blocks of "
+        f"{setup['eval_seq_len']} tokens"
         + (
             f" over the first {setup['eval_tokens']} tokens."
             if setup["eval_tokens"]
             else "."
         ),
-        "Excess is ln(ppl / ppl of dense), as a share of SparseGPT's. Times are of "
-        f"calibration and pruning on {setup['cpus']} CPU cores, shared with other "
-        "work: only the ratios mean something. Versions: "
+        "Excess is ln(ppl / ppl of dense), as a share of SparseGPT's with the same "
+        "calibration tokens; then the mean over the texts, and the lowest and highest "
+        "of a seed. Perplexities are geometric means over the seeds. Times are of "
+        "calibration and pruning, as ratios to SparseGPT's, on "
+        f"{setup['cpus']} CPU cores shared with other work. Versions: "
         + ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cells(
+    rows: list[dict[str, Any]],
+    dense: dict[str, Any],
+    every: list[dict[str, Any]],
+    texts: list[str],
+) -> list[str]:
+    """The figures of one method and pattern, a row for each seed."""
+
+    def excess(row: dict[str, Any], text: str) -> float:
+        return math.log(row["perplexity"][text] / dense["perplexity"][text])
+
+    peers = {
+        row["seed"]: row
+        for row in every
+        if row["method"] == "sparsegpt" and row["pattern"] == rows[0]["pattern"]
+    }
+    cells = [str(len(rows))]
+    for text in texts:
+        log = fmean(math.log(row["perplexity"][text]) for row in rows)
+        cells.append(f"{math.exp(log):.2f}")
+    compared = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
+    if not compared:
+        return cells + [""] * (len(texts) + 5)
+    shares = [
+        [excess(row, text) / excess(peer, text) for text in texts]
+        for row, peer in compared
+    ]
+    cells += [f"{fmean(column):.3f}" for column in zip(*shares, strict=True)]
+    means = [fmean(share) for share in shares]
+    cells.append(f"{fmean(means):.3f}")
+    cells.append(f"{min(means):.3f}–{max(means):.3f}")
+    ratio = fmean(row["seconds"] / peer["seconds"] for row, peer in compared)
+    cells.append(f"{ratio:.2f}")
+    peak = max(row["peak_memory_bytes"] for row in rows)
+    cells.append(f"{peak / 2**30:.2f} GiB")
+    cells.append(f"{100 * fmean(row['zeros'] for row in rows):.2f} %")
+    return cells
 
 
 def main() -> None:
@@ -221,7 +258,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--out", type=Path, required=True)
@@ -229,7 +266,7 @@ def main() -> None:
 
     setup = {
         key: getattr(args, key)
-        for key in ("samples", "seq_len", "eval_seq_len", "eval_tokens", "seed")
+        for key in ("samples", "seq_len", "eval_seq_len", "eval_tokens")
     }
     setup |= {
         "model": Path(args.model).name,
@@ -247,13 +284,16 @@ def main() -> None:
         if earlier["setup"] != setup:
             parser.error(f"{args.out}.json was measured with {earlier['setup']}")
         report = earlier
-    done = {(row["method"], row["pattern"]) for row in report["rows"]}
-    jobs = [("dense", "-")]
-    jobs += [(method, pattern) for pattern in args.patterns for method in args.methods]
-    for method, pattern in jobs:
-        if (method, pattern) in done:
+    jobs: list[tuple[str, str, int | None]] = [("dense", "-", None)]
+    jobs += [
+        (method, pattern, seed)
+        for seed, pattern, method in product(args.seeds, args.patterns, args.methods)
+    ]
+    done = {(row["method"], row["pattern"], row["seed"]) for row in report["rows"]}
+    for job in jobs:
+        if job in done:
             continue
-        report["rows"].append(in_own_process(measure, args, method, pattern))
+        report["rows"].append(in_own_process(measure, args, *job))
         args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
         args.out.with_suffix(".md").write_text(table(report))
         print(table(report), flush=True)

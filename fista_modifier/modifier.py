@@ -42,9 +42,9 @@ __all__ = ["FISTAPruningModifier", "Preset"]
 Preset = Literal["default", "fast", "paper"]
 Options = TypeVar("Options", SolverOptions, Reconstruction)
 PRESETS: dict[Preset, tuple[SolverOptions, Reconstruction]] = {
-    "default": (SolverOptions(), Reconstruction(epochs=1, rate=0.02)),
-    "fast": (FAST, Reconstruction(epochs=0, rate=0.02)),
-    "paper": (PAPER, Reconstruction(epochs=0, rate=0.02)),
+    "default": (SolverOptions(), Reconstruction(epochs=1, rate=0.01)),
+    "fast": (FAST, Reconstruction(epochs=0, rate=0.01)),
+    "paper": (PAPER, Reconstruction(epochs=0, rate=0.01)),
 }
 
 
