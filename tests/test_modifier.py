@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -413,6 +414,33 @@ def test_a_shared_calibration_epoch_is_refused_at_once():
         "cannot share a calibration epoch with WandaPruningModifier: .*'independent'",
         lambda: run(model, recipe, pipeline="sequential"),
     )
+
+
+def quantization() -> QuantizationModifier:
+    return QuantizationModifier(
+        targets=["Linear"], scheme="W8A8", ignore=["re:.*lm_head"]
+    )
+
+
+def test_quantising_before_pruning_is_refused_at_once():
+    model = tiny_model("llama")
+    dense = weights(model)
+    with pytest.raises(ValueError, match="q_proj is quantised: prune first"):
+        run(model, [quantization(), FISTAPruningModifier(mask_structure="2:4")])
+    after = weights(model)
+    assert all(torch.equal(after[name], weight) for name, weight in dense.items())
+
+
+def test_a_quantised_checkpoint_is_refused_at_once(tiny_tokenizer, tmp_path):
+    run(
+        tiny_model("llama"),
+        quantization(),
+        output_dir=tmp_path,
+        processor=tiny_tokenizer,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="prune the full-precision original"):
+        prune(model)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2"])

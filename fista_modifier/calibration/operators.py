@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.utils.pytorch.module import expand_special_targets
 from llmcompressor.utils.transformers import get_embeddings
@@ -140,9 +141,15 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
     """
     :param operator: an operator about to be pruned
     :param pattern: sparsity asked for
-    :raises ValueError: if its width does not suit the pattern, or its weight is not
-        floating point or not finite
+    :raises ValueError: if it is or is about to be quantised, if its width does not suit
+        the pattern, or its weight is not floating point or not finite
     """
+    if is_module_quantized(operator.module):
+        raise ValueError(
+            f"{operator.name} is quantised: prune first and quantise afterwards. In a "
+            "recipe the pruning modifier comes before those that quantise; of a "
+            "quantised checkpoint, prune the full-precision original"
+        )
     weight = operator.weight
     if not weight.is_floating_point():
         raise ValueError(

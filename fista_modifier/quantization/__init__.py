@@ -1,0 +1,1 @@
+"""Quantisation that keeps what pruning decided."""
