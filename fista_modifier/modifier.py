@@ -25,6 +25,7 @@ from fista_modifier.calibration.operators import (
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
+from fista_modifier.checkpoint.sparsity_config import record_sparsity
 from fista_modifier.layer import ErrorCorrection, OperatorResult, prune_layer
 from fista_modifier.progress import LayerProgress
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
@@ -261,6 +262,8 @@ class FISTAPruningModifier(Modifier):
         self.remove_hooks()
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        if self._results:
+            record_sparsity(state.model, self._results, self._pattern)
         self.remove_hooks()
         self._contexts.close()
         self._layers = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.config import SparsityCompressionConfig
 from families import FAMILIES, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -110,7 +111,13 @@ def test_a_pruned_model_is_exact_usable_and_otherwise_unchanged(
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     expected = json.loads((checkpoint(family) / "config.json").read_text())
-    assert config.keys() == expected.keys()
+    assert config.keys() - expected.keys() == {"sparsity_config"}
+    recorded = SparsityCompressionConfig(**config["sparsity_config"])
+    structure = "unstructured" if mask_structure == "0:0" else mask_structure
+    assert recorded.sparsity_structure == structure
+    zeros = sum(result.zeros for result in modifier.results)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert recorded.global_sparsity == pytest.approx(zeros / parameters, abs=1e-6)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert torch.equal(logits(loaded), logits(model))
 
