@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
 from fista_modifier.checkpoint.report import Calibration, PruningReport
+from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
 from fista_modifier.data import calibration_dataset, load_text, max_sequence_length
@@ -111,6 +112,14 @@ def prune(
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load and save the weights in")
     ] = "auto",
+    storage_format: Annotated[
+        StorageFormat,
+        typer.Option(
+            "--format",
+            help="how the pruned weights are stored; anything but 'dense' is for "
+            "engines of 2025 and needs 'unpack' for current ones",
+        ),
+    ] = "dense",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace what is in the output folder")
     ] = False,
@@ -127,6 +136,11 @@ def prune(
             raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
         if recipe is not None and not recipe.is_file():
             raise FileNotFoundError(f"the recipe {recipe} does not exist")
+        if storage_format == "sparse-24-bitmask" and pattern not in (None, "2:4"):
+            raise ValueError(
+                f"sparse-24-bitmask stores 2:4 weights, not {pattern}: use "
+                "--format sparse-bitmask"
+            )
         modifier = None
         if pattern is not None:
             modifier = FISTAPruningModifier(
@@ -145,7 +159,7 @@ def prune(
         run = pipeline.prune(
             dense, tokenizer, calibration, modifier or recipe, batch_size=batch_size
         )
-        finish(model, run, tokenizer, data, output)
+        finish(model, run, tokenizer, data, output, storage_format)
 
 
 def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -169,6 +183,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     data: Calibration,
     folder: Path,
+    storage_format: StorageFormat = "dense",
 ) -> None:
     """
     Write what a run made, verify it, and say so.
@@ -178,10 +193,11 @@ def finish(
     :param tokenizer: the model's
     :param data: what it was calibrated on
     :param folder: the checkpoint to write
+    :param storage_format: of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
     report = PruningReport(model, data, run.seconds, run.results, run.reconstructions)
-    pipeline.save(run.model, tokenizer, folder, report)
+    pipeline.save(run.model, tokenizer, folder, report, storage_format)
     if run.results:
         console.print(operator_table(run.results))
         if run.reconstructions:
@@ -262,6 +278,24 @@ def parsed(pattern: str) -> SparsityPattern:
     """
     given = pattern_fields(pattern)
     return parse_pattern(given.get("mask_structure", "0:0"), given.get("sparsity"))
+
+
+@app.command()
+def unpack(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a packed checkpoint")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for the dense checkpoint")
+    ],
+) -> None:
+    """
+    Write the dense form of CHECKPOINT, whose weights are in a bitmask format.
+
+    Reads sparse-bitmask and sparse-24-bitmask, as written by 'prune --format' and by
+    llm-compressor up to 0.10. The weights are the same bit for bit.
+    """
+    with errors_as_messages():
+        count = unpack_checkpoint(checkpoint, output)
+        console.print(f"Wrote [bold]{output}[/]: unpacked {count} weights.")
 
 
 @app.command("eval")

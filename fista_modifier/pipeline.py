@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +21,8 @@ from transformers import (
 )
 
 from fista_modifier.checkpoint.report import PruningReport
+from fista_modifier.checkpoint.shards import new_folder
+from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.layer import OperatorResult
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.reconstruction import ReconstructionResult
@@ -159,6 +159,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     report: PruningReport | None = None,
+    storage_format: StorageFormat = "dense",
 ) -> None:
     """
     Write a checkpoint completely or not at all: into a folder beside the target, which
@@ -168,22 +169,20 @@ def save(
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
     :param report: what was done to the model, saved with it
+    :param storage_format: of the operators in the report
     :raises OSError: if the disk is full, naming the folder; what was there stays
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        unfinished = Path(temporary) / folder.name
+    with new_folder(folder) as unfinished:
         try:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             if report:
-                report.save(unfinished)
+                operators = [operator.name for operator in report.operators]
+                share = convert(unfinished, operators, storage_format)
+                replace(report, storage_format=storage_format, stored_share=share).save(
+                    unfinished
+                )
         except Exception as error:
             raise OSError(
                 f"could not write the checkpoint {folder}: {error}"
             ) from error
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)

@@ -98,6 +98,45 @@ def test_a_pruned_checkpoint_passes_verification_until_it_is_damaged(
     assert "model.safetensors" in result.output
 
 
+@pytest.mark.parametrize("storage", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_a_packed_checkpoint_unpacks_to_the_dense_one(
+    storage: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    dense, packed, again = (tmp_path / name for name in ("dense", "packed", "again"))
+    assert prune(model, text, dense, "--pattern", "2:4").exit_code == 0
+    result = prune(model, text, packed, "--pattern", "2:4", "--format", storage)
+    assert result.exit_code == 0, result.output
+    report = PruningReport.load(packed)
+    assert report.storage_format == storage
+    assert 0.5 < report.stored_share < 0.8  # float32, and very small matrices
+    assert run("verify", packed).exit_code == 0
+    assert run("unpack", packed, "-o", again).exit_code == 0
+    one = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    other = AutoModelForCausalLM.from_pretrained(again).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    refused = run("unpack", dense, "-o", tmp_path / "more")
+    assert refused.exit_code == 1
+    assert "no packed weights" in refused.output
+
+
+def test_a_format_that_does_not_suit_the_pattern_is_refused_at_once(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    result = prune(
+        model,
+        text,
+        tmp_path / "out",
+        "--pattern",
+        "0.5",
+        "--format",
+        "sparse-24-bitmask",
+    )
+    assert result.exit_code == 1
+    assert "use --format sparse-bitmask" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_gives_the_same_weights(
     model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,8 @@ class PruningReport:
     :param seconds: wall time of calibration and pruning
     :param operators: what became of each operator, in the order of pruning
     :param layers: what became of each reconstructed decoder layer, by its name
+    :param storage_format: how the operators' weights are stored
+    :param stored_share: bytes of these weights, as a share of those of dense ones
     :param versions: of this package and of those that its result depends on
     """
 
@@ -57,6 +59,8 @@ class PruningReport:
     seconds: float
     operators: Sequence[OperatorResult]
     layers: dict[str, ReconstructionResult] = field(default_factory=dict)
+    storage_format: str = "dense"
+    stored_share: float = 1.0
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in PACKAGES}
     )

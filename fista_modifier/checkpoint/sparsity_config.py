@@ -4,71 +4,135 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.config import SparsityCompressionConfig
+from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
+from compressed_tensors.offload.dist_utils import is_source_process
 from transformers import PreTrainedModel
 
 from fista_modifier.layer import OperatorResult
 from fista_modifier.solver import NofM, SparsityPattern
 
-__all__ = ["record_sparsity", "write_legacy_sparsity"]
+__all__ = ["record_sparsity", "restore_sparsity", "write_legacy_sparsity"]
 
-KEY = "sparsity_config"
+KEY, QUANTIZATION = "sparsity_config", "quantization_config"
+Record = dict[str, tuple[int, str]]
+"""zeros and structure of each pruned operator, by its name"""
+UNSTRUCTURED = SparsityStructure.UNSTRUCTURED.value
 
 
 def record_sparsity(
     model: PreTrainedModel, results: Sequence[OperatorResult], pattern: SparsityPattern
 ) -> None:
     """
-    Add ``sparsity_config`` to the model's configuration, from where every
-    ``save_pretrained`` takes it. At the top level of ``config.json`` it is read by
-    nobody who does not look for it: inside ``quantization_config``, transformers would
-    insist on compressed-tensors, and with targets vLLM (since 0.22) on a format that
-    it no longer has.
+    Have the model's ``save_pretrained`` write a ``sparsity_config`` into
+    ``config.json``. At its top level it is read by nobody who does not look for it:
+    inside ``quantization_config``, transformers would insist on compressed-tensors, and
+    with targets vLLM (since 0.22) on a format that it no longer has. The toolkit wraps
+    ``save_pretrained`` as well, and restores the original file: setting an attribute of
+    ``model.config`` would not do.
 
     :param model: that was pruned
     :param results: what became of its operators
     :param pattern: the pattern that they have
     """
-    structure = str(pattern) if isinstance(pattern, NofM) else "unstructured"
+    structure = str(pattern) if isinstance(pattern, NofM) else UNSTRUCTURED
+    record: Record | None = getattr(model.save_pretrained, "pruned_operators", None)
+    if record is None:
+        record = {}
+        _write_on_save(model, record)
+    record |= {result.name: (result.zeros, structure) for result in results}
+
+
+def _write_on_save(model: PreTrainedModel, record: Record) -> None:
+    """:param record: of the pruned operators, as it is when it comes to saving"""
+    save = model.save_pretrained
+    # quantised weights are packed by then
     entries = sum(parameter.numel() for parameter in model.parameters())
-    sparsity = sum(result.zeros for result in results) / entries
-    earlier = getattr(model.config, KEY, None)
-    if earlier:  # another modifier of the recipe has pruned other operators
-        sparsity += earlier["global_sparsity"]
-        if earlier["sparsity_structure"] != structure:
-            structure = "unstructured"
-    config = SparsityCompressionConfig(
+
+    @wraps(save)
+    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        save(save_directory, *args, **kwargs)
+        if is_source_process():
+            file, content = _read(Path(save_directory))
+            content[KEY] = _config(record, entries).model_dump()
+            _write(file, content)
+
+    save_pretrained.pruned_operators = record  # type: ignore[attr-defined]
+    model.save_pretrained = save_pretrained
+
+
+def _config(record: Record, entries: int) -> SparsityCompressionConfig:
+    zeros = sum(zeros for zeros, _ in record.values())
+    structures = {structure for _, structure in record.values()}
+    return SparsityCompressionConfig(
         format="dense",
         targets=[],
         ignore=[],
-        global_sparsity=round(sparsity, 6),
-        sparsity_structure=structure,
+        global_sparsity=round(zeros / entries, 6),
+        sparsity_structure=structures.pop() if len(structures) == 1 else UNSTRUCTURED,
     )
-    setattr(model.config, KEY, config.model_dump())
 
 
-def write_legacy_sparsity(folder: Path, operators: Sequence[str]) -> None:
+def write_legacy_sparsity(
+    folder: Path, operators: Sequence[str], storage_format: str = "dense"
+) -> None:
     """
     Move ``sparsity_config`` to where compressed-tensors up to 0.14 and vLLM up to 0.18
     look for it, with the operators as targets. Current vLLM refuses such a checkpoint.
 
     :param folder: of a checkpoint that is not quantised
     :param operators: names of the pruned operators
+    :param storage_format: "dense", or how the operators' weights are packed
     :raises ValueError: if the checkpoint has no sparsity, or is quantised
     """
-    file = folder / "config.json"
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    file, content = _read(folder)
+    if QUANTIZATION in content:
+        raise ValueError(
+            f"{folder} is quantised: only plain weights have another format than dense"
+        )
     if KEY not in content:
         raise ValueError(f"{file} has no '{KEY}': the checkpoint was not pruned here")
-    if "quantization_config" in content:
-        raise ValueError(f"{file} is that of a quantised checkpoint: leave it as it is")
-    sparsity = content.pop(KEY) | {"targets": list(operators)}
-    content["quantization_config"] = {
+    sparsity = content.pop(KEY)
+    content[QUANTIZATION] = {
         "quant_method": "compressed-tensors",
         "format": "dense",
-        KEY: sparsity,
+        KEY: sparsity | {"format": storage_format, "targets": list(operators)},
     }
+    _write(file, content)
+
+
+def restore_sparsity(folder: Path) -> None:
+    """
+    The inverse of :func:`write_legacy_sparsity`, for dense weights.
+
+    :param folder: of a checkpoint
+    :raises ValueError: if it has no sparsity there, or is quantised as well
+    """
+    file, content = _read(folder)
+    quantization = content.pop(QUANTIZATION, None)
+    if not isinstance(quantization, dict) or not isinstance(
+        quantization.get(KEY), dict
+    ):
+        raise ValueError(f"{file} does not say how its weights are packed")
+    if quantization.get("config_groups"):
+        raise ValueError(f"{folder} is quantised as well: only plain weights unpack")
+    content[KEY] = quantization[KEY] | {"format": "dense", "targets": []}
+    _write(file, content)
+
+
+def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} describes no model")
+    return file, content
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

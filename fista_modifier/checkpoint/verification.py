@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fista_modifier.calibration.operators import find_operators
+from fista_modifier.checkpoint.packing import parts_of
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
+from fista_modifier.checkpoint.shards import as_value_error, locate, read
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
@@ -88,15 +85,15 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     model = _described_model(folder)
     expected = _expectations(folder, model, pattern)
     try:
-        files, problems = _locate(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+        files, problems = locate(folder)
+    except (OSError, ValueError) as error:
         return Verification(problems=[str(error)])
     parameters = model.state_dict(keep_vars=True)
-    problems += _disagreements(parameters, set(files))
+    problems += _disagreements(parameters, {_dense_name(name) for name in files})
     checks = []
     first_of: dict[int, tuple[str, Tensor]] = {}
     tied = _tied(parameters)
-    for name, tensor in _tensors(files, problems):
+    for _, name, tensor in read(files, problems):
         problems += _faults(name, tensor, parameters.get(name))
         if name in tied:
             other, value = first_of.setdefault(id(parameters[name]), (name, tensor))
@@ -116,10 +113,11 @@ def _described_model(folder: Path) -> PreTrainedModel:
     """The model of config.json, without memory for its weights."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
-    with _as_value_error(f"{folder / 'config.json'} describes no model"):
+    with as_value_error(f"{folder / 'config.json'} describes no model"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        quantization = getattr(config, "quantization_config", None)
-        if not quantization:
+        quantization = getattr(config, "quantization_config", {})
+        if not quantization or not quantization.get("config_groups"):
+            config.__dict__.pop("quantization_config", None)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config)
     raise ValueError(
@@ -151,41 +149,6 @@ def _expectations(
     }
 
 
-def _locate(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The file of each tensor, and where index and shards disagree."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        single = folder / SAFE_WEIGHTS_NAME
-        if not single.is_file():
-            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME}")
-        return dict.fromkeys(_keys(single), single), []
-    with _as_value_error(f"{index} is not an index of shards"):
-        listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        if any(Path(shard).name != shard for shard in listed.values()):
-            raise ValueError("a shard lies outside the folder")
-    problems = []
-    held: dict[str, Path] = {}
-    for shard in sorted(set(listed.values())):
-        if (folder / shard).is_file():
-            held |= dict.fromkeys(_keys(folder / shard), folder / shard)
-        else:
-            problems.append(f"the shard {shard} is missing")
-    for name in sorted(set(listed) | set(held)):
-        indexed = listed.get(name, "no file")
-        actual = held[name].name if name in held else "no file"
-        if indexed != actual:
-            problems.append(f"{name} is in {actual}, but indexed in {indexed}")
-    return held, problems
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file.name} cannot be read: {error}") from error
-
-
 def _disagreements(parameters: dict[str, Tensor], present: set[str]) -> list[str]:
     """Names that the model has and the files have not, or the other way round."""
     stored = {id(parameters[name]) for name in present if name in parameters}
@@ -204,17 +167,10 @@ def _tied(parameters: dict[str, Tensor]) -> set[str]:
     return {name for group in names.values() if len(group) > 1 for name in group}
 
 
-def _tensors(
-    files: dict[str, Path], problems: list[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor that can be read; what cannot is added to the problems."""
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as opened:
-            for name in (name for name, where in files.items() if where == file):
-                try:
-                    yield name, opened.get_tensor(name)
-                except (SafetensorError, RuntimeError, TypeError) as error:
-                    problems.append(f"{name} cannot be read: {error}")
+def _dense_name(name: str) -> str:
+    """Of the weight that a packed part belongs to."""
+    found = parts_of(name)
+    return f"{found[0]}.weight" if found else name
 
 
 def _faults(name: str, tensor: Tensor, described: Tensor | None) -> list[str]:
@@ -249,12 +205,3 @@ def _problem(weight: Tensor, zeros: int, expected: _Expectation) -> str | None:
     if expected.zeros is not None and zeros != expected.zeros:
         return f"has {zeros} zeros; the report counts {expected.zeros}"
     return None
-
-
-@contextmanager
-def _as_value_error(message: str) -> Iterator[None]:
-    """Whatever a malformed file makes its reader raise, as one kind of error."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{message}: {error}") from error

@@ -1,0 +1,110 @@
+"""Sparse weights without their zeros: compressed-tensors' two bitmask formats."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fista_modifier.solver import NofM
+
+__all__ = ["PackedFormat", "check_packable", "pack", "parts_of", "unpack"]
+
+PackedFormat = Literal["sparse-bitmask", "sparse-24-bitmask"]
+PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+TWO_OF_FOUR = NofM(2, 4)
+
+
+def check_packable(weight: Tensor, packed_format: str) -> None:
+    """
+    :param weight: m×n
+    :param packed_format: one of :data:`PackedFormat`
+    :raises ValueError: if there is no such format, if the weight is no matrix, or if
+        2:4 is asked for and it is not
+    """
+    if packed_format not in get_args(PackedFormat):
+        known = ", ".join(get_args(PackedFormat))
+        raise ValueError(f"format '{packed_format}' is none of {known}")
+    if weight.ndim != 2:
+        raise ValueError(f"only a matrix can be packed, not {tuple(weight.shape)}")
+    if packed_format == "sparse-24-bitmask":
+        TWO_OF_FOUR.check_columns(weight.shape[1])
+        if not TWO_OF_FOUR.holds(weight):
+            raise ValueError("sparse-24-bitmask is for 2:4; use sparse-bitmask")
+
+
+def pack(weight: Tensor, packed_format: PackedFormat) -> dict[str, Tensor]:
+    """
+    The layouts of compressed-tensors up to 0.14, which has since dropped them. The kept
+    values in the order of the rows, and a bit for each entry, the lowest first, each
+    row filled up to whole bytes. 2:4 keeps two values of every four, even if one is
+    zero, so that ``compressed`` is a matrix; the other format has the index of each
+    row's first value.
+
+    :param weight: m×n
+    :param packed_format: which of the two
+    :return: the tensors that stand for the weight, by the last part of their names
+    :raises ValueError: if the weight cannot have the format
+    """
+    check_packable(weight, packed_format)
+    rows, columns = weight.shape
+    if packed_format == "sparse-24-bitmask":
+        kept = TWO_OF_FOUR.support(weight.abs())
+        return {
+            "compressed": weight[kept].view(rows, columns // 2),
+            "bitmask": _bits(kept),
+            "shape": torch.tensor([[rows], [columns]]),
+        }
+    kept = weight != 0
+    counts = kept.sum(1)
+    return {
+        "compressed": weight[kept],
+        "bitmask": _bits(kept),
+        "shape": torch.tensor([rows, columns]),
+        "row_offsets": counts.cumsum(0) - counts,
+    }
+
+
+def unpack(parts: dict[str, Tensor]) -> Tensor:
+    """
+    :param parts: what :func:`pack` returns, of either format
+    :return: the weight, m×n
+    :raises ValueError: if the parts do not belong together
+    """
+    missing = {"compressed", "bitmask", "shape"} - parts.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    size, bitmask, values = parts["shape"], parts["bitmask"], parts["compressed"]
+    if size.numel() != 2 or size.is_floating_point() or bool((size < 0).any()):
+        raise ValueError("shape is not that of a matrix")
+    rows, columns = size.flatten().tolist()
+    if bitmask.dtype != torch.uint8 or bitmask.shape != (rows, -(-columns // 8)):
+        raise ValueError(
+            f"bitmask is {bitmask.dtype} {tuple(bitmask.shape)}, which is not that of "
+            f"a {rows}×{columns} matrix"
+        )
+    bits = np.unpackbits(bitmask.cpu().numpy(), axis=1, bitorder="little")
+    kept = torch.from_numpy(bits[:, :columns].astype(bool))
+    if int(kept.sum()) != values.numel() or bits[:, columns:].any():
+        raise ValueError(
+            f"bitmask marks {int(bits.sum())} entries, and there are {values.numel()}"
+        )
+    weight = torch.zeros(rows, columns, dtype=values.dtype)
+    weight[kept] = values.flatten().cpu()
+    return weight
+
+
+def parts_of(name: str) -> tuple[str, str] | None:
+    """
+    :param name: of a tensor in a checkpoint
+    :return: the operator's name and the part, if it is a part of a packed weight
+    """
+    operator, _, part = name.rpartition(".")
+    return (operator, part) if operator and part in PARTS else None
+
+
+def _bits(kept: Tensor) -> Tensor:
+    packed = np.packbits(kept.cpu().numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed)

@@ -1,0 +1,177 @@
+"""The files of a checkpoint's weights: found, read and written one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from fista_modifier.checkpoint.packing import parts_of, unpack
+
+__all__ = ["as_value_error", "locate", "new_folder", "read", "rewrite"]
+
+
+def locate(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """
+    :param folder: a checkpoint
+    :return: the file of each tensor, and where index and shards disagree
+    :raises FileNotFoundError: if there is neither an index nor a file of weights
+    :raises ValueError: if the index or a file cannot be read
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        single = folder / SAFE_WEIGHTS_NAME
+        if not single.is_file():
+            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME}")
+        return dict.fromkeys(_keys(single), single), []
+    with as_value_error(f"{index} is not an index of shards"):
+        listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        if any(Path(shard).name != shard for shard in listed.values()):
+            raise ValueError("a shard lies outside the folder")
+    problems = []
+    held: dict[str, Path] = {}
+    for shard in sorted(set(listed.values())):
+        if (folder / shard).is_file():
+            held |= dict.fromkeys(_keys(folder / shard), folder / shard)
+        else:
+            problems.append(f"the shard {shard} is missing")
+    for name in sorted(set(listed) | set(held)):
+        indexed = listed.get(name, "no file")
+        actual = held[name].name if name in held else "no file"
+        if indexed != actual:
+            problems.append(f"{name} is in {actual}, but indexed in {indexed}")
+    return held, problems
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file.name} cannot be read: {error}") from error
+
+
+def read(
+    files: dict[str, Path], problems: list[str]
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """
+    Each tensor of a checkpoint, packed weights unpacked.
+
+    :param files: the file of each tensor
+    :param problems: what cannot be read is added to them
+    :return: file, name and tensor, file by file
+    """
+    packed: defaultdict[str, list[str]] = defaultdict(list)
+    for name in files:
+        if found := parts_of(name):
+            packed[found[0]].append(found[1])
+    names: defaultdict[Path, list[str]] = defaultdict(list)
+    for name, file in files.items():
+        names[file].append(name)
+    for file, held in sorted(names.items()):
+        for name in held:
+            operator, part = parts_of(name) or (None, None)
+            try:
+                if operator is None:
+                    yield file, name, _tensor(file, name)
+                elif part == packed[operator][0]:
+                    whole = {
+                        part: _tensor(files[f"{operator}.{part}"], f"{operator}.{part}")
+                        for part in packed[operator]
+                    }
+                    yield file, f"{operator}.weight", unpack(whole)
+            except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+                problems.append(f"{name} cannot be read: {error}")
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def rewrite(
+    tensors: Iterable[tuple[Path, str, Tensor]],
+    folder: Path,
+    change: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, tensor: {
+        name: tensor
+    },
+) -> None:
+    """
+    Write tensors to files of the same names, one at a time, and their index. A file may
+    replace the one that it comes from.
+
+    :param tensors: what :func:`read` yields
+    :param folder: where to write
+    :param change: what becomes of a tensor
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file, group in _by_file(tensors):
+        changed: dict[str, Tensor] = {}
+        for name, tensor in group:
+            changed |= change(name, tensor)
+        total += sum(tensor.nbytes for tensor in changed.values())
+        weight_map |= dict.fromkeys(changed, file.name)
+        unfinished = folder / f"{file.name}.unfinished"
+        save_file(changed, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, folder / file.name)
+    if set(weight_map.values()) != {SAFE_WEIGHTS_NAME}:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
+
+
+def _by_file(
+    tensors: Iterable[tuple[Path, str, Tensor]],
+) -> Iterator[tuple[Path, list[tuple[str, Tensor]]]]:
+    """The tensors of one file at a time, all of them in memory."""
+    held: list[tuple[str, Tensor]] = []
+    current: Path | None = None
+    for file, name, tensor in tensors:
+        if current is not None and file != current:
+            yield current, held
+            held = []
+        current = file
+        held.append((name, tensor))
+    if current is not None:
+        yield current, held
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """
+    Write a folder completely or not at all: what is written beside the target takes
+    its place in the end.
+
+    :param folder: the target; replaced if it exists
+    :return: where to write
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+
+@contextmanager
+def as_value_error(message: str) -> Iterator[None]:
+    """Whatever a malformed file makes its reader raise, as one kind of error."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{message}: {error}") from error

@@ -1,0 +1,96 @@
+"""A checkpoint's formats: dense, and without the zeros of its pruned operators."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from fista_modifier.checkpoint.packing import PackedFormat, pack, parts_of
+from fista_modifier.checkpoint.shards import locate, new_folder, read, rewrite
+from fista_modifier.checkpoint.sparsity_config import (
+    restore_sparsity,
+    write_legacy_sparsity,
+)
+
+__all__ = ["StorageFormat", "convert", "unpack_checkpoint"]
+
+StorageFormat = Literal["dense", "dense-legacy", PackedFormat]
+"""how weights are stored; "dense-legacy" differs from "dense" in config.json only"""
+
+
+def convert(
+    folder: Path, operators: Iterable[str], storage_format: StorageFormat
+) -> float:
+    """
+    Give a dense checkpoint another format, in place, one file at a time.
+
+    :param folder: the checkpoint, not quantised
+    :param operators: names of its pruned operators
+    :param storage_format: the format
+    :return: bytes of the pruned operators, as a share of what they were
+    :raises ValueError: if the checkpoint is quantised, or naming the operator whose
+        weight cannot have the format
+    """
+    names = sorted(operators)
+    if storage_format == "dense":
+        return 1.0
+    write_legacy_sparsity(folder, names, storage_format.removesuffix("-legacy"))
+    if storage_format == "dense-legacy":
+        return 1.0
+    before = after = 0
+
+    def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        nonlocal before, after
+        operator = name.removesuffix(".weight")
+        if operator == name or operator not in names:
+            return {name: tensor}
+        try:
+            parts = pack(tensor, storage_format)
+        except ValueError as error:
+            raise ValueError(f"{operator}: {error}") from None
+        before += tensor.nbytes
+        after += sum(part.nbytes for part in parts.values())
+        return {f"{operator}.{part}": value for part, value in parts.items()}
+
+    files, problems = locate(folder)
+    rewrite(read(files, problems), folder, packed)
+    _check(folder, problems)
+    return after / before if before else 1.0
+
+
+def unpack_checkpoint(folder: Path, output: Path) -> int:
+    """
+    Write a packed checkpoint as a dense one, bit for bit what was packed.
+
+    :param folder: the packed checkpoint; the parts of a weight may be in any shards
+    :param output: an empty folder, or none yet
+    :return: number of weights that were unpacked
+    :raises FileNotFoundError: if there is no checkpoint
+    :raises FileExistsError: if there is something in the output folder
+    :raises ValueError: if nothing is packed, or naming what is damaged
+    """
+    files, problems = locate(folder)
+    _check(folder, problems)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"the output folder {output} is not empty")
+    operators = {found[0] for name in files if (found := parts_of(name))}
+    if not operators:
+        raise ValueError(f"{folder} has no packed weights")
+    weights = set(files.values())
+    with new_folder(output) as unfinished:
+        for file in folder.iterdir():
+            if file.is_file() and file not in weights:
+                shutil.copy2(file, unfinished)
+        restore_sparsity(unfinished)
+        rewrite(read(files, problems), unfinished)
+        _check(folder, problems)
+    return len(operators)
+
+
+def _check(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{folder} is damaged: " + "; ".join(problems))

@@ -1,0 +1,226 @@
+"""Packed weights and the checkpoints that hold them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import checkpoint
+from problems import normal
+from runs import run
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fista_modifier import FISTAPruningModifier
+from fista_modifier.checkpoint.packing import pack, unpack
+from fista_modifier.checkpoint.storage import convert, unpack_checkpoint
+from fista_modifier.checkpoint.verification import verify
+from fista_modifier.solver import parse_pattern
+from fista_modifier.solver.patterns import project
+
+TWO_OF_FOUR = parse_pattern("2:4", None)
+FORMATS = ["sparse-bitmask", "sparse-24-bitmask"]
+LAST = "model.layers.1.mlp.down_proj"
+
+
+def test_the_bitmask_layout_is_the_published_one():
+    """Written down by hand: rows of ten columns fill two bytes, lowest bit first."""
+    weight = torch.zeros(3, 10)
+    weight[0, [0, 3, 9]] = torch.tensor([1.0, 2.0, 3.0])
+    weight[2, 8] = -4.0
+    parts = pack(weight, "sparse-bitmask")
+    assert parts["compressed"].tolist() == [1, 2, 3, -4]
+    assert parts["bitmask"].tolist() == [[0b1001, 0b10], [0, 0], [0, 0b1]]
+    assert parts["row_offsets"].tolist() == [0, 3, 3]
+    assert parts["shape"].tolist() == [3, 10]
+    assert parts["shape"].dtype == parts["row_offsets"].dtype == torch.int64
+
+
+def test_the_two_of_four_layout_is_the_published_one():
+    weight = torch.tensor([[0.0, 5, 0, 6, 7, 0, 0, 0], [1, 2, 0, 0, 0, 0, 3, 4]])
+    parts = pack(weight, "sparse-24-bitmask")
+    # a group with one value keeps a zero as well, so that two remain of every four
+    assert parts["compressed"].shape == (2, 4)
+    assert parts["compressed"][1].tolist() == [1, 2, 3, 4]
+    assert parts["bitmask"][1].tolist() == [0b11000011]
+    assert parts["shape"].tolist() == [[2], [8]]
+    assert torch.equal(unpack(parts), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed_format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 12), (16, 64)])
+def test_what_is_packed_unpacks_bit_for_bit(dtype, packed_format, shape):
+    weight = project(normal(*shape), TWO_OF_FOUR).to(dtype)
+    parts = pack(weight, packed_format)
+    assert torch.equal(unpack(parts), weight)
+    assert parts["compressed"].dtype == dtype
+
+
+def test_a_weight_without_the_pattern_is_not_packed_as_if():
+    with pytest.raises(ValueError, match="use sparse-bitmask"):
+        pack(normal(4, 8), "sparse-24-bitmask")
+    with pytest.raises(ValueError, match="'sparse' is none of sparse-bitmask"):
+        pack(normal(4, 8), "sparse")
+
+
+@pytest.mark.parametrize(
+    "name, value, match",
+    [
+        ("shape", torch.tensor([3, 17]), "bitmask is"),
+        ("shape", torch.tensor([3, 9]), "bitmask marks"),
+        ("shape", torch.tensor([3]), "not that of a matrix"),
+        ("shape", torch.tensor([-3, 12]), "not that of a matrix"),
+        ("compressed", torch.zeros(5), "there are 5"),
+        ("bitmask", torch.zeros(3, 2, dtype=torch.uint8), "marks 0 entries"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(name, value, match):
+    parts = pack(project(normal(3, 12), TWO_OF_FOUR), "sparse-bitmask")
+    with pytest.raises(ValueError, match=match):
+        unpack(parts | {name: value})
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]:
+    """A pruned bfloat16 checkpoint of the given pattern, and its operators."""
+
+    def make(pattern: str = "2:4", **settings: object) -> tuple[Path, list[str]]:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint("llama", **settings), dtype=torch.bfloat16
+        )
+        modifier = FISTAPruningModifier(
+            mask_structure=pattern, sparsity=0.5, preset="fast"
+        )
+        run(model, modifier)
+        folder = tmp_path / "pruned"
+        model.save_pretrained(folder, max_shard_size="40KB")
+        return folder, [result.name for result in modifier.results]
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        held |= load_file(file)
+    return held
+
+
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_a_packed_checkpoint_is_smaller_and_unpacks_to_the_same(
+    packed_format, pruned, tmp_path
+):
+    folder, operators = pruned(hidden_size=256, intermediate_size=512)
+    dense, config = tensors(folder), (folder / "config.json").read_text()
+    share = convert(folder, operators, packed_format)
+    assert share <= (0.57 if packed_format == "sparse-24-bitmask" else 0.58)
+    names = set(tensors(folder))
+    assert f"{LAST}.bitmask" in names and f"{LAST}.weight" not in names
+    sparsity = json.loads((folder / "config.json").read_text())["quantization_config"][
+        "sparsity_config"
+    ]
+    assert sparsity["format"] == packed_format
+    assert sparsity["targets"] == sorted(operators)
+    assert sparsity["sparsity_structure"] == "2:4"
+    assert verify(folder, TWO_OF_FOUR).passed
+
+    output = tmp_path / "unpacked"
+    assert unpack_checkpoint(folder, output) == len(operators)
+    assert json.loads((output / "config.json").read_text()) == json.loads(config)
+    again = tensors(output)
+    assert again.keys() == dense.keys()
+    assert all(torch.equal(again[name], dense[name]) for name in dense)
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert torch.equal(loaded.get_submodule(LAST).weight, dense[f"{LAST}.weight"])
+
+
+def test_unstructured_sparsity_packs_too(pruned, tmp_path):
+    folder, operators = pruned("0:0", hidden_size=256, intermediate_size=512)
+    dense = tensors(folder)
+    with pytest.raises(ValueError, match=r"_proj: sparse-24-bitmask is for 2:4"):
+        convert(folder, operators, "sparse-24-bitmask")
+    folder, operators = pruned("0:0", hidden_size=256, intermediate_size=512)
+    assert convert(folder, operators, "sparse-bitmask") <= 0.58
+    unpack_checkpoint(folder, tmp_path / "unpacked")
+    again = tensors(tmp_path / "unpacked")
+    assert all(torch.equal(again[name], dense[name]) for name in dense)
+
+
+def test_the_legacy_form_differs_in_the_configuration_only(pruned):
+    folder, operators = pruned()
+    before = tensors(folder)
+    assert convert(folder, operators, "dense-legacy") == 1
+    content = json.loads((folder / "config.json").read_text())
+    assert "sparsity_config" not in content
+    sparsity = content["quantization_config"]["sparsity_config"]
+    assert sparsity["format"] == "dense" and sparsity["targets"]
+    after = tensors(folder)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_what_is_not_packed_is_not_unpacked(pruned, tmp_path):
+    folder, _ = pruned()
+    with pytest.raises(ValueError, match="has no packed weights"):
+        unpack_checkpoint(folder, tmp_path / "unpacked")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    convert(folder, pruned()[1], "sparse-bitmask")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        unpack_checkpoint(folder, tmp_path / "full")
+
+
+def test_a_damaged_checkpoint_never_unpacks_to_something_else(pruned, tmp_path):
+    """Bytes flipped and files cut short anywhere: an error, or the same weights."""
+    folder, operators = pruned()
+    dense = tensors(folder)
+    convert(folder, operators, "sparse-bitmask")
+    generator = random.Random(0)
+    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
+    beside = set(tmp_path.iterdir())
+    refused = 0
+    for trial in range(200):
+        file = generator.choice(files)
+        intact = file.read_bytes()
+        damaged = bytearray(intact)
+        if generator.random() < 0.3:
+            del damaged[generator.randrange(len(damaged)) :]
+        else:
+            position = generator.randrange(min(len(damaged), 4000))
+            damaged[position] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        output = tmp_path / f"unpacked-{trial}"
+        try:
+            unpack_checkpoint(folder, output)
+        except (ValueError, OSError):
+            refused += 1
+            assert not output.exists()
+        else:
+            assert tensors(output).keys() <= dense.keys() | set(tensors(output))
+            beside.add(output)
+        file.write_bytes(intact)
+        assert set(tmp_path.iterdir()) == beside
+    assert refused > 50
+
+
+def test_parts_may_lie_in_different_shards(pruned, tmp_path):
+    folder, operators = pruned()
+    dense = tensors(folder)
+    convert(folder, operators, "sparse-bitmask")
+    every = tensors(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    names = sorted(every)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in halves.items():
+        save_file({name: every[name] for name in held}, folder / file)
+    index = {"weight_map": {name: f for f, held in halves.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    unpack_checkpoint(folder, tmp_path / "unpacked")
+    again = tensors(tmp_path / "unpacked")
+    assert all(torch.equal(again[name], dense[name]) for name in dense)
