@@ -48,21 +48,25 @@ METHODS = tuple(method for method in WARM_STARTS if method != "dense")
 PATTERNS = ("2:4", "0.5")
 
 
+def pattern_fields(pattern: str) -> dict[str, Any]:
+    """What the recipes of all methods have in common."""
+    structure = pattern if ":" in pattern else "0:0"
+    keep, group = (int(part) for part in structure.split(":"))
+    return {
+        "sparsity": 1 - keep / group if group else float(pattern),
+        "mask_structure": structure,
+        "targets": ["Linear"],
+        "ignore": ["re:.*lm_head"],
+    }
+
+
 def modifier(method: str, pattern: str) -> Any:
     """The recipe of a method, its own defaults apart from the sparsity."""
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
     from fista_modifier import FISTAPruningModifier
 
-    structure = pattern if ":" in pattern else "0:0"
-    keep, group = (int(part) for part in structure.split(":"))
-    sparsity = 1 - keep / group if group else float(pattern)
-    fields = {
-        "sparsity": sparsity,
-        "mask_structure": structure,
-        "targets": ["Linear"],
-        "ignore": ["re:.*lm_head"],
-    }
+    fields = pattern_fields(pattern)
     match method:
         case "wanda":
             return WandaPruningModifier(**fields)
@@ -89,24 +93,35 @@ def measure(
     """Prune by one method and evaluate; "dense" only evaluates."""
     import peers
 
-    from fista_modifier import layer, pipeline
-    from fista_modifier.data import calibration_dataset
-    from fista_modifier.evaluation.perplexity import perplexity
+    from fista_modifier import layer
 
     solvers = {"alps": peers.ALPS, "boza": peers.Boza}
     layer.StageSolver = solvers.get(method, layer.StageSolver)
+    recipe = None if method == "dense" else modifier(method, pattern)
+    row = {"method": method, "pattern": pattern, "seed": seed}
+    return row | pruned_and_evaluated(args, recipe, args.samples, seed or 0)
+
+
+def pruned_and_evaluated(
+    args: argparse.Namespace, recipe: Any, samples: int, seed: int
+) -> dict[str, Any]:
+    """What a recipe costs and what it leaves of the model; None leaves all of it."""
+    from fista_modifier import pipeline
+    from fista_modifier.data import calibration_dataset
+    from fista_modifier.evaluation.perplexity import perplexity
+
     tokenizer = pipeline.load_tokenizer(args.model)
     model = pipeline.load_model(args.model, "float32")
-    row: dict[str, Any] = {"method": method, "pattern": pattern, "seed": seed}
-    if seed is not None:
+    row: dict[str, Any] = {}
+    if recipe is not None:
         calibration = calibration_dataset(
             args.calibration,
             tokenizer,
-            samples=args.samples,
+            samples=samples,
             seq_len=args.seq_len,
             seed=seed,
         )
-        run = pipeline.prune(model, tokenizer, calibration, modifier(method, pattern))
+        run = pipeline.prune(model, tokenizer, calibration, recipe)
         row["seconds"] = run.seconds
         row["zeros"] = _zeros(model)
         row["peak_memory_bytes"] = _peak_memory()

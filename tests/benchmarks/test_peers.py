@@ -1,0 +1,55 @@
+"""The solvers that the benchmarks compare with: they must be given a fair chance."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from problems import normal
+
+from fista_modifier.solver import (
+    PAPER,
+    GramStatistics,
+    SolverOptions,
+    parse_pattern,
+    prune_weight,
+)
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def peers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("peer", ["ALPS", "Boza"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7"])
+def test_a_peer_is_exact_and_better_than_sparsegpt(peers, peer, pattern):
+    """As their papers report, on correlated features of unequal power."""
+    powers = torch.logspace(-1, 1, 64)[:, None]
+    inputs = (normal(64, 64, seed=1) @ normal(64, 512, seed=2)) * powers
+    statistics = GramStatistics.empty(64)
+    statistics.accumulate(inputs.T)
+    weight = normal(32, 64)
+    if ":" in pattern:
+        wanted = parse_pattern(pattern, None)
+    else:
+        wanted = parse_pattern("0:0", float(pattern))
+    solver = getattr(peers, peer)(statistics, wanted, SolverOptions())
+    [solution] = solver.prune([weight])
+    assert wanted.holds(solution.weight)
+    assert int((solution.weight == 0).sum()) == round(wanted.sparsity * weight.numel())
+    difference = (solution.weight - weight) @ inputs
+    assert solution.error == pytest.approx(float(difference.norm()), rel=1e-3)
+    sparsegpt = prune_weight(weight, statistics, wanted, PAPER).start_error
+    assert solution.error < sparsegpt
