@@ -6,7 +6,7 @@ import torch
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fista_modifier  # noqa: F401  makes FISTAPruningModifier known to recipes
+import fista_modifier  # noqa: F401  makes its modifiers known to recipes
 from fista_modifier.data import calibration_dataset
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -1,0 +1,215 @@
+"""A real vLLM loads what was pruned, and says what transformers says."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from families import VOCABULARY, tiny_model
+from runs import calibration, run
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier.data import calibration_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWERS = Path(__file__).with_name("vllm_answers.py")
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+PROMPTS = ["The capital of France is", "Water boils at a temperature of"]
+NEW_TOKENS = 8
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def smollm2_pruned(
+    smollm2: Path, wikipedia: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """SmolLM2-135M pruned to a pattern, all of it, in haste; each made once."""
+    made: dict[str, Path] = {}
+
+    def make(pattern: str) -> Path:
+        if pattern not in made:
+            tokenizer = pipeline.load_tokenizer(str(smollm2))
+            model = pipeline.load_model(str(smollm2))
+            data = calibration_dataset(
+                str(wikipedia), tokenizer, samples=2, seq_len=128
+            )
+            modifier = FISTAPruningModifier(
+                mask_structure=pattern,
+                sparsity=0.5,
+                ignore=["re:.*lm_head"],
+                preset="fast",
+                admm_steps=2,
+            )
+            run = pipeline.prune(model, tokenizer, data, modifier)
+            made[pattern] = tmp_path_factory.mktemp("smollm2") / "pruned"
+            pipeline.save(run.model, tokenizer, made[pattern])
+        return made[pattern]
+
+    return make
+
+
+@pytest.fixture
+def tiny(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A tiny model, pruned to 2:4 and quantised to FP8."""
+    tokens = torch.randint(
+        2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1)
+    )
+    run(
+        tiny_model("llama", **WIDE),
+        str(ROOT / "recipes" / "fista-2of4-fp8.yaml"),
+        dataset=calibration(tokens),
+        output_dir=tmp_path / "tiny",
+        processor=tiny_tokenizer,
+    )
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def ask(vllm_python: Path, vllm_environment: dict[str, str], tmp_path: Path) -> Ask:
+    """vLLM's answers, from a process of its own."""
+
+    def answers(checkpoint: Path, prompts: list[list[int]]) -> dict[str, Any]:
+        job = {
+            "checkpoint": str(checkpoint),
+            "dtype": "float32",
+            "prompts": prompts,
+            "new_tokens": NEW_TOKENS,
+        }
+        output = tmp_path / "answers.json"
+        process = subprocess.run(
+            [vllm_python, ANSWERS, json.dumps(job), output],
+            env=vllm_environment,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+        return json.loads(output.read_text())
+
+    return answers
+
+
+def expected(checkpoint: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """The same of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokens, logprobs = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].float().log_softmax(-1)
+            reply = model.generate(
+                ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+            )
+        tokens.append(reply[0, len(prompt) :].tolist())
+        logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return {"tokens": tokens, "logprobs": logprobs}
+
+
+def assert_same(answers: dict[str, Any], other: dict[str, Any]) -> None:
+    assert answers["tokens"] == other["tokens"]
+    for one, two in zip(answers["logprobs"], other["logprobs"], strict=True):
+        assert one == pytest.approx(two, abs=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0:0"])
+def test_vllm_agrees_with_transformers_on_a_pruned_smollm2(
+    pattern: str, smollm2_pruned: Callable[[str], Path], ask: Ask
+) -> None:
+    checkpoint = smollm2_pruned(pattern)
+    tokenizer = pipeline.load_tokenizer(str(checkpoint))
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
+
+
+def test_vllm_agrees_with_transformers_on_a_pruned_and_quantised_model(
+    tiny: Path, ask: Ask
+) -> None:
+    prompts = [[5, 9, 33, 2, 17, 60], [7, 7, 12]]
+    assert_same(ask(tiny, prompts), expected(tiny, prompts))
+
+
+@contextmanager
+def served(
+    checkpoint: Path, python: Path, environment: dict[str, str], log: Path
+) -> Iterator[str]:
+    """The address of a server, on the loopback address, while it runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", checkpoint, "--served-model-name", "pruned"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"]
+    address = f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            end = time.monotonic() + 300
+            while True:
+                assert server.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < end, log.read_text()[-3000:]
+                try:
+                    if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(1)
+            yield address
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def test_a_server_completes_a_prompt(
+    smollm2_pruned: Callable[[str], Path],
+    vllm_python: Path,
+    vllm_environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    checkpoint, log = smollm2_pruned("2:4"), tmp_path / "server.log"
+    with served(checkpoint, vllm_python, vllm_environment, log) as address:
+        reply = httpx.post(
+            f"{address}/v1/completions",
+            json={
+                "model": "pruned",
+                "prompt": PROMPTS[0],
+                "max_tokens": NEW_TOKENS,
+                "temperature": 0,
+            },
+            timeout=120,
+        )
+    assert reply.status_code == 200, reply.text
+    [choice] = reply.json()["choices"]
+    assert choice["text"]
+    assert reply.json()["usage"]["completion_tokens"] == NEW_TOKENS
+
+
+def test_the_example_generates_offline(
+    smollm2_pruned: Callable[[str], Path],
+    vllm_python: Path,
+    vllm_environment: dict[str, str],
+) -> None:
+    example = ROOT / "examples" / "serve_with_vllm" / "generate.py"
+    process = subprocess.run(
+        [vllm_python, example, smollm2_pruned("2:4"), PROMPTS[0]],
+        env=vllm_environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert PROMPTS[0] in process.stdout
