@@ -24,7 +24,12 @@ from fista_modifier.data import calibration_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = Path(__file__).with_name("vllm_answers.py")
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
 PROMPTS = ["The capital of France is", "Water boils at a temperature of"]
 NEW_TOKENS = 8
 
@@ -61,19 +66,25 @@ def smollm2_pruned(
 
 
 @pytest.fixture
-def tiny(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    """A tiny model, pruned to 2:4 and quantised to FP8."""
+def tiny(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Callable[[str], Path]:
+    """A tiny model to which a recipe was applied."""
     tokens = torch.randint(
         2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1)
     )
-    run(
-        tiny_model("llama", **WIDE),
-        str(ROOT / "recipes" / "fista-2of4-fp8.yaml"),
-        dataset=calibration(tokens),
-        output_dir=tmp_path / "tiny",
-        processor=tiny_tokenizer,
-    )
-    return tmp_path / "tiny"
+
+    def make(recipe: str) -> Path:
+        run(
+            tiny_model("llama", **WIDE),
+            str(ROOT / "recipes" / recipe),
+            dataset=calibration(tokens),
+            output_dir=tmp_path / "tiny",
+            processor=tiny_tokenizer,
+        )
+        return tmp_path / "tiny"
+
+    return make
 
 
 @pytest.fixture
@@ -133,10 +144,19 @@ def test_vllm_agrees_with_transformers_on_a_pruned_smollm2(
 
 
 def test_vllm_agrees_with_transformers_on_a_pruned_and_quantised_model(
-    tiny: Path, ask: Ask
+    tiny: Callable[[str], Path], ask: Ask
 ) -> None:
+    checkpoint = tiny("fista-2of4-fp8.yaml")
     prompts = [[5, 9, 33, 2, 17, 60], [7, 7, 12]]
-    assert_same(ask(tiny, prompts), expected(tiny, prompts))
+    assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
+
+
+def test_vllm_generates_from_pruned_weights_in_8_bit_integers(
+    tiny: Callable[[str], Path], ask: Ask
+) -> None:
+    """Its integer products saturate on CPUs without VNNI: no parity is asked for."""
+    answers = ask(tiny("fista-2of4-gptq-w8a8.yaml"), [[5, 9, 33, 2, 17, 60]])
+    assert [len(tokens) for tokens in answers["tokens"]] == [NEW_TOKENS]
 
 
 @contextmanager
