@@ -13,5 +13,5 @@ __all__ = ["FISTAPruningModifier", "MaskedGPTQModifier", "__version__"]
 
 __version__ = "0.1.0"
 
-for modifier in (FISTAPruningModifier, MaskedGPTQModifier):
-    ModifierFactory.register(modifier.__name__, modifier)
+ModifierFactory.register("FISTAPruningModifier", FISTAPruningModifier)
+ModifierFactory.register("MaskedGPTQModifier", MaskedGPTQModifier)
