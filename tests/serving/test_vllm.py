@@ -91,10 +91,12 @@ def tiny(
 def ask(vllm_python: Path, vllm_environment: dict[str, str], tmp_path: Path) -> Ask:
     """vLLM's answers, from a process of its own."""
 
-    def answers(checkpoint: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    def answers(
+        checkpoint: Path, prompts: list[list[int]], dtype: str = "float32"
+    ) -> dict[str, Any]:
         job = {
             "checkpoint": str(checkpoint),
-            "dtype": "float32",
+            "dtype": dtype,
             "prompts": prompts,
             "new_tokens": NEW_TOKENS,
         }
@@ -155,7 +157,8 @@ def test_vllm_generates_from_pruned_weights_in_8_bit_integers(
     tiny: Callable[[str], Path], ask: Ask
 ) -> None:
     """Its integer products saturate on CPUs without VNNI: no parity is asked for."""
-    answers = ask(tiny("fista-2of4-gptq-w8a8.yaml"), [[5, 9, 33, 2, 17, 60]])
+    checkpoint = tiny("fista-2of4-gptq-w8a8.yaml")
+    answers = ask(checkpoint, [[5, 9, 33, 2, 17, 60]], dtype="bfloat16")
     assert [len(tokens) for tokens in answers["tokens"]] == [NEW_TOKENS]
 
 
