@@ -202,8 +202,7 @@ def finish(
         console.print(operator_table(run.results))
         if run.reconstructions:
             console.print(layer_table(run.reconstructions))
-        if not getattr(run.model.config, "quantization_config", None):
-            check(verify_checkpoint(folder), folder)
+        check(verify_checkpoint(folder), folder)
     console.print(
         f"Wrote [bold]{folder}[/] after {run.seconds:.0f} s of calibration and pruning."
     )

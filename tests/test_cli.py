@@ -34,6 +34,9 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(
         app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
@@ -118,6 +121,26 @@ def test_a_packed_checkpoint_unpacks_to_the_dense_one(
     refused = run("unpack", dense, "-o", tmp_path / "more")
     assert refused.exit_code == 1
     assert "no packed weights" in refused.output
+
+
+@pytest.mark.parametrize("quantization", ["QuantizationModifier", "MaskedGPTQModifier"])
+def test_a_quantised_checkpoint_is_verified_too(
+    quantization: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "pruned"
+    recipe.write_text(
+        (RECIPES / "fista-2of4-w8a8.yaml")
+        .read_text()
+        .replace("QuantizationModifier", quantization)
+    )
+    result = prune(model, text, output, "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    assert run("verify", output, "--pattern", "2:4").exit_code == 0
+    refused = run("verify", output, "--pattern", "1:4")
+    assert refused.exit_code == 1
+    assert "model.layers.1.mlp.down_proj is not 1:4" in refused.output
+    (output / "model.safetensors").write_bytes(b"")
+    assert run("verify", output).exit_code == 1
 
 
 def test_a_format_that_does_not_suit_the_pattern_is_refused_at_once(
