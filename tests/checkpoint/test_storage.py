@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +141,46 @@ def test_a_packed_checkpoint_is_smaller_and_unpacks_to_the_same(
     assert all(torch.equal(again[name], dense[name]) for name in dense)
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert torch.equal(loaded.get_submodule(LAST).weight, dense[f"{LAST}.weight"])
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last compressed-tensors that reads and writes these formats."""
+    target = tmp_path_factory.mktemp("published")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    install += ["--target", str(target), "compressed-tensors==0.14.0.1"]
+    subprocess.run(install, check=True)
+    return target
+
+
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_compressed_tensors_reads_what_is_packed_and_writes_the_same_bytes(
+    packed_format, published, tmp_path
+):
+    weights = {
+        f"model.layers.{index}.up_proj.weight": project(
+            normal(*shape, seed=index), TWO_OF_FOUR
+        ).to(dtype)
+        for index, (shape, dtype) in enumerate(
+            [((16, 64), torch.bfloat16), ((24, 36), torch.float32)]
+        )
+    }
+    packed = {}
+    for name, weight in weights.items():
+        for part, tensor in pack(weight, packed_format).items():
+            packed[name.removesuffix("weight") + part] = tensor
+    files = [tmp_path / "packed.safetensors", tmp_path / "dense.safetensors"]
+    save_file(packed, files[0])
+    save_file(weights, files[1])
+    reader = Path(__file__).with_name("published_reader.py")
+    process = subprocess.run(
+        [sys.executable, reader, packed_format, *files],
+        env=os.environ | {"PYTHONPATH": str(published)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split() == ["2"]
 
 
 def test_unstructured_sparsity_packs_too(pruned, tmp_path):
