@@ -136,13 +136,12 @@ def prune_layer(
         on_operator(result)
 
     corrected = pruned if correct_errors else {}
-    real_tokens = [call.real_tokens() for call in recording.inputs]
     stages = find_stages(operators, recording.inputs)
     for stage, dense_inputs, inputs in _with_inputs(
         stages, recording, pruned_inputs, corrected
     ):
         statistics = stage_statistics(
-            stage, dense_inputs, inputs, corrected, real_tokens, on_batch
+            stage, dense_inputs, inputs, corrected, recording.real_tokens, on_batch
         )
         started = time.perf_counter()
         solutions = StageSolver(statistics, pattern, options).prune(

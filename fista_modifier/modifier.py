@@ -43,9 +43,9 @@ __all__ = ["FISTAPruningModifier", "Preset"]
 Preset = Literal["default", "fast", "paper"]
 Options = TypeVar("Options", SolverOptions, Reconstruction)
 PRESETS: dict[Preset, tuple[SolverOptions, Reconstruction]] = {
-    "default": (SolverOptions(), Reconstruction(epochs=1, rate=0.01)),
-    "fast": (FAST, Reconstruction(epochs=0, rate=0.01)),
-    "paper": (PAPER, Reconstruction(epochs=0, rate=0.01)),
+    "default": (SolverOptions(), Reconstruction()),
+    "fast": (FAST, Reconstruction(epochs=0)),
+    "paper": (PAPER, Reconstruction(epochs=0)),
 }
 
 
@@ -163,9 +163,6 @@ class FISTAPruningModifier(Modifier):
     _layers: list[DecoderLayer] = PrivateAttr(default_factory=list)
     # pruned weights of layers that the pipeline has not left yet
     _pending: dict[Operator, Tensor] = PrivateAttr(default_factory=dict)
-    _handles: dict[DecoderLayer, set[RemovableHandle]] = PrivateAttr(
-        default_factory=dict
-    )
     _stream: PrunedStream | None = PrivateAttr(default=None)
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
 
@@ -239,7 +236,7 @@ class FISTAPruningModifier(Modifier):
                     offload_device,
                     with_outputs=self._reconstructs(layer),
                 )
-                self._handles[layer] = set(self._register(layer.recording))
+                layer.handles = set(self._register(layer.recording))
 
     def on_sequential_epoch_end(
         self,
@@ -255,7 +252,7 @@ class FISTAPruningModifier(Modifier):
                 if layer.module in here and layer.recording is not None:
                     self._pending |= self._prune(layer, layer.recording)
                     layer.recording = None
-                    self.remove_hooks(self._handles.pop(layer))
+                    self.remove_hooks(layer.handles)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._store_pending()

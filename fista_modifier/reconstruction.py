@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -38,8 +38,8 @@ class Reconstruction:
     :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
     """
 
-    epochs: float
-    rate: float
+    epochs: float = 1
+    rate: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def reconstruct(
     current = {operator: weight.clone() for operator, weight in pruned.items()}
 
     def errors(batch: int) -> Tensor:
-        return _token_errors(inputs[batch], recording.outputs[batch])
+        real, target = recording.real_tokens[batch], recording.outputs[batch]
+        return _token_errors(inputs[batch], target, real)
 
     def error_now() -> float:
         squared = torch.cat([errors(batch) for batch in measured])
@@ -125,36 +126,36 @@ def reconstruct(
     result = ReconstructionResult(
         start_error=start_error,
         error=error,
-        operator_errors=_operator_errors(
-            current, ((recording.inputs[batch], inputs[batch]) for batch in measured)
-        ),
+        operator_errors=_operator_errors(current, recording, inputs, measured),
         steps=steps,
         seconds=time.perf_counter() - started,
     )
     return current, result
 
 
-def _token_errors(call: LayerCall, target: Tensor) -> Tensor:
+def _token_errors(call: LayerCall, target: Tensor, real: Tensor | None) -> Tensor:
     """‖o* − o‖² / ‖o‖² of each real token of a batch"""
     output = call.run()
     target = target.to(output.device, torch.float32)
     norms = target.square().sum(-1).clamp_min(SMALLEST)
     errors = (output.float() - target).square().sum(-1) / norms
-    real = call.real_tokens()
     return errors.flatten() if real is None else errors[real]
 
 
 def _operator_errors(
-    weights: dict[Operator, Tensor], calls: Iterable[tuple[LayerCall, LayerCall]]
+    weights: dict[Operator, Tensor],
+    recording: Recording,
+    inputs: LayerInputs,
+    batches: Iterable[int],
 ) -> dict[str, float]:
     """‖W* X* − W X‖_F / ‖W X‖_F of each operator that gets the same tokens twice"""
     squared: defaultdict[str, float] = defaultdict(float)
     power: defaultdict[str, float] = defaultdict(float)
-    for dense_call, pruned_call in calls:
-        real = dense_call.real_tokens()
-        dense = _operator_outputs(weights, dense_call, real)
+    for batch in batches:
+        real = recording.real_tokens[batch]
+        dense = _operator_outputs(weights, recording.inputs[batch], real)
         with replaced_weights(weights):
-            pruned = _operator_outputs(weights, pruned_call, real)
+            pruned = _operator_outputs(weights, inputs[batch], real)
         for operator, output in dense.items():
             other = pruned.get(operator)
             if other is not None and other.shape == output.shape:
@@ -180,12 +181,10 @@ def _operator_outputs(
 
         return operator.module.register_forward_hook(hook)
 
-    handles = [record(operator) for operator in operators]
-    try:
+    with ExitStack() as hooks:
+        for operator in operators:
+            hooks.enter_context(record(operator))
         call.run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {operator: torch.cat(seen) for operator, seen in outputs.items()}
 
 
@@ -236,9 +235,11 @@ class _KeptWeights:
         groups = [
             {
                 "params": [master],
-                "lr": rate * float(master.abs().sum() / (master != 0).sum().clamp(1)),
+                "lr": rate * float(master.abs().sum() / support.sum().clamp(1)),
             }
-            for master in self._masters.values()
+            for master, support in zip(
+                self._masters.values(), self._supports.values(), strict=True
+            )
         ]
         self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(

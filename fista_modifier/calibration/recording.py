@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -56,14 +57,18 @@ class Recording:
         :return: module, hook and kind of hook for all that is to be recorded; those
             before a forward take keyword arguments
         """
-        yield self.inputs.layer, _appending(self.inputs), "forward_pre"
-        for block, inputs in self._blocks.items():
-            yield block, _appending(inputs), "forward_pre"
+        for inputs in (self.inputs, *self._blocks.values()):
+            yield inputs.layer, inputs.remember, "forward_pre"
         if self._with_outputs:
             yield self.inputs.layer, self._append_output, "forward"
 
     def _append_output(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         self.outputs.append(first_tensor(output).to(self._offload_device))
+
+    @cached_property
+    def real_tokens(self) -> list[Tensor | None]:
+        """of each batch, what is not padding; to be asked when all are recorded"""
+        return [call.real_tokens() for call in self.inputs]
 
     def of_stage(self, stage: Stage) -> LayerInputs:
         """
@@ -77,12 +82,3 @@ class Recording:
             if called_once_a_batch and module in block.modules():
                 return inputs
         return self.inputs
-
-
-def _appending(inputs: LayerInputs) -> Callable[..., None]:
-    def hook(
-        _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        inputs.append(args, kwargs)
-
-    return hook

@@ -64,6 +64,12 @@ class LayerInputs:
         call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
         self._calls.append({"args": call.args, "kwargs": call.kwargs})
 
+    def remember(
+        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A forward pre-hook with keyword arguments, of the layer."""
+        self.append(args, kwargs)
+
     def __getitem__(self, batch: int) -> LayerCall:
         call = self._calls.fetch(batch)
         return LayerCall(self.layer, call["args"], call["kwargs"])
@@ -80,17 +86,14 @@ class LayerInputs:
         """
         inputs = LayerInputs(block, self._calls.offload_device)
 
-        def watch(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            inputs.append(args, kwargs)
+        def watch(*call: Any) -> None:
+            inputs.remember(*call)
             raise _Stop
 
-        handle = block.register_forward_pre_hook(watch, with_kwargs=True)
-        try:
+        with block.register_forward_pre_hook(watch, with_kwargs=True):
             for call in self:
                 with suppress(_Stop):
                     call.run()
-        finally:
-            handle.remove()
         return inputs
 
     def with_hidden_states(self, hidden_states: list[Tensor]) -> LayerInputs:
@@ -169,12 +172,8 @@ def inputs_of(module: torch.nn.Module, call: LayerCall, times: int = 1) -> list[
         if len(seen) == times:
             raise _Stop
 
-    handle = module.register_forward_pre_hook(watch)
-    try:
-        with suppress(_Stop):
-            call.run()
-    finally:
-        handle.remove()
+    with module.register_forward_pre_hook(watch), suppress(_Stop):
+        call.run()
     return seen
 
 

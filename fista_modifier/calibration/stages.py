@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +66,10 @@ def _watch(operators: Sequence[Operator], call: LayerCall) -> list[Stage]:
 
         return operator.module.register_forward_pre_hook(hook)
 
-    handles = [record(operator) for operator in operators]
-    try:
+    with ExitStack() as hooks:
+        for operator in operators:
+            hooks.enter_context(record(operator))
         call.run()
-    finally:
-        for handle in handles:
-            handle.remove()
 
     stages: list[Stage] = []
     for operator, seen in inputs.items():

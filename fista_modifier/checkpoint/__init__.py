@@ -1,1 +1,1 @@
-"""What is on disk: the report beside a checkpoint, and its verification."""
+"""What is on disk: a checkpoint's files and formats, its report and verification."""

@@ -10,20 +10,15 @@ from torch import Tensor
 
 from fista_modifier.solver import NofM
 
-__all__ = ["PackedFormat", "check_packable", "pack", "parts_of", "unpack"]
+__all__ = ["PackedFormat", "pack", "parts_of", "unpack"]
 
 PackedFormat = Literal["sparse-bitmask", "sparse-24-bitmask"]
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 TWO_OF_FOUR = NofM(2, 4)
 
 
-def check_packable(weight: Tensor, packed_format: str) -> None:
-    """
-    :param weight: m×n
-    :param packed_format: one of :data:`PackedFormat`
-    :raises ValueError: if there is no such format, if the weight is no matrix, or if
-        2:4 is asked for and it is not
-    """
+def _check_packable(weight: Tensor, packed_format: str) -> None:
+    """:raises ValueError: if there is no such format, or the weight cannot have it"""
     if packed_format not in get_args(PackedFormat):
         known = ", ".join(get_args(PackedFormat))
         raise ValueError(f"format '{packed_format}' is none of {known}")
@@ -48,7 +43,7 @@ def pack(weight: Tensor, packed_format: PackedFormat) -> dict[str, Tensor]:
     :return: the tensors that stand for the weight, by the last part of their names
     :raises ValueError: if the weight cannot have the format
     """
-    check_packable(weight, packed_format)
+    _check_packable(weight, packed_format)
     rows, columns = weight.shape
     if packed_format == "sparse-24-bitmask":
         kept = TWO_OF_FOUR.support(weight.abs())

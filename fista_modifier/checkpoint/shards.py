@@ -9,6 +9,8 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -117,9 +119,9 @@ def rewrite(
     """
     weight_map: dict[str, str] = {}
     total = 0
-    for file, group in _by_file(tensors):
+    for file, group in groupby(tensors, key=itemgetter(0)):
         changed: dict[str, Tensor] = {}
-        for name, tensor in group:
+        for _, name, tensor in group:
             changed |= change(name, tensor)
         total += sum(tensor.nbytes for tensor in changed.values())
         weight_map |= dict.fromkeys(changed, file.name)
@@ -129,22 +131,6 @@ def rewrite(
     if set(weight_map.values()) != {SAFE_WEIGHTS_NAME}:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
-
-
-def _by_file(
-    tensors: Iterable[tuple[Path, str, Tensor]],
-) -> Iterator[tuple[Path, list[tuple[str, Tensor]]]]:
-    """The tensors of one file at a time, all of them in memory."""
-    held: list[tuple[str, Tensor]] = []
-    current: Path | None = None
-    for file, name, tensor in tensors:
-        if current is not None and file != current:
-            yield current, held
-            held = []
-        current = file
-        held.append((name, tensor))
-    if current is not None:
-        yield current, held
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from transformers import (
     CompressedTensorsConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.operators import find_operators
+from fista_modifier.calibration.operators import Operator, find_operators
 from fista_modifier.checkpoint.packing import parts_of
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
@@ -113,8 +112,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
                 problems.append(f"{name} differs from {other}, to which it is tied")
         operator = name.removesuffix(".weight")
         if name.endswith(".weight") and operator in expected:
-            module = model.get_submodule(operator)
-            weight = tensor.T if isinstance(module, Conv1D) else tensor
+            weight = Operator(operator, model.get_submodule(operator)).oriented(tensor)
             checks.append(_check(operator, weight, expected[operator]))
     found = {check.name for check in checks}
     problems += [f"{name}.weight is missing" for name in expected if name not in found]
@@ -139,8 +137,7 @@ def _verify_quantised(folder: Path, pattern: SparsityPattern | None) -> Verifica
         problems += _faults(name, parameter, parameter)
     checks = []
     for name, expected in _expectations(folder, model, pattern).items():
-        module = model.get_submodule(name)
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        weight = Operator(name, model.get_submodule(name)).weight
         checks.append(_check(name, weight, replace(expected, exact=False)))
     return Verification(checks, problems)
 

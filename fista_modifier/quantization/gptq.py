@@ -89,7 +89,8 @@ def quantize_kept(
         columns,
     )
     shape = pruned.shape
-    each = each.expand(shape).masked_fill(pruned.to(each.device), _huge(each.dtype))
+    huge = torch.finfo(each.dtype).max
+    each = each.expand(shape).masked_fill(pruned.to(each.device), huge)
     if each_zero_point is None:
         each_zero_point = torch.zeros_like(each, dtype=zero_point.dtype)
     quantized, losses, fell_back = gptq_quantize.quantize_weight(
@@ -115,7 +116,3 @@ def _groups(quant_args: QuantizationArgs, columns: int, device: torch.device) ->
     elif quant_args.group_size and quant_args.group_size > 0:
         size = quant_args.group_size
     return torch.arange(columns, device=device) // size
-
-
-def _huge(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).max
