@@ -12,13 +12,19 @@ OUT.json has already is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from compare import in_own_process, pattern_fields, pruned_and_evaluated
+from compare import (
+    common_arguments,
+    common_setup,
+    in_own_process,
+    pattern_fields,
+    pruned_and_evaluated,
+    resumed,
+    save,
+)
 
 SAMPLES = "samples"
 PATTERN = "pattern"
@@ -109,41 +115,13 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", nargs="+", required=True)
+    parser = common_arguments(__doc__.split("\n\n")[0], 32, 16384)
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--eval-seq-len", type=int, default=512)
-    parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    setup = {
-        key: getattr(args, key)
-        for key in (
-            "pattern",
-            "samples",
-            "seq_len",
-            "eval_seq_len",
-            "eval_tokens",
-            "seed",
-        )
-    }
-    setup |= {
-        "model": Path(args.model).name,
-        "calibration": Path(args.calibration).name,
-    }
-    file = args.out.with_suffix(".json")
-    report: dict[str, Any] = {"setup": setup, "rows": []}
-    if file.exists():
-        report = json.loads(file.read_text())
-        if report["setup"] != setup:
-            parser.error(f"{file} was measured with {report['setup']}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    setup = common_setup(args) | {"pattern": args.pattern, "seed": args.seed}
+    report = resumed(args.out, setup)
     if "dense" not in report:
         report["dense"] = in_own_process(measure, args, None)
     for group in args.groups:
@@ -152,9 +130,7 @@ def main() -> None:
                 continue
             row = {"variant": variant} | in_own_process(measure, args, variant)
             report["rows"].append(row)
-            file.write_text(json.dumps(report, indent=2) + "\n")
-            args.out.with_suffix(".md").write_text(table(report))
-            print(table(report), flush=True)
+            save(args.out, report, table(report))
 
 
 if __name__ == "__main__":

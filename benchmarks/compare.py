@@ -264,41 +264,65 @@ def _cells(
     return cells
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def common_arguments(
+    description: str, samples: int, eval_tokens: int | None
+) -> argparse.ArgumentParser:
+    """What is pruned, on what it is calibrated and evaluated, where results go."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-seq-len", type=int, default=512)
-    parser.add_argument("--eval-tokens", type=int)
+    parser.add_argument("--eval-tokens", type=int, default=eval_tokens)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def common_setup(args: argparse.Namespace) -> dict[str, Any]:
+    """What results must share to stand in one table."""
+    keys = ("samples", "seq_len", "eval_seq_len", "eval_tokens")
+    return {key: getattr(args, key) for key in keys} | {
+        "model": Path(args.model).name,
+        "calibration": Path(args.calibration).name,
+    }
+
+
+def resumed(out: Path, setup: dict[str, Any]) -> dict[str, Any]:
+    """The report of an earlier run of the same setup, or a new one."""
+    file = out.with_suffix(".json")
+    if not file.exists():
+        return {"setup": setup, "rows": []}
+    report: dict[str, Any] = json.loads(file.read_text())
+    if report["setup"] != setup:
+        raise SystemExit(f"{file} was measured with {report['setup']}")
+    return report
+
+
+def save(out: Path, report: dict[str, Any], markdown: str) -> None:
+    """Write and show what there is so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    out.with_suffix(".md").write_text(markdown)
+    print(markdown, flush=True)
+
+
+def main() -> None:
+    parser = common_arguments(__doc__.split("\n\n")[0], 128, None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    setup = {
-        key: getattr(args, key)
-        for key in ("samples", "seq_len", "eval_seq_len", "eval_tokens")
-    }
-    setup |= {
-        "model": Path(args.model).name,
-        "calibration": Path(args.calibration).name,
+    setup = common_setup(args) | {
         "cpus": os.cpu_count(),
         "versions": {
             name: version(name)
             for name in ("torch", "transformers", "llmcompressor", "compressed-tensors")
         },
     }
-    report: dict[str, Any] = {"setup": setup, "rows": []}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.out.with_suffix(".json").exists():
-        earlier = json.loads(args.out.with_suffix(".json").read_text())
-        if earlier["setup"] != setup:
-            parser.error(f"{args.out}.json was measured with {earlier['setup']}")
-        report = earlier
+    report = resumed(args.out, setup)
     jobs: list[tuple[str, str, int | None]] = [("dense", "-", None)]
     jobs += [
         (method, pattern, seed)
@@ -309,9 +333,7 @@ def main() -> None:
         if job in done:
             continue
         report["rows"].append(in_own_process(measure, args, *job))
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(table(report))
-        print(table(report), flush=True)
+        save(args.out, report, table(report))
 
 
 if __name__ == "__main__":
