@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.solver.patterns import SparsityPattern
 
-__all__ = ["Operator", "check_prunable", "find_operators", "replaced_weights"]
+__all__ = [
+    "Operator",
+    "check_prunable",
+    "find_operators",
+    "replaced_weights",
+    "trainable",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,25 @@ def replaced_weights(weights: dict[Operator, Tensor]) -> Iterator[None]:
     finally:
         for operator, weight in own.items():
             operator.module.weight.data = weight
+
+
+@contextmanager
+def trainable(layer: torch.nn.Module, operators: Iterable[Operator]) -> Iterator[None]:
+    """
+    Make the operators' weights the only parameters of a layer that require a gradient.
+
+    :param layer: the layer
+    :param operators: some of its operators
+    """
+    flags = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+    try:
+        layer.requires_grad_(False)
+        for operator in operators:
+            operator.module.weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 def find_operators(
