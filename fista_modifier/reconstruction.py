@@ -56,8 +56,8 @@ class ReconstructionResult:
     :param start_error: of the layer with its operators as the solver left them
     :param error: of the layer as it is stored
     :param operator_errors: ‖W* X* − W X‖_F / ‖W X‖_F of each operator as it is stored,
-        by its name; none for an operator that not the same tokens reach in the dense
-        and in the pruned layer
+        by its name; none for an operator that not all tokens reach (an expert), as
+        others may reach it in the dense than in the pruned layer
     :param steps: of Adam; 0 if they did not pay and were undone
     :param seconds: wall time
     """
@@ -152,17 +152,18 @@ def _operator_errors(
     inputs: LayerInputs,
     batches: Iterable[int],
 ) -> dict[str, float]:
-    """‖W* X* − W X‖_F / ‖W X‖_F of each operator that gets the same tokens twice"""
+    """‖W* X* − W X‖_F / ‖W X‖_F of each operator that all tokens reach, once"""
     squared: defaultdict[str, float] = defaultdict(float)
     power: defaultdict[str, float] = defaultdict(float)
     for batch in batches:
-        real = recording.real_tokens[batch]
-        dense = _operator_outputs(weights, recording.inputs[batch], real)
+        real, call = recording.real_tokens[batch], recording.inputs[batch]
+        tokens = call.hidden_states[..., 0].numel() if real is None else int(real.sum())
+        dense = _operator_outputs(weights, call, real)
         with replaced_weights(weights):
             pruned = _operator_outputs(weights, inputs[batch], real)
         for operator, output in dense.items():
             other = pruned.get(operator)
-            if other is not None and other.shape == output.shape:
+            if other is not None and len(other) == len(output) == tokens:
                 squared[operator.name] += float((other - output).square().sum())
                 if operator.module.bias is not None:
                     output = output - operator.module.bias

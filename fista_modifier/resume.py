@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import IO, Any
+from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -125,7 +124,8 @@ class FinishedLayers:
         }
         file = self.folder / RUN_FILE
         if not file.exists():
-            self._write(file, json.dumps(self._run, indent=2).encode())
+            text = json.dumps(self._run, indent=2)
+            self._write(file, lambda unfinished: unfinished.write_text(text))
         self._check()
 
     def _check(self) -> None:
@@ -162,15 +162,14 @@ class FinishedLayers:
         :raises OSError: naming the file, if it cannot be written (a full disk); all
             files that were there stay
         """
-        weights = {
-            name: weight.contiguous()
-            for name, weight in pruned.on_cpu().weights.items()
-        }
+        on_cpu = pruned.on_cpu().weights
+        weights = {name: weight.contiguous() for name, weight in on_cpu.items()}
         about = {
             "operators": [asdict(result) for result in pruned.operators],
             "reconstruction": pruned.reconstruction and asdict(pruned.reconstruction),
         }
-        self._write(self._file(layer), save(weights, {"results": json.dumps(about)}))
+        metadata = {"results": json.dumps(about)}
+        self._write(self._file(layer), lambda file: save_file(weights, file, metadata))
 
     def load(self, layer: DecoderLayer) -> PrunedLayer:
         """
@@ -202,29 +201,19 @@ class FinishedLayers:
     def _file(self, layer: DecoderLayer) -> Path:
         return self.folder / f"{layer.name}.safetensors"
 
-    def _write(self, file: Path, content: bytes) -> None:
+    def _write(self, file: Path, write: Callable[[Path], object]) -> None:
+        unfinished = self.folder / f".{file.name}.{uuid4().hex}"
         try:
-            with self._unfinished() as unfinished:
-                unfinished.write(content)
-                unfinished.flush()
-                os.fsync(unfinished.fileno())
-                os.replace(unfinished.name, file)
-        except OSError as error:
+            write(unfinished)
+            with unfinished.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(unfinished, file)
+        except (OSError, SafetensorError) as error:
             raise OSError(
-                f"could not write {file}: {error.strerror or error}; the layers "
-                "finished before are kept"
+                f"could not write {file}: {error}; the layers finished before are kept"
             ) from error
-
-    @contextmanager
-    def _unfinished(self) -> Iterator[IO[bytes]]:
-        """A file that is removed unless it was renamed."""
-        with NamedTemporaryFile(
-            dir=self.folder, suffix=".unfinished", delete=False
-        ) as file:
-            try:
-                yield file
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def _differences(

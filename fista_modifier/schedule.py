@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from loguru import logger
@@ -155,10 +156,8 @@ class Schedule:
 
     def _leave(self, layer: DecoderLayer) -> None:
         if self._data is not None and self._disk is not None:
-            batches = [
-                one for part in self._ranks.all(self._data.batches) for one in part
-            ]
-            self._disk.check_calibration(batches)
+            of_ranks = self._ranks.all(self._data.batches)
+            self._disk.check_calibration(list(chain(*of_ranks)))
             self._data = None
         if layer in self._on_disk and self._disk is not None:
             self._accept(layer, self._disk.load(layer))

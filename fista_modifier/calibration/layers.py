@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from compressed_tensors.utils import match_named_modules
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.operators import Operator
@@ -28,7 +27,6 @@ class DecoderLayer:
     :param in_sequence: whether it passes hidden states on to the next decoder layer
     :param operators: what to prune in it
     :param recording: of the toolkit's pass over it, until it is pruned
-    :param handles: of the hooks that record
     """
 
     name: str
@@ -36,7 +34,6 @@ class DecoderLayer:
     in_sequence: bool = True
     operators: list[Operator] = field(default_factory=list)
     recording: Recording | None = None
-    handles: set[RemovableHandle] = field(default_factory=set)
 
 
 def group_by_layer(

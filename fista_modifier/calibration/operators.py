@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
@@ -106,7 +107,8 @@ def find_operators(
     The operators that a recipe asks to prune. As in the toolkit, a target is a class
     name, a module name or "re:" and a pattern; a target module that is not a linear
     operator itself (a decoder layer) stands for all those inside it. "Linear" includes
-    GPT-2's Conv1D. The output embedding is pruned only if a target names it.
+    GPT-2's Conv1D. The output embedding and the router of a mixture of experts are
+    pruned only if a target names them.
 
     :param model: model to search
     :param targets: what to prune
@@ -141,10 +143,11 @@ def find_operators(
     order = [name for name, _ in model.named_modules() if name in found]
     for name in order:
         module = found[name]
-        if name in ignored:
+        named = any(match_name(name, target) for target in targets)
+        if name in ignored or (_is_router(model, name) and not named):
             continue
         if module is head:
-            if not any(match_name(name, target) for target in targets):
+            if not named:
                 continue
             if module.weight is getattr(embedding, "weight", None):
                 raise ValueError(
@@ -160,6 +163,18 @@ def find_operators(
             f"{type(model).__name__} to prune"
         )
     return operators
+
+
+def _is_router(model: PreTrainedModel, name: str) -> bool:
+    """Whether it gives each expert beside it a score, or all of them together one."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    counts = {
+        len(child)
+        for child in parent.children()
+        if isinstance(child, torch.nn.ModuleList)
+    }
+    operator = Operator(name, cast(torch.nn.Linear, model.get_submodule(name)))
+    return bool(counts) and operator.weight.shape[0] in counts | {1}
 
 
 def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import calibration_forward_context
@@ -34,8 +36,8 @@ __all__ = [
 def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
     """
     The context of every run of a layer outside the toolkit's own passes: no gradients,
-    no KV cache, evaluation mode, eager attention, weights that stay onloaded, and no
-    hooks of other modifiers.
+    no KV cache, evaluation mode, eager attention, weights that stay onloaded, no hooks
+    of other modifiers, and experts that see the tokens that are routed to them.
 
     :param model: the model being calibrated
     """
@@ -43,6 +45,8 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(disable_offloading())
+        # oneshot may let all experts of a mixture see all tokens in its own passes
+        stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
         yield
 
 
