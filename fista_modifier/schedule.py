@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, permutations
 
 import torch
 from loguru import logger
@@ -114,7 +114,11 @@ class Schedule:
         :return: what is to be hooked, and the layer after which it is not needed
         """
         if self._disk is not None:
-            yield from self._look_on_disk(self._disk)
+            self._look_on_disk(self._disk)
+        if self._disk is not None or self._ranks.size > 1:
+            self._data = CallDigest()
+            first = self._layers[0]
+            yield first, (first.module, self._data.add, "forward_pre")
         for layer in self._layers:
             if layer in self._open or self._stream:
                 layer.recording = Recording(
@@ -126,17 +130,13 @@ class Schedule:
                 for hook in layer.recording.hooks():
                     yield layer, hook
 
-    def _look_on_disk(
-        self, disk: FinishedLayers
-    ) -> Iterator[tuple[DecoderLayer, Hook]]:
+    def _look_on_disk(self, disk: FinishedLayers) -> None:
         found = [layer.name for layer in self._layers if layer in disk]
         found = self._ranks.all(found)[0]  # files may appear while the ranks look
         self._on_disk = {layer for layer in self._layers if layer.name in found}
         self._open -= self._on_disk
         if self._on_disk:
             logger.info(f"Resuming: {len(self._on_disk)} layers are in {disk.folder}")
-        self._data = CallDigest()
-        yield self._layers[0], (self._layers[0].module, self._data.add, "forward_pre")
 
     def leave(self, modules: Iterable[torch.nn.Module], model: PreTrainedModel) -> None:
         """
@@ -155,9 +155,8 @@ class Schedule:
                     self._leave(layer)
 
     def _leave(self, layer: DecoderLayer) -> None:
-        if self._data is not None and self._disk is not None:
-            of_ranks = self._ranks.all(self._data.batches)
-            self._disk.check_calibration(list(chain(*of_ranks)))
+        if self._data is not None:
+            self._check_data(self._ranks.all(self._data.batches))
             self._data = None
         if layer in self._on_disk and self._disk is not None:
             self._accept(layer, self._disk.load(layer))
@@ -173,6 +172,18 @@ class Schedule:
                 self._prune_due()
         elif self._stream:
             self._accept(layer, PrunedLayer({}, []))
+
+    def _check_data(self, of_ranks: list[list[str]]) -> None:
+        """:param of_ranks: a digest of each batch of each rank"""
+        for one, other in permutations(range(len(of_ranks)), 2):
+            if set(of_ranks[one]) <= set(of_ranks[other]):
+                raise ValueError(
+                    f"all calibration data of rank {one} are among those of rank "
+                    f"{other}: let each load a part of its own, as with "
+                    "llmcompressor.datasets.get_rank_partition"
+                )
+        if self._disk is not None:
+            self._disk.check_calibration(list(chain(*of_ranks)))
 
     def _prune_due(self) -> None:
         """Each rank prunes the layer that it has the data of, and all get the rest."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from families import tiny_model
-from runs import prune, weights
+from runs import calibration, prune, samples, weights
 
 from fista_modifier.progress import LayerProgress
 
@@ -21,9 +21,11 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     :param output: folder for ``RANK.pt``: the pruned weights and the names of results
     :param family: of the tiny model
     :param fields: of the modifier, JSON
-    :param dies: "killed" or "fails" when rank 1 has pruned its first operator
+    :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
+        "same data": the ranks share one part of the data
     """
     torch.set_num_threads(1)
+    model = tiny_model(family)  # once there are ranks, only the first saves models
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 
@@ -32,10 +34,11 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("no more")
 
-    if dies and rank == 1:
+    if dies in ("killed", "fails") and rank == 1:
         LayerProgress.on_operator = end  # type: ignore[method-assign]
-    model = tiny_model(family)
-    modifier = prune(model, **json.loads(fields))
+    own = samples().chunk(dist.get_world_size())[0 if dies == "same data" else rank]
+    data = {"dataset": calibration(own), "num_calibration_samples": len(own)}
+    modifier = prune(model, oneshot_arguments=data, **json.loads(fields))
     names = [result.name for result in modifier.results]
     torch.save((weights(model), names), Path(output) / f"{rank}.pt")
 

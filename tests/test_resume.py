@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
+from families import checkpoint, tiny_model
 from runs import calibration, prune, samples, weights
 from torch import Tensor
 
@@ -52,21 +52,23 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "layers"))
 
 
+def prune_with(resume_dir: str, limit: int | None) -> None:
+    checkpoint("llama")
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    pruned(resume_dir=resume_dir)
+
+
 def in_another_process(resume_dir: Path, limit: int | None = None) -> subprocess.Popen:
-    script = (
-        "import sys; from pathlib import Path; from test_resume import pruned; "
-        "pruned(resume_dir=sys.argv[1])"
-    )
-
-    def limit_files() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    """
+    :param resume_dir: of the run
+    :param limit: size of a file, in bytes, after which its disk is full
+    """
+    call = f"prune_with({str(resume_dir)!r}, {limit})"
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(resume_dir)],
+        [sys.executable, "-c", f"from test_resume import prune_with; {call}"],
         cwd=TESTS,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=limit_files,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -163,7 +165,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, share: float) -> None:
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    process = in_another_process(tmp_path, limit=20_000)
+    process = in_another_process(tmp_path, limit=16_000)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert f"could not write {tmp_path}/model.layers.0.safetensors" in output
