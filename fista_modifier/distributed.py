@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 import torch.distributed as dist
-from compressed_tensors.distributed import greedy_bin_packing, is_distributed
+from compressed_tensors.distributed import greedy_bin_packing, init_dist, is_distributed
 from torch import Tensor
 
-__all__ = ["ALONE", "Distribution", "Ranks", "current_ranks", "shared_out"]
+__all__ = [
+    "ALONE",
+    "Distribution",
+    "Ranks",
+    "current_ranks",
+    "join_ranks",
+    "shared_out",
+]
 
 Value = TypeVar("Value")
 Distribution = Literal["layers", "data"]
@@ -98,6 +107,20 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def join_ranks() -> Ranks:
+    """
+    Under ``torchrun``, become one of its ranks.
+
+    :return: the processes of the run
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and not is_distributed():
+        if torch.accelerator.is_available():
+            init_dist()
+        else:
+            dist.init_process_group("gloo")
+    return current_ranks()
 
 
 def current_ranks() -> Ranks:

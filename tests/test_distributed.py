@@ -64,7 +64,7 @@ def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
         (2, "mixtral", {}),
         (3, "llama", {"sparsity": 0.5, "mask_structure": "0:0"}),
         (3, "llama", {"distribute": "data", "preset": "fast"}),
-        (2, "llama", {"error_correction": "full"}),
+        (2, "llama", {"error_correction": "full", "preset": "fast"}),
         (2, "mixtral", {"distribute": "data", "preset": "fast"}),
     ],
 )
