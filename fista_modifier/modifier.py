@@ -240,6 +240,7 @@ class FISTAPruningModifier(Modifier):
         layer_types = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         layers = group_by_layer(model, operators, layer_types)
         self._schedule = Schedule(
+            model,
             layers,
             layers if self.layers is None else chosen_layers(layers, self.layers),
             self._method,
@@ -275,7 +276,7 @@ class FISTAPruningModifier(Modifier):
         for layer in [layer for layer in self._handles if layer.module in here]:
             self.remove_hooks(self._handles.pop(layer))
         with self._undone_on_error() as schedule:
-            schedule.leave(modules, state.model)
+            schedule.leave(modules)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._undone_on_error() as schedule:

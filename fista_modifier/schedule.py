@@ -15,7 +15,7 @@ from fista_modifier.calibration.attention import check_causal
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Hook, Recording
-from fista_modifier.calibration.replay import calibration_runs
+from fista_modifier.calibration.replay import calibration_runs, fused_attention
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
 from fista_modifier.layer import (
@@ -60,6 +60,7 @@ class Schedule:
     a layer of its own ("layers": they wait until there is one for each), or all of them
     the same one ("data").
 
+    :param model: being calibrated
     :param layers: of the model; lone operators after the decoder layers
     :param chosen: those of them to prune in this run
     :param method: how
@@ -70,6 +71,7 @@ class Schedule:
 
     def __init__(
         self,
+        model: PreTrainedModel,
         layers: Sequence[DecoderLayer],
         chosen: Iterable[DecoderLayer],
         method: Method,
@@ -79,6 +81,7 @@ class Schedule:
     ) -> None:
         self.results: list[OperatorResult] = []
         self.reconstructions: dict[str, ReconstructionResult] = {}
+        self._model = model
         self._layers = layers
         self._method = method
         self._disk = finished
@@ -138,18 +141,17 @@ class Schedule:
         if self._on_disk:
             logger.info(f"Resuming: {len(self._on_disk)} layers are in {disk.folder}")
 
-    def leave(self, modules: Iterable[torch.nn.Module], model: PreTrainedModel) -> None:
+    def leave(self, modules: Iterable[torch.nn.Module]) -> None:
         """
         To be called when the pipeline has run a part of the model with all data.
 
         :param modules: the part
-        :param model: being calibrated
         :raises ValueError: if the calibration data are not those of the layers on disk,
             or a layer was not run
         """
         self.store()
         here = set(modules)
-        with calibration_runs(model):
+        with calibration_runs(self._model):
             for layer in self._layers:
                 if layer.module in here:
                     self._leave(layer)
@@ -215,7 +217,7 @@ class Schedule:
             check_causal(next(iter(inputs)), layer.name)
         stream = self._stream if layer.in_sequence else None
         reconstructs = self._reconstructs(layer)
-        with LayerProgress(layer) as progress:
+        with LayerProgress(layer) as progress, fused_attention(self._model):
             pruned = prune_layer(
                 layer.operators,
                 layer.recording,

@@ -79,16 +79,15 @@ def wave_statistics(
 
 def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
     """Those of all ranks' tokens, on each rank."""
-    for matrix in (statistics.gram, statistics.drift_cross, statistics.drift_gram):
-        if matrix is not None:
-            ranks.sum(matrix)
+    for matrix in statistics.sums():
+        ranks.sum(matrix)
     statistics.tokens = sum(ranks.all(statistics.tokens))
 
 
 def _empty(stage: Stage) -> GramStatistics:
-    operator = stage.operators[0]
-    device = get_execution_device(operator.module)
-    return GramStatistics.empty(operator.weight.shape[1], device)
+    weights = [operator.weight for operator in stage.operators]
+    device = get_execution_device(stage.operators[0].module)
+    return GramStatistics.empty(weights[0].shape[1], device, weights)
 
 
 def _tokens(
