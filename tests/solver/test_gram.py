@@ -3,6 +3,7 @@ import torch
 from problems import FLOAT32, gram_statistics, inputs, normal, true_error
 
 from fista_modifier.solver import GramStatistics
+from fista_modifier.solver.drift import FeatureDrift, OutputDrift
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.quadratic import Quadratic
 
