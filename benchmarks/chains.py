@@ -1,0 +1,128 @@
+"""
+Perplexity of a pruned model, quantised by three quantisers that follow in its recipe.
+
+The model is pruned to 2:4 once, with the default preset; each quantiser then starts
+from the same pruned checkpoint and calibrates on the same tokens. Every checkpoint is
+loaded as users load it. "zeros lost" counts pruned entries that quantisation revived.
+
+    python benchmarks/chains.py --model DIR --calibration FILE.txt --text FILE.txt \\
+        --samples 32 --seq-len 512 --work FOLDER --out benchmarks/results/chains.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+
+from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier, pipeline
+from fista_modifier.data import calibration_dataset
+from fista_modifier.evaluation.perplexity import perplexity
+
+IGNORE = ["re:.*lm_head"]
+# 576 columns are no multiple of W4A16's groups of 128
+GROUPS_OF_64 = {
+    "targets": ["Linear"],
+    "weights": {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 64,
+    },
+}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W8A8": {"scheme": "W8A8", "targets": ["Linear"]},
+    "W4A16, groups of 64": {"config_groups": {"group_0": GROUPS_OF_64}},
+}
+QUANTISERS: dict[str, type[Modifier]] = {
+    "round to nearest": QuantizationModifier,
+    "GPTQModifier": GPTQModifier,
+    "MaskedGPTQModifier": MaskedGPTQModifier,
+}
+
+
+def revived(folder: str | Path, zeros: dict[str, torch.Tensor]) -> float:
+    """The share of these entries that are not zero in a checkpoint, decompressed."""
+    decompressed = CompressedTensorsConfig(run_compressed=False)
+    quantised = hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=decompressed if quantised else None
+    )
+    lost = sum(
+        int((model.get_submodule(name).weight[zero] != 0).sum())
+        for name, zero in zeros.items()
+    )
+    return lost / sum(int(zero.sum()) for zero in zeros.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", nargs="+", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--eval-tokens", type=int, default=32768)
+    parser.add_argument("--work", type=Path, required=True, help="for checkpoints")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    tokenizer = pipeline.load_tokenizer(args.model)
+    data = calibration_dataset(
+        args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
+    )
+    names = " | ".join(text.stem for text in args.text)
+    rows = [f"| scheme | quantised by | {names} | zeros lost |"]
+    rows.append("|---|---|" + "---|" * (len(args.text) + 1))
+
+    def checkpoint(folder: Path, start: str | Path, recipe: Modifier) -> Path:
+        if not folder.exists():
+            model = pipeline.load_model(str(start), "float32")
+            run = pipeline.prune(model, tokenizer, data, recipe)
+            pipeline.save(run.model, tokenizer, folder)
+        return folder
+
+    def add(scheme: str, quantiser: str, folder: str | Path) -> None:
+        lost = 100 * revived(folder, zeros) if zeros else 0.0
+        model = pipeline.load_model(str(folder))
+        found = [
+            perplexity(
+                model,
+                tokenizer,
+                text.read_text(encoding="utf-8"),
+                seq_len=512,
+                max_tokens=args.eval_tokens,
+            ).value
+            for text in args.text
+        ]
+        cells = " | ".join(f"{value:.2f}" for value in found)
+        rows.append(f"| {scheme} | {quantiser} | {cells} | {lost:.2f} % |")
+        args.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        print(rows[-1], flush=True)
+
+    zeros: dict[str, torch.Tensor] = {}
+    add("dense", "", args.model)
+    recipe = FISTAPruningModifier(mask_structure="2:4", ignore=IGNORE)
+    pruned = checkpoint(args.work / "pruned", args.model, recipe)
+    zeros = {
+        name: module.weight == 0
+        for name, module in pipeline.load_model(str(pruned)).named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    }
+    add("2:4", "", pruned)
+    for scheme, fields in SCHEMES.items():
+        for name, quantiser in QUANTISERS.items():
+            folder = args.work / f"{scheme.split(',')[0]}-{quantiser.__name__}"
+            made = checkpoint(folder, pruned, quantiser(**fields, ignore=IGNORE))
+            add(scheme, name, made)
+
+
+if __name__ == "__main__":
+    main()
