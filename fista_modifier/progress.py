@@ -1,7 +1,8 @@
-"""Progress of the pruning of one layer."""
+"""Progress of a run and of the pruning of one layer."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from loguru import logger
@@ -11,7 +12,33 @@ from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
 
-__all__ = ["LayerProgress"]
+__all__ = ["LayerProgress", "RunProgress"]
+
+
+class RunProgress:
+    """
+    How far a run is, from the layers that it has pruned so far.
+
+    :param layers: how many this process prunes
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._done = 0
+        self._started = time.monotonic()
+
+    def layer(self, layer: DecoderLayer) -> LayerProgress:
+        """
+        :param layer: the next one
+        :return: its progress
+        """
+        label = f"Pruning {layer.name} ({self._done + 1}/{self._layers}"
+        if self._done:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / self._done * (self._layers - self._done)
+            label += f", {tqdm.format_interval(left)} left"
+        self._done += 1
+        return LayerProgress(layer.name, label + ")")
 
 
 class LayerProgress:
@@ -19,12 +46,13 @@ class LayerProgress:
     One bar for a layer: batches replayed and operators pruned; a log line for each
     operator and for the reconstruction in the toolkit's METRIC level.
 
-    :param layer: the layer
+    :param name: of the layer
+    :param label: of the bar
     """
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        self._name = layer.name
-        self._bar = tqdm(desc=f"Pruning {layer.name}", unit="batch", leave=False)
+    def __init__(self, name: str, label: str) -> None:
+        self._name = name
+        self._bar = tqdm(desc=label, unit="batch", leave=False)
 
     def __enter__(self) -> LayerProgress:
         return self

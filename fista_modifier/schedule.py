@@ -24,7 +24,7 @@ from fista_modifier.layer import (
     PrunedLayer,
     prune_layer,
 )
-from fista_modifier.progress import LayerProgress
+from fista_modifier.progress import RunProgress
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 from fista_modifier.resume import CallDigest, FinishedLayers
 from fista_modifier.solver import SolverOptions, SparsityPattern
@@ -95,6 +95,7 @@ class Schedule:
         self._stream = (
             PrunedStream(OFFLOAD_DEVICE) if method.error_correction == "full" else None
         )
+        self._progress = RunProgress(0)
         # layers that wait until each rank has one
         self._due: list[DecoderLayer] = []
         # pruned weights of layers that the pipeline has not left yet
@@ -122,6 +123,7 @@ class Schedule:
             self._data = CallDigest()
             first = self._layers[0]
             yield first, (first.module, self._data.add, "forward_pre")
+        self._progress = RunProgress(-(-len(self._open) // self._by_layers.size))
         for layer in self._layers:
             if layer in self._open or self._stream:
                 layer.recording = Recording(
@@ -217,7 +219,7 @@ class Schedule:
             check_causal(next(iter(inputs)), layer.name)
         stream = self._stream if layer.in_sequence else None
         reconstructs = self._reconstructs(layer)
-        with LayerProgress(layer) as progress, fused_attention(self._model):
+        with self._progress.layer(layer) as progress, fused_attention(self._model):
             pruned = prune_layer(
                 layer.operators,
                 layer.recording,
