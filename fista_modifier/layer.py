@@ -231,12 +231,15 @@ def _with_inputs(
 
 def _solve(
     wave: Sequence[Stage],
-    statistics: Sequence[GramStatistics],
+    statistics: list[GramStatistics],
     pattern: SparsityPattern,
     options: SolverOptions,
     ranks: Ranks,
 ) -> Iterator[tuple[Operator, PrunedWeight, int, float]]:
-    """Solution, tokens and seconds of each operator; the work is shared out."""
+    """
+    Solution, tokens and seconds of each operator; the work is shared out. Uses the
+    statistics up, as nothing else in a layer is as large.
+    """
     # operators of a stage share inverses, so stages are split only if they are few
     split = len(wave) < ranks.size
     tasks = [
@@ -246,16 +249,20 @@ def _solve(
             [[one] for one in stage.operators] if split else [stage.operators]
         )
     ]
+    statistics.clear()
     costs = [sum(one.weight.numel() for one in operators) for operators, _ in tasks]
     owners = shared_out(costs, ranks)
+    tokens = {one: sums.tokens for operators, sums in tasks for one in operators}
 
     def solve_mine() -> dict[str, tuple[PrunedWeight, float]]:
         solved = {}
-        for (operators, sums), owner in zip(tasks, owners, strict=True):
+        for owner in owners:
+            operators, sums = tasks.pop(0)
             if owner != ranks.rank:
                 continue
             started = time.perf_counter()
             solver = StageSolver(sums, pattern, options)
+            del sums
             solutions = solver.prune([operator.weight for operator in operators])
             seconds = time.perf_counter() - started
             rows = sum(solution.weight.shape[0] for solution in solutions)
@@ -265,11 +272,9 @@ def _solve(
         return solved
 
     solved = dict(chain(*(part.items() for part in ranks.each(solve_mine))))
-    for operators, sums in tasks:
-        for operator in operators:
-            solution, seconds = solved[operator.name]
-            device = operator.weight.device
-            yield operator, solution.moved_to(device), sums.tokens, seconds
+    for operator, count in tokens.items():
+        solution, seconds = solved[operator.name]
+        yield operator, solution.moved_to(operator.weight.device), count, seconds
 
 
 def _reconstructed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -186,7 +186,10 @@ class StageSolver:
         pattern.check_columns(statistics.features)
         self.pattern = pattern
         self.options = options
-        self._raw_gram = statistics.gram
+        self._device = statistics.gram.device
+        # one-shot methods have a damping of their own; nothing else needs it unscaled
+        one_shot = options.start in get_args(OneShot)
+        self._raw_gram = statistics.gram if one_shot else None
         self._scale: Tensor | None = None
         damping: Tensor | None = None
         if options.refit:
@@ -203,7 +206,7 @@ class StageSolver:
         :param weights: dense weight W, m×n, of each operator, of any floating dtype
         :return: W* of each, in the dtype and on the device of its W
         """
-        device = self._raw_gram.device
+        device = self._device
         objectives = [
             LayerObjective(
                 self._scaled(weight.to(device, torch.float32)), self._quadratic
@@ -287,6 +290,7 @@ class StageSolver:
             return [objective.weight for objective in objectives]
         if kind == "admm":
             return admm(objectives, self.pattern, self.options.admm_steps)
+        assert self._raw_gram is not None  # kept for these starts
         return [
             self._scaled(
                 warm_start(
