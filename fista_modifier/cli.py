@@ -13,6 +13,7 @@ import typer
 from datasets import Dataset
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
@@ -77,7 +78,8 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        message = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False)
         raise typer.Exit(1) from error
 
 
@@ -325,7 +327,7 @@ def evaluate(
         Path | None, typer.Option(help="folder with your own tasks in lm-eval's YAML")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="use only so many examples of each task")
+        int | None, typer.Option(min=1, help="use only so many examples of each task")
     ] = None,
     backend: Annotated[Backend, typer.Option(help="runs the models")] = "transformers",
     seq_len: Annotated[
@@ -335,9 +337,11 @@ def evaluate(
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="use only so many tokens of each text")
+        int | None, typer.Option(min=1, help="use only so many tokens of each text")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="sequences in a forward pass")
+    ] = 1,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load the weights in")
     ] = "auto",
@@ -424,7 +428,7 @@ def compare(
         typer.Option(help="tokens in a block of the texts (default: as --seq-len)"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="use only so many tokens of each text")
+        int | None, typer.Option(min=1, help="use only so many tokens of each text")
     ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load the weights in")

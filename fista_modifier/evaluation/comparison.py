@@ -258,8 +258,8 @@ def comparison_table(results: Results) -> str:
     header = ["pattern", "method", "seeds", *texts]
     header += [f"excess, {text}" for text in texts]
     header += ["excess", "its range", "time", "peak memory", "zeros"]
-    values = [f"{dense['perplexity'][text]:.2f}" for text in texts]
-    lines = [["", DENSE, "", *values]]
+    figures = {text: f"{dense['perplexity'][text]:.2f}" for text in texts}
+    lines = [{"method": DENSE} | figures]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
         if row["method"] != DENSE:
@@ -270,47 +270,56 @@ def comparison_table(results: Results) -> str:
     ):
         rows = groups[pattern, method]
         peers = {row["seed"]: row for row in groups.get((pattern, REFERENCE), [])}
-        lines.append([pattern, method, *_figures(rows, dense, peers, texts)])
-    return markdown_table(header, lines) + "\n\n" + _caption(results.setup) + "\n"
+        label = {"pattern": pattern, "method": method}
+        lines.append(label | _figures(rows, dense, peers, texts))
+    # what repeats another column is left out
+    several = any(len(rows) > 1 for rows in groups.values())
+    header = [
+        name
+        for name in header
+        if (several or name not in ("seeds", "its range"))
+        and (len(texts) > 1 or name != "excess")
+    ]
+    cells = [[line.get(name, "") for name in header] for line in lines]
+    return markdown_table(header, cells) + "\n\n" + _caption(results.setup) + "\n"
 
 
 def _figures(
     rows: Sequence[Row], dense: Row, peers: Mapping[int, Row], texts: Sequence[str]
-) -> list[str]:
+) -> dict[str, str]:
     """
     :param rows: of one method and pattern, one for each seed
     :param dense: the row of the dense model
     :param peers: SparseGPT's row of each seed
     :param texts: measured
-    :return: the cells after the method's name
+    :return: cells by the names of their columns
     """
 
     def excess(row: Row, text: str) -> float:
         return math.log(row["perplexity"][text] / dense["perplexity"][text])
 
-    cells = [str(len(rows))]
+    cells = {"seeds": str(len(rows))}
     for text in texts:
         log = fmean(math.log(row["perplexity"][text]) for row in rows)
-        cells.append(f"{math.exp(log):.2f}")
-    compared = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
+        cells[text] = f"{math.exp(log):.2f}"
+    pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
     # pruning may improve a model that is poor to begin with: then no share has a sense
-    if compared and all(
-        excess(peer, text) > 0 for _, peer in compared for text in texts
-    ):
+    if pairs and all(excess(peer, text) > 0 for _, peer in pairs for text in texts):
         shares = [
             [excess(row, text) / excess(peer, text) for text in texts]
-            for row, peer in compared
+            for row, peer in pairs
         ]
+        for text, column in zip(texts, zip(*shares, strict=True), strict=True):
+            cells[f"excess, {text}"] = f"{fmean(column):.3f}"
         means = [fmean(share) for share in shares]
-        cells += [f"{fmean(column):.3f}" for column in zip(*shares, strict=True)]
-        cells += [f"{fmean(means):.3f}", f"{min(means):.3f}–{max(means):.3f}"]
-    else:
-        cells += [""] * (len(texts) + 2)
-    ratios = [row["seconds"] / peer["seconds"] for row, peer in compared]
-    cells.append(f"{fmean(ratios):.2f}" if ratios else "")
+        cells["excess"] = f"{fmean(means):.3f}"
+        cells["its range"] = f"{min(means):.3f}–{max(means):.3f}"
+    if pairs:
+        ratio = fmean(row["seconds"] / peer["seconds"] for row, peer in pairs)
+        cells["time"] = f"{ratio:.2f}"
     peak = max(row["peak_memory_bytes"] for row in rows)
-    cells.append(f"{peak / 2**30:.2f} GiB")
-    cells.append(f"{100 * fmean(row['zeros'] for row in rows):.2f} %")
+    cells["peak memory"] = f"{peak / 2**30:.2f} GiB"
+    cells["zeros"] = f"{100 * fmean(row['zeros'] for row in rows):.2f} %"
     return cells
 
 
@@ -322,10 +331,11 @@ def _caption(setup: Mapping[str, Any]) -> str:
         f"{setup['eval_seq_len']} tokens"
         + (f" over the first {tokens} tokens.\n" if tokens else ".\n")
         + "Excess is ln(ppl / ppl of dense), as a share of SparseGPT's with the same "
-        "calibration tokens; then the mean over the texts, and the lowest and highest "
-        "of a seed. Perplexities are geometric means over the seeds. Times are of "
-        f"calibration and pruning, as ratios to SparseGPT's, on {setup['cpus']} CPU "
-        "cores. Peak memory is the process's own, in main memory. Versions: "
+        "calibration tokens (where there are several: their mean over the texts, and "
+        "the lowest and highest of a seed; perplexities are geometric means over the "
+        "seeds). Times are of calibration and pruning, as ratios to SparseGPT's, on "
+        f"{setup['cpus']} CPU cores. Peak memory is that of the method's process, "
+        "without the accelerator's. Versions: "
         + ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
         + "."
     )

@@ -124,7 +124,9 @@ class Evaluation:
         for name in tasks:
             assert self.suite is not None
             scores = self.suite.score(engine.harness_model, name)
-            results.add(origin | {"task": name} | scores | versions("lm-eval"))
+            results.add(
+                origin | {"task": name, "versions": versions("lm-eval")} | scores
+            )
 
 
 def fingerprint(model: str) -> str:

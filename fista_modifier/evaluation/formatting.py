@@ -14,7 +14,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     :return: a Markdown table
     """
     filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
-    rule = ["---"] + ["---:"] * (len(header) - 1)
+    rule = ["---"] * len(header)
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         for cells in ([*header], rule, *filled)

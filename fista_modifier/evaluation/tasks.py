@@ -45,8 +45,6 @@ class TaskSuite:
     ) -> None:
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"the folder of tasks {folder} does not exist")
-        if limit is not None and limit < 1:
-            raise ValueError(f"the limit is {limit}; at least 1 example is needed")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -54,26 +52,35 @@ class TaskSuite:
                 "zero-shot tasks need lm-eval: pip install 'fista-modifier[eval]', or "
                 "name only texts (--text)"
             ) from error
-        self.names, self.limit = list(names), limit
+        self.limit = limit
         self._manager = TaskManager(include_path=str(folder) if folder else None)
         known = [*self._manager.all_subtasks, *self._manager.all_groups]
-        for name in self.names:
+        self._tasks: dict[str, Any] = {}
+        for name in names:
             if name not in known:
                 close = get_close_matches(name, known, n=3)
                 raise ValueError(
                     f"lm-eval has no task '{name}'"
                     + (f"; did you mean {' or '.join(close)}?" if close else "")
                 )
-            self._download(name)
+            self._tasks[name] = self._load(name)
 
-    def _download(self, name: str) -> None:
+    @property
+    def names(self) -> list[str]:
+        """of the tasks"""
+        return list(self._tasks)
+
+    def _load(self, name: str) -> Any:
         try:
-            self._manager.load([name])
+            loaded = self._manager.load([name])
         except (OSError, httpx.HTTPError) as error:
             raise ConnectionError(
                 f"the data of the task {name} could not be read ({error}); check the "
                 "network, or define the task on local files: --task-path FOLDER"
             ) from error
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        return loaded
 
     def score(self, model: Any, name: str) -> dict[str, Any]:
         """
@@ -86,13 +93,8 @@ class TaskSuite:
         """
         import lm_eval
 
-        outcome = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[name],
-            num_fewshot=0,
-            limit=self.limit,
-            task_manager=self._manager,
-            log_samples=False,
+        outcome = lm_eval.evaluate(
+            lm=model, task_dict=self._tasks[name], limit=self.limit, log_samples=False
         )
         values = outcome["results"][name]
         metrics = {}

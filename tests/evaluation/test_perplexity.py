@@ -82,3 +82,23 @@ def test_a_result_cannot_be_changed(model, tiny_tokenizer):
     measured = perplexity(model, tiny_tokenizer, TEXT, seq_len=10, progress=False)
     with pytest.raises(FrozenInstanceError):
         measured.value = 1.0
+
+
+def test_the_standard_error_is_that_of_the_blocks_mean_by_the_delta_method(
+    model, tiny_tokenizer
+):
+    text = "aaaaaaaaaaThe quick brown fox"  # an easy block and a hard one
+    measured = perplexity(model, tiny_tokenizer, text, seq_len=10, progress=False)
+    first, second = (
+        reference(model, tiny_tokenizer, block, seq_len=10, blocks=1)
+        for block in (text[:10], text[10:20])
+    )
+    mean = (first + second) / 2  # of two values, s/√2 is half their distance
+    expected = math.exp(mean) * abs(first - second) / 2
+    assert abs(first - second) > 0.1
+    assert measured.stderr == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_block_has_no_standard_error(model, tiny_tokenizer):
+    measured = perplexity(model, tiny_tokenizer, TEXT, seq_len=44, progress=False)
+    assert measured.stderr is None
