@@ -158,8 +158,10 @@ def _mean_losses(model: Any, batch: Tensor) -> Tensor:
         torch.split(targets, CHUNK_POSITIONS, dim=1),
         strict=True,
     ):
+        # the vocabulary stays last: along any other dimension torch's sum of tens of
+        # thousands of exponentials is good to four digits only
         losses = cross_entropy(
-            scores.float().transpose(1, 2), expected, reduction="none"
+            scores.float().flatten(0, 1), expected.flatten(), reduction="none"
         )
-        totals += losses.double().sum(dim=1)
+        totals += losses.double().view_as(expected).sum(dim=1)
     return totals / targets.shape[1]

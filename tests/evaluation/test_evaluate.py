@@ -172,9 +172,9 @@ def test_bad_tasks_are_a_message(
         (["--tasks", "water", "--task-path", "nowhere"], ["nowhere"]),
         (["--text", "missing.txt"], ["missing.txt"]),
         (["--seq-len", "4000"], ["fox", "4000", "--seq-len"]),
-        (["--batch-size", "0"], ["--batch-size", "0"]),
-        (["--max-tokens", "0"], ["--max-tokens", "0"]),
-        (["--limit", "0"], ["--limit", "0"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--max-tokens", "0"], ["--max-tokens"]),
+        (["--limit", "0"], ["--limit"]),
         (["--backend", "vllm"], ["vllm", "--backend transformers"]),
     ],
 )
