@@ -28,7 +28,13 @@ from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, METHODS, TARGETS, Pruner, pruner
 from fista_modifier.evaluation.perplexity import perplexity, token_blocks
-from fista_modifier.evaluation.results import Results, Row, versions
+from fista_modifier.evaluation.results import (
+    Results,
+    Row,
+    digest,
+    fingerprint,
+    versions,
+)
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.solver import SparsityPattern
 
@@ -202,15 +208,17 @@ class Comparison:
 
     def _setup(self) -> dict[str, Any]:
         """What rows must share to stand in one table."""
+        texts = {text.name: digest(text.content) for text in self.trial.texts}
         return {
             "model": self.trial.model,
+            "checkpoint": fingerprint(self.trial.model),
             "dtype": self.trial.dtype,
             "calibration": self.calibration.dataset,
             "samples": self.calibration.samples,
             "seq_len": self.calibration.seq_len,
             "eval_seq_len": self.trial.seq_len,
             "eval_tokens": self.trial.max_tokens,
-            "texts": [text.name for text in self.trial.texts],
+            "texts_digest": texts,
             "cpus": os.cpu_count(),
             "versions": versions(*PACKAGES),
         }

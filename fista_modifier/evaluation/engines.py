@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.perplexity import block_losses
+from fista_modifier.evaluation.results import versions
 
 __all__ = ["Backend", "Engine", "check_installed", "start"]
 
@@ -37,12 +38,14 @@ def check_installed(backend: Backend) -> None:
     :param backend: what is about to run models
     :raises RuntimeError: if the environment lacks it
     """
-    missing = [name for name in ("vllm", "lm_eval") if find_spec(name) is None]
-    if backend == "vllm" and missing:
-        raise RuntimeError(
-            f"--backend vllm needs {' and '.join(missing)} in this environment; "
-            "--backend transformers does not"
-        )
+    if backend == "vllm":
+        try:
+            versions("vllm", "lm-eval")
+        except PackageNotFoundError as error:
+            raise RuntimeError(
+                f"--backend vllm needs {error.name} in this environment; --backend "
+                "transformers does not"
+            ) from error
 
 
 def start(backend: Backend, model: str, dtype: str, batch_size: int) -> Engine:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,13 @@ from fista_modifier.data import max_sequence_length
 from fista_modifier.evaluation.engines import Backend, Engine, check_installed, start
 from fista_modifier.evaluation.formatting import markdown_table, with_error
 from fista_modifier.evaluation.perplexity import Perplexity, token_blocks
-from fista_modifier.evaluation.results import Results, versions
+from fista_modifier.evaluation.results import (
+    Results,
+    Row,
+    digest,
+    fingerprint,
+    versions,
+)
 from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 
@@ -49,8 +56,8 @@ class Evaluation:
 
     def run(self, models: Sequence[str], file: Path | None = None) -> Results:
         """
-        Measure what is not measured yet. A checkpoint that has changed since its rows
-        were written is measured anew.
+        Measure what is not measured yet. What was measured before a checkpoint or a
+        text changed is measured anew.
 
         :param models: folders of checkpoints, or ids on the hub
         :param file: the results are kept there as they come; None keeps none
@@ -101,17 +108,15 @@ class Evaluation:
 
     def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
         checkpoint = fingerprint(model)
+        samples = {name: digest(tokens.tolist()) for name, tokens in blocks.items()}
         results.rows = [
             row
             for row in results.rows
-            if row["model"] != model or row["checkpoint"] == checkpoint
+            if row["model"] != model or _is_current(row, checkpoint, samples)
         ]
         texts = [name for name in blocks if not results.find(model=model, text=name)]
-        tasks = [
-            name
-            for name in (self.suite.names if self.suite else [])
-            if not results.find(model=model, task=name)
-        ]
+        suite = self.suite.names if self.suite else []
+        tasks = [name for name in suite if not results.find(model=model, task=name)]
         if not texts and not tasks:
             return
         engine: Engine = start(self.backend, model, self.dtype, self.batch_size)
@@ -119,8 +124,9 @@ class Evaluation:
         for name in texts:
             losses = engine.losses(blocks[name])
             seq_len = blocks[name].shape[1]
+            source = {"text": name, "tokens_digest": samples[name], "seq_len": seq_len}
             measured = Perplexity.of_blocks(losses, seq_len)
-            results.add(origin | {"text": name, "seq_len": seq_len} | asdict(measured))
+            results.add(origin | source | asdict(measured))
         for name in tasks:
             assert self.suite is not None
             scores = self.suite.score(engine.harness_model, name)
@@ -129,20 +135,11 @@ class Evaluation:
             )
 
 
-def fingerprint(model: str) -> str:
-    """
-    :param model: folder of a checkpoint, or its id on the hub
-    :return: the hub's commit; of a folder, a digest of its files' names, sizes and
-        dates, which another pruning into the same folder changes
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return str(AutoConfig.from_pretrained(model)._commit_hash)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    stats = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    ]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
+    """Whether neither the checkpoint nor the text has changed since."""
+    own = row.get("tokens_digest")
+    asked = samples.get(row.get("text", ""), own)
+    return bool(row["checkpoint"] == checkpoint and own == asked)
 
 
 def evaluation_table(results: Results) -> str:
@@ -187,14 +184,11 @@ def _distinct(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _mean(scores: Sequence[dict[str, float | None]]) -> str:
+def _mean(scores: Sequence[dict[str, Any]]) -> str:
     """Tasks are independent samples: their squared standard errors add up."""
-    values = [score["value"] or 0.0 for score in scores]
     errors = [score["stderr"] for score in scores]
-    count = len(scores)
-    known = [error for error in errors if error is not None]
-    spread = sum(error**2 for error in known) ** 0.5 / count
-    return with_error(sum(values) / count, spread if len(known) == count else None)
+    stderr = None if None in errors else math.hypot(*errors) / len(errors)
+    return with_error(fmean(score["value"] for score in scores), stderr)
 
 
 def _caption(results: Results) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Results", "Row", "versions", "write_whole"]
+from transformers import AutoConfig
+
+__all__ = ["Results", "Row", "digest", "fingerprint", "versions", "write_whole"]
 
 Row = dict[str, Any]
 
@@ -98,3 +101,29 @@ def versions(*packages: str) -> dict[str, str]:
     :return: the version of each
     """
     return {name: version(name) for name in packages}
+
+
+def digest(content: object) -> str:
+    """
+    :param content: data whose ``repr`` is all of it
+    :return: what tells it from other data
+    """
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: str) -> str:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :return: the hub's commit; of a folder, a digest of the dates and sizes of its
+        configuration and weights, which another pruning into the same folder changes
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(AutoConfig.from_pretrained(model)._commit_hash)
+    files = [
+        folder / "config.json",
+        *folder.glob("*.safetensors"),
+        *folder.glob("*.bin"),
+    ]
+    stats = [(file.name, file.stat()) for file in sorted(files)]
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -48,29 +48,28 @@ def test_a_comparison_is_kept_and_continued(
 ) -> None:
     file, table = tmp_path / "results.json", tmp_path / "results.md"
     arguments: tuple[object, ...] = ("compare", tiny_llama, "--pattern", "2:4")
-    arguments += ("--methods", "magnitude", "--dataset", fox, "--samples", 4)
-    arguments += ("--seq-len", 16, "--text", fox, "--json", file, "--markdown", table)
-    result = invoke(*arguments)
+    arguments += ("--dataset", fox, "--samples", 4, "--seq-len", 16, "--text", fox)
+    arguments += ("--json", file, "--markdown", table, "--methods")
+    result = invoke(*arguments, "dense")
     assert result.exit_code == 0, result.output
     content = json.loads(file.read_text())
-    dense, magnitude = content["rows"]
-    assert (dense["method"], magnitude["method"]) == ("dense", "magnitude")
-    assert magnitude["zeros"] == pytest.approx(0.5)
-    assert magnitude["perplexity"]["fox"] != dense["perplexity"]["fox"]
+    [dense] = content["rows"]
+    assert dense["method"] == "dense"
     assert dense["perplexity_stderr"]["fox"] > 0
-    assert magnitude["peak_memory_bytes"] > 1e8
     assert f"{dense['perplexity']['fox']:.2f}" in table.read_text()
 
-    # as if it had been interrupted after the dense model
     dense["perplexity"]["fox"] = 12345.0
-    file.write_text(json.dumps(content | {"rows": [dense]}))
-    result = invoke(*arguments)
+    file.write_text(json.dumps(content))
+    result = invoke(*arguments, "magnitude")
     assert result.exit_code == 0, result.output
-    again = json.loads(file.read_text())["rows"]
-    assert again[0]["perplexity"]["fox"] == 12345.0
-    assert again[1]["perplexity"] == magnitude["perplexity"]
+    kept, magnitude = json.loads(file.read_text())["rows"]
+    assert kept == dense
+    assert (magnitude["method"], magnitude["pattern"]) == ("magnitude", "2:4")
+    assert magnitude["zeros"] == pytest.approx(0.5)
+    assert magnitude["peak_memory_bytes"] > 1e8
+    assert f"{magnitude['perplexity']['fox']:.2f}" in table.read_text()
 
-    refused = invoke(*arguments, "--samples", 5)
+    refused = invoke(*arguments, "magnitude", "--samples", 5)
     assert refused.exit_code == 1
     assert "samples 4, not 5" in " ".join(refused.output.split())
 

@@ -115,12 +115,13 @@ def test_texts_and_tasks_are_measured_for_each_model(
     assert cells[0] == str(tiny_llama)
     assert cells[1] == f"{expected.value:.3f} ± {expected.stderr:.3f}"
     assert cells[3] == f"{share:.3f} ± {spread:.3f}"
-    mean, sky = (float(cells[column].split()[0]) for column in (5, 4))
-    assert mean == pytest.approx((share + sky) / 2, abs=1e-3)
+    sky = accuracy(tiny_llama, tiny_tokenizer, QUESTIONS[:5])
+    both = math.hypot(spread, math.sqrt(sky * (1 - sky) / 4)) / 2
+    assert cells[5] == f"{(share + sky) / 2:.3f} ± {both:.3f}"
     assert f"{expected.value:.3f}" in result.output
 
 
-def test_what_is_measured_is_kept_until_the_checkpoint_changes(
+def test_what_is_measured_is_kept_until_checkpoint_or_text_change(
     tiny_llama: Path, fox: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
@@ -132,6 +133,17 @@ def test_what_is_measured_is_kept_until_the_checkpoint_changes(
     file.write_text(json.dumps(content))
     assert "12345.000" in invoke(*arguments).output
 
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow. " * 10)
+    beside = invoke("eval", tiny_llama, "--text", other, *arguments[4:])
+    assert "12345.000" in beside.output and "other, ppl" in beside.output
+    other.write_text("Pack my box with five dozen liquor jugs. " * 10)
+    again = invoke("eval", tiny_llama, "--text", other, *arguments[4:])
+    rows = json.loads(file.read_text())["rows"]
+    assert "12345.000" in again.output
+    assert [row["text"] for row in rows] == ["fox", "other"]
+    assert f"{rows[1]['value']:.3f}" not in beside.output
+
     refused = invoke(*arguments, "--max-tokens", 64)
     assert refused.exit_code == 1
     assert "max_tokens None, not 64" in " ".join(refused.output.split())
@@ -140,7 +152,7 @@ def test_what_is_measured_is_kept_until_the_checkpoint_changes(
     model.lm_head.weight.data.zero_()
     model.save_pretrained(tiny_llama)
     assert invoke(*arguments).exit_code == 0
-    [row] = json.loads(file.read_text())["rows"]
+    [row] = json.loads(file.read_text())["rows"]  # that of the other text is gone too
     assert row["value"] != pytest.approx(measured)
     assert row["value"] == pytest.approx(model.config.vocab_size, rel=1e-4)
 
