@@ -23,6 +23,7 @@ from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
 from fista_modifier.data import calibration_dataset, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
+from fista_modifier.distributed import current_ranks, join_ranks
 from fista_modifier.evaluation.comparison import Comparison, Trial, comparison_table
 from fista_modifier.evaluation.engines import Backend
 from fista_modifier.evaluation.evaluate import Evaluation, evaluation_table
@@ -133,14 +134,29 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace what is in the output folder")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder that keeps finished layers; the same command goes on from it"
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="prune only these decoder layers, such as 0-9, into the --resume "
+            "folder; write the checkpoint when all are there"
+        ),
+    ] = None,
 ) -> None:
     """
     Prune MODEL and write a checkpoint.
 
     Calibrates by default as the paper does: on 128 sequences of the first shard of C4,
-    each as long as the model allows (at most 2048 tokens).
+    each as long as the model allows (at most 2048 tokens). Under torchrun, the
+    processes prune different layers at the same time.
     """
     with errors_as_messages():
+        join_ranks()
         pipeline.check_output(output, overwrite)
         if (pattern is None) == (recipe is None):
             raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
@@ -151,6 +167,11 @@ def prune(
                 f"sparse-24-bitmask stores 2:4 weights, not {pattern}: use "
                 "--format sparse-bitmask"
             )
+        if recipe is not None and (resume or layers):
+            raise ValueError(
+                "--resume and --layers go with --pattern; in a recipe they are the "
+                "fields resume_dir and layers"
+            )
         modifier = None
         if pattern is not None:
             modifier = FISTAPruningModifier(
@@ -159,6 +180,8 @@ def prune(
                 error_correction=error_correction,
                 preset=preset,
                 warm_start=warm_start,
+                resume_dir=resume and str(resume),
+                layers=layers,
             )
         tokenizer = pipeline.load_tokenizer(model)
         dense = pipeline.load_model(model, dtype)
@@ -169,7 +192,14 @@ def prune(
         run = pipeline.prune(
             dense, tokenizer, calibration, modifier or recipe, batch_size=batch_size
         )
-        finish(model, run, tokenizer, data, output, storage_format)
+        if run.unfinished:
+            console.print(
+                f"{len(run.unfinished)} layers are not finished yet, so no checkpoint "
+                f"was written. When all are in {resume}, run this again without "
+                "--layers."
+            )
+        else:
+            finish(model, run, tokenizer, data, output, storage_format)
 
 
 def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -208,6 +238,8 @@ def finish(
     """
     report = PruningReport(model, data, run.seconds, run.results, run.reconstructions)
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
+    if current_ranks().rank:
+        return
     if run.results:
         console.print(operator_table(run.results))
         if run.reconstructions:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Literal
 
 from loguru import logger
@@ -14,8 +15,9 @@ from torch import Tensor
 from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.calibration.stages import Stage, find_stages
-from fista_modifier.calibration.statistics import stage_statistics
+from fista_modifier.calibration.stages import Stage, agreed, find_stages, waves
+from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.distributed import ALONE, Ranks, shared_out
 from fista_modifier.reconstruction import (
     Reconstruction,
     ReconstructionResult,
@@ -86,14 +88,20 @@ class OperatorResult:
 @dataclass(frozen=True)
 class PrunedLayer:
     """
-    :param weights: out×in weight of each operator, in the dtype of the module
+    :param weights: out×in weight of each operator by its name, in the dtype of the
+        module
     :param operators: what became of each
     :param reconstruction: what became of the layer, if it was reconstructed
     """
 
-    weights: dict[Operator, Tensor]
+    weights: dict[str, Tensor]
     operators: list[OperatorResult]
     reconstruction: ReconstructionResult | None = None
+
+    def on_cpu(self) -> PrunedLayer:
+        """:return: the same, to be sent to another process or to disk"""
+        weights = {name: weight.cpu() for name, weight in self.weights.items()}
+        return replace(self, weights=weights)
 
 
 def prune_layer(
@@ -107,6 +115,7 @@ def prune_layer(
     reconstruction: Reconstruction | None = None,
     on_batch: Callable[[], object] = lambda: None,
     on_operator: Callable[[OperatorResult], object] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> PrunedLayer:
     """
     Prune the operators of one decoder layer in the order in which they run, then train
@@ -122,9 +131,11 @@ def prune_layer(
     :param correct_errors: whether X* follows the operators pruned before (otherwise
         X* = X at every stage)
     :param reconstruction: how to train the layer afterwards; None leaves it
-    :param on_batch: called after each batch of each stage and of the reconstruction
+    :param on_batch: called after each batch of each wave and of the reconstruction
     :param on_operator: called with the result of each operator, as soon as it is known
-    :return: weights, and what became of the operators and the layer
+    :param ranks: that prune this layer together, each with batches of its own: sums go
+        over all of them, operators are shared out, and rank 0 reconstructs
+    :return: weights, and what became of the operators and the layer, alike on all ranks
     :raises ValueError: if an activation is NaN or infinite
     """
     pruned: dict[Operator, Tensor] = {}
@@ -136,44 +147,48 @@ def prune_layer(
         on_operator(result)
 
     corrected = pruned if correct_errors else {}
-    stages = find_stages(operators, recording.inputs)
-    for stage, dense_inputs, inputs in _with_inputs(
+    stages = agreed(find_stages(operators, recording.inputs), operators, ranks)
+    for wave, dense_inputs, inputs in _with_inputs(
         stages, recording, pruned_inputs, corrected
     ):
-        statistics = stage_statistics(
-            stage, dense_inputs, inputs, corrected, recording.real_tokens, on_batch
+        statistics = wave_statistics(
+            wave,
+            dense_inputs,
+            inputs,
+            corrected,
+            recording.real_tokens,
+            on_batch,
+            ranks,
         )
-        started = time.perf_counter()
-        solutions = StageSolver(statistics, pattern, options).prune(
-            [operator.weight for operator in stage.operators]
-        )
-        rows = sum(solution.weight.shape[0] for solution in solutions)
-        seconds_per_row = (time.perf_counter() - started) / rows
-        for operator, solution in zip(stage.operators, solutions, strict=True):
-            seconds = seconds_per_row * solution.weight.shape[0]
-            result = _result(operator, pattern, solution, statistics, seconds)
-            add(operator, solution, result)
+        for operator, solution, tokens, seconds in _solve(
+            wave, statistics, pattern, options, ranks
+        ):
+            add(
+                operator,
+                solution,
+                _result(operator, pattern, solution, tokens, seconds),
+            )
     for operator in operators:
         if operator not in pruned:
             logger.warning(
                 f"No calibration token reaches {operator.name}: pruned by magnitude"
             )
-            statistics = GramStatistics.empty(operator.weight.shape[1])
+            no_data = GramStatistics.empty(operator.weight.shape[1])
             by_magnitude = replace(PAPER, start="magnitude")
-            solution = prune_weight(operator.weight, statistics, pattern, by_magnitude)
-            result = _result(operator, pattern, solution, statistics, 0.0)
-            add(operator, solution, result)
-    if reconstruction is None:
-        return PrunedLayer(pruned, results)
-    pruned, outcome = reconstruct(
-        recording, pruned_inputs, pruned, reconstruction, on_batch
-    )
-    errors = outcome.operator_errors
-    results = [
-        replace(result, reconstructed_error=errors.get(result.name))
-        for result in results
-    ]
-    return PrunedLayer(pruned, results, outcome)
+            solution = prune_weight(operator.weight, no_data, pattern, by_magnitude)
+            add(operator, solution, _result(operator, pattern, solution, 0, 0.0))
+    outcome = None
+    if reconstruction is not None:
+        pruned, outcome = _reconstructed(
+            pruned, recording, pruned_inputs, reconstruction, on_batch, ranks
+        )
+        errors = outcome.operator_errors
+        results = [
+            replace(result, reconstructed_error=errors.get(result.name))
+            for result in results
+        ]
+    weights = {operator.name: weight for operator, weight in pruned.items()}
+    return PrunedLayer(weights, results, outcome)
 
 
 def _with_inputs(
@@ -181,29 +196,123 @@ def _with_inputs(
     recording: Recording,
     pruned_inputs: LayerInputs,
     pruned: dict[Operator, Tensor],
-) -> Iterator[tuple[Stage, LayerInputs, LayerInputs]]:
+) -> Iterator[tuple[list[Stage], LayerInputs, LayerInputs]]:
     """
-    Each stage with the smallest run that shows its inputs, dense and partly pruned. The
-    inputs of a block with several stages in the partly pruned layer are computed once:
-    they are final when its first stage's turn comes.
+    The stages of each wave, with the smallest run that shows their inputs, dense and
+    partly pruned. The inputs of a block in the partly pruned layer are computed once:
+    they are final when its first wave's turn comes.
+
+    A block that routes its tokens (a mixture of experts) is always run from its inputs
+    in the dense model: from those of the pruned one other experts would get the tokens,
+    and X and X* be those of different tokens. Inside an expert, X* still follows from
+    what was pruned before.
     """
-    for dense_inputs, group in groupby(stages, recording.of_stage):
-        in_block = list(group)
-        inputs = pruned_inputs
-        if not pruned and pruned_inputs is recording.inputs:
-            inputs = dense_inputs
-        elif dense_inputs is not recording.inputs and len(in_block) > 1:
-            with replaced_weights(pruned):
-                inputs = pruned_inputs.of_block(dense_inputs.layer)
-        for stage in in_block:
-            yield stage, dense_inputs, inputs
+    source = {id(stage): recording.of_stage(stage) for stage in stages}
+    waves_of: Counter[int] = Counter()
+    for wave in waves(stages):
+        waves_of.update({id(source[id(stage)]) for stage in wave})
+    routed = {id(source[id(stage)]) for stage in stages if stage.routed}
+    of_block: dict[int, LayerInputs] = {}
+    for wave in waves(stages):
+        for dense_inputs, group in groupby(wave, lambda stage: source[id(stage)]):
+            block = id(dense_inputs)
+            inputs = pruned_inputs
+            if block in routed and dense_inputs is not recording.inputs:
+                inputs = dense_inputs
+            elif not pruned and pruned_inputs is recording.inputs:
+                inputs = dense_inputs
+            elif dense_inputs is not recording.inputs and waves_of[block] > 1:
+                if block not in of_block:
+                    with replaced_weights(pruned):
+                        of_block[block] = pruned_inputs.of_block(dense_inputs.layer)
+                inputs = of_block[block]
+            yield list(group), dense_inputs, inputs
+
+
+def _solve(
+    wave: Sequence[Stage],
+    statistics: Sequence[GramStatistics],
+    pattern: SparsityPattern,
+    options: SolverOptions,
+    ranks: Ranks,
+) -> Iterator[tuple[Operator, PrunedWeight, int, float]]:
+    """Solution, tokens and seconds of each operator; the work is shared out."""
+    # operators of a stage share inverses, so stages are split only if they are few
+    split = len(wave) < ranks.size
+    tasks = [
+        (operators, sums)
+        for stage, sums in zip(wave, statistics, strict=True)
+        for operators in (
+            [[one] for one in stage.operators] if split else [stage.operators]
+        )
+    ]
+    costs = [sum(one.weight.numel() for one in operators) for operators, _ in tasks]
+    owners = shared_out(costs, ranks)
+
+    def solve_mine() -> dict[str, tuple[PrunedWeight, float]]:
+        solved = {}
+        for (operators, sums), owner in zip(tasks, owners, strict=True):
+            if owner != ranks.rank:
+                continue
+            started = time.perf_counter()
+            solver = StageSolver(sums, pattern, options)
+            solutions = solver.prune([operator.weight for operator in operators])
+            seconds = time.perf_counter() - started
+            rows = sum(solution.weight.shape[0] for solution in solutions)
+            for operator, solution in zip(operators, solutions, strict=True):
+                share = seconds * solution.weight.shape[0] / rows
+                solved[operator.name] = solution.moved_to("cpu"), share
+        return solved
+
+    solved = dict(chain(*(part.items() for part in ranks.each(solve_mine))))
+    for operators, sums in tasks:
+        for operator in operators:
+            solution, seconds = solved[operator.name]
+            device = operator.weight.device
+            yield operator, solution.moved_to(device), sums.tokens, seconds
+
+
+def _reconstructed(
+    pruned: dict[Operator, Tensor],
+    recording: Recording,
+    pruned_inputs: LayerInputs,
+    options: Reconstruction,
+    on_batch: Callable[[], object],
+    ranks: Ranks,
+) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
+    """Train on the batches of all ranks, on rank 0: a step follows the one before."""
+    whole, inputs = _collected(recording, pruned_inputs, ranks)
+
+    def train() -> tuple[list[Tensor], ReconstructionResult] | None:
+        if ranks.rank:
+            return None
+        weights, outcome = reconstruct(whole, inputs, pruned, options, on_batch)
+        return [weights[operator].cpu() for operator in pruned], outcome
+
+    trained = ranks.each(train)[0]
+    assert trained is not None  # rank 0 has it
+    weights, outcome = trained
+    return {
+        operator: weight.to(pruned[operator])
+        for operator, weight in zip(pruned, weights, strict=True)
+    }, outcome
+
+
+def _collected(
+    recording: Recording, pruned_inputs: LayerInputs, ranks: Ranks
+) -> tuple[Recording, LayerInputs]:
+    """What all ranks recorded, on rank 0."""
+    whole = recording.gathered(ranks, 0)
+    if pruned_inputs is recording.inputs:
+        return whole, whole.inputs
+    return whole, pruned_inputs.gathered(ranks, 0)
 
 
 def _result(
     operator: Operator,
     pattern: SparsityPattern,
     solution: PrunedWeight,
-    statistics: GramStatistics,
+    tokens: int,
     seconds: float,
 ) -> OperatorResult:
     best = min(solution.trials, key=lambda trial: trial.error, default=None)
@@ -219,6 +328,6 @@ def _result(
         penalty=best.penalty if best is not None and improved else 0.0,
         trials=len(solution.trials),
         iterations=sum(trial.iterations for trial in solution.trials),
-        tokens=statistics.tokens,
+        tokens=tokens,
         seconds=seconds,
     )

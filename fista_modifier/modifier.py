@@ -5,40 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.attention import check_causal, traced_with_masks
-from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
-from fista_modifier.calibration.operators import (
-    Operator,
-    check_prunable,
-    find_operators,
+from fista_modifier.calibration.attention import traced_with_masks
+from fista_modifier.calibration.layers import (
+    DecoderLayer,
+    chosen_layers,
+    group_by_layer,
 )
-from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import calibration_runs
-from fista_modifier.calibration.stream import PrunedStream
+from fista_modifier.calibration.operators import check_prunable, find_operators
 from fista_modifier.checkpoint.sparsity_config import record_sparsity
-from fista_modifier.layer import ErrorCorrection, OperatorResult, prune_layer
-from fista_modifier.progress import LayerProgress
+from fista_modifier.distributed import Distribution, current_ranks
+from fista_modifier.layer import ErrorCorrection, OperatorResult
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
+from fista_modifier.resume import FinishedLayers, fingerprint
+from fista_modifier.schedule import Method, Schedule
 from fista_modifier.solver import (
     FAST,
     PAPER,
     SolverOptions,
-    SparsityPattern,
     WarmStart,
     parse_pattern,
 )
 
 __all__ = ["FISTAPruningModifier", "Preset"]
+
+HOW_TO_RUN = {"resume_dir", "layers", "distribute"}
+"""fields on which the result does not depend"""
 
 Preset = Literal["default", "fast", "paper"]
 Options = TypeVar("Options", SolverOptions, Reconstruction)
@@ -127,6 +129,15 @@ class FISTAPruningModifier(Modifier):
         its operators are pruned; may be a fraction, 0 is none
     :param reconstruction_rate: highest learning rate of this, as a share of an
         operator's mean kept |W_ij|
+    :param resume_dir: folder in which every finished layer is kept; a run that was
+        interrupted goes on from there and gives the same weights, bit for bit
+    :param layers: numbers of the decoder layers to prune, such as "0-9" or "0-3,30".
+        With a ``resume_dir`` that they share, processes that prune different layers do
+        the work of one model; one more run without ``layers`` puts it together
+    :param distribute: what the ranks of a ``torch.distributed`` run share out: "layers"
+        (each prunes layers of its own with all data) or "data" (each runs its own
+        batches; sums are reduced and operators shared out). "layers" by default, but
+        "data" for ``error_correction: full``, whose layers depend on one another
     """
 
     requires_calibration_data: bool = True
@@ -151,56 +162,71 @@ class FISTAPruningModifier(Modifier):
     block_size: int | None = Field(default=None, ge=1)
     reconstruction_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     reconstruction_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    resume_dir: str | None = None
+    layers: str | None = None
+    distribute: Distribution | None = None
 
-    _results: list[OperatorResult] = PrivateAttr(default_factory=list)
-    _reconstructions: dict[str, ReconstructionResult] = PrivateAttr(
+    _method: Method = PrivateAttr()
+    _schedule: Schedule | None = PrivateAttr(default=None)
+    _handles: dict[DecoderLayer, set[RemovableHandle]] = PrivateAttr(
         default_factory=dict
     )
-    _pattern: SparsityPattern = PrivateAttr()
-    _options: SolverOptions = PrivateAttr()
-    _reconstruction: Reconstruction = PrivateAttr()
-    # what is to be pruned, by decoder layer, in the order of the model
-    _layers: list[DecoderLayer] = PrivateAttr(default_factory=list)
-    # pruned weights of layers that the pipeline has not left yet
-    _pending: dict[Operator, Tensor] = PrivateAttr(default_factory=dict)
-    _stream: PrunedStream | None = PrivateAttr(default=None)
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
-        self._pattern = parse_pattern(self.mask_structure, self.sparsity)
+        pattern = parse_pattern(self.mask_structure, self.sparsity)
         solver, reconstruction = PRESETS[self.preset]
         names = {field.name for field in fields(solver)} - {"start"}
         given = {name: getattr(self, name) for name in names}
-        self._options = _overridden(solver, start=self.warm_start, **given)
-        self._reconstruction = _overridden(
+        options = _overridden(solver, start=self.warm_start, **given)
+        if options.lambda_init >= options.lambda_max:
+            raise ValueError(
+                f"lambda_init ({options.lambda_init}) must be below lambda_max "
+                f"({options.lambda_max}): the search for λ runs between them"
+            )
+        reconstruction = _overridden(
             reconstruction,
             epochs=self.reconstruction_epochs,
             rate=self.reconstruction_rate,
         )
-        if self._options.lambda_init >= self._options.lambda_max:
+        self._method = Method(pattern, options, reconstruction, self.error_correction)
+        if self.layers is not None and self.resume_dir is None:
             raise ValueError(
-                f"lambda_init ({self._options.lambda_init}) must be below lambda_max "
-                f"({self._options.lambda_max}): the search for λ runs between them"
+                f"layers: '{self.layers}' needs a resume_dir, where the pruned layers "
+                "wait for the others"
+            )
+        dependent = self.error_correction == "full"
+        if dependent and (self.layers is not None or self.distribute == "layers"):
+            raise ValueError(
+                "with error_correction: full a layer depends on those before it, so "
+                "that layers cannot be shared out: leave out layers and distribute, or "
+                "use error_correction: intra"
             )
         return self
 
     @property
     def results(self) -> list[OperatorResult]:
         """what became of each operator, in the order of pruning"""
-        return list(self._results)
+        return list(self._schedule.results) if self._schedule else []
 
     @property
     def reconstructions(self) -> dict[str, ReconstructionResult]:
         """what became of each reconstructed layer, by its name"""
-        return dict(self._reconstructions)
+        return dict(self._schedule.reconstructions) if self._schedule else {}
+
+    @property
+    def unfinished(self) -> list[str]:
+        """names of layers that are left to other runs: see ``layers``"""
+        return self._schedule.unfinished if self._schedule else []
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
         Find the operators and refuse what cannot be pruned, before any long work.
 
         :raises ValueError: if there is no calibration data, if targets match nothing,
-            or if an operator cannot have the pattern or is not finite
+            if an operator cannot have the pattern or is not finite, if the model does
+            not have the ``layers``, or if ``resume_dir`` belongs to another run
         """
         model = state.model
         if state.data.calib is None:
@@ -210,33 +236,34 @@ class FISTAPruningModifier(Modifier):
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         operators = find_operators(model, targets, self.ignore)
         for operator in operators:
-            check_prunable(operator, self._pattern)
+            check_prunable(operator, self._method.pattern)
         layer_types = infer_sequential_targets(model, kwargs.get("sequential_targets"))
-        self._layers = group_by_layer(model, operators, layer_types)
+        layers = group_by_layer(model, operators, layer_types)
+        self._schedule = Schedule(
+            model,
+            layers,
+            layers if self.layers is None else chosen_layers(layers, self.layers),
+            self._method,
+            self._finished_layers(model),
+            current_ranks(),
+            self.distribute or _distribution(self.error_correction),
+        )
         self._contexts.enter_context(traced_with_masks(model))
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         modifiers = active_session().lifecycle.recipe.modifiers
         others = [type(other).__name__ for other in modifiers if other is not self]
-        if others:
-            with self._undone_on_error():
+        with self._undone_on_error() as schedule:
+            if others:
                 raise ValueError(
                     "FISTAPruningModifier cannot share a calibration epoch with "
                     f"{', '.join(others)}: leave oneshot's pipeline at 'independent'"
                 )
-        offload_device = torch.device("cpu")
-        if self.error_correction == "full":
-            self._stream = PrunedStream(offload_device)
-        for layer in self._layers:
-            if layer.operators or self._stream:
-                layer.recording = Recording(
-                    layer.module,
-                    layer.operators,
-                    offload_device,
-                    with_outputs=self._reconstructs(layer),
-                )
-                layer.handles = set(self._register(layer.recording))
+            for layer, (module, hook, kind) in schedule.hooks():
+                arguments = {"with_kwargs": True} if kind == "forward_pre" else {}
+                handle = self.register_hook(module, hook, kind, **arguments)
+                self._handles.setdefault(layer, set()).add(handle)
 
     def on_sequential_epoch_end(
         self,
@@ -245,89 +272,52 @@ class FISTAPruningModifier(Modifier):
         modules: list[torch.nn.Module],
         **kwargs: Any,
     ) -> None:
-        self._store_pending()
         here = set(modules)
-        with self._undone_on_error(), calibration_runs(state.model):
-            for layer in self._layers:
-                if layer.module in here and layer.recording is not None:
-                    self._pending |= self._prune(layer, layer.recording)
-                    layer.recording = None
-                    self.remove_hooks(layer.handles)
+        for layer in [layer for layer in self._handles if layer.module in here]:
+            self.remove_hooks(self._handles.pop(layer))
+        with self._undone_on_error() as schedule:
+            schedule.leave(modules)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._store_pending()
+        with self._undone_on_error() as schedule:
+            schedule.store()
         self.remove_hooks()
+        if self.unfinished:
+            logger.warning(
+                f"{len(self.unfinished)} layers are not pruned yet, the first of them "
+                f"{self.unfinished[0]}: when other runs have finished them, run again "
+                f"with resume_dir '{self.resume_dir}' and without layers"
+            )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        if self._results:
-            record_sparsity(state.model, self._results, self._pattern)
+        if self.results:
+            record_sparsity(state.model, self.results, self._method.pattern)
         self.remove_hooks()
         self._contexts.close()
-        self._layers = []
-        self._stream = None
         return True
 
+    def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:
+        if self.resume_dir is None:
+            return None
+        method = set(type(self).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
+        run = fingerprint(model, self.model_dump(mode="json", include=method))
+        return FinishedLayers(Path(self.resume_dir), run)
+
     @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
+    def _undone_on_error(self) -> Iterator[Schedule]:
         """The toolkit tells nobody of an error, and the user's model lives on."""
+        assert self._schedule is not None, "initialized before any event"
         try:
-            yield
+            yield self._schedule
         except BaseException:
             self.remove_hooks()
             self._contexts.close()
             raise
 
-    def _register(self, recording: Recording) -> Iterator[RemovableHandle]:
-        for module, hook, kind in recording.hooks():
-            arguments = {"with_kwargs": True} if kind == "forward_pre" else {}
-            yield self.register_hook(module, hook, kind, **arguments)
 
-    def _prune(
-        self, layer: DecoderLayer, recording: Recording
-    ) -> dict[Operator, Tensor]:
-        """Prune one layer; the model stays as it is."""
-        inputs = recording.inputs
-        if not len(inputs):
-            raise ValueError(
-                f"{layer.name} was not run by the calibration pipeline, so it cannot "
-                "be pruned; put its operators on the ignore list"
-            )
-        if layer.in_sequence:
-            check_causal(next(iter(inputs)), layer.name)
-        stream = self._stream if layer.in_sequence else None
-        pruned_inputs = stream.inputs_of(inputs, layer.name) if stream else inputs
-        with LayerProgress(layer) as progress:
-            pruned = prune_layer(
-                layer.operators,
-                recording,
-                pruned_inputs,
-                self._pattern,
-                self._options,
-                correct_errors=self.error_correction != "none",
-                reconstruction=(
-                    self._reconstruction if self._reconstructs(layer) else None
-                ),
-                on_batch=progress.on_batch,
-                on_operator=progress.on_operator,
-            )
-            if pruned.reconstruction:
-                self._reconstructions[layer.name] = pruned.reconstruction
-                progress.on_reconstruction(pruned.reconstruction)
-        self._results += pruned.operators
-        if stream:
-            stream.advance(inputs, pruned_inputs, pruned.weights)
-        return pruned.weights
-
-    def _store_pending(self) -> None:
-        """Store the layers that the pipeline has left: it no longer runs them."""
-        for operator, weight in self._pending.items():
-            operator.save(weight)
-        self._pending = {}
-
-    def _reconstructs(self, layer: DecoderLayer) -> bool:
-        """A lone operator has no layer around it, and its refit is all there is."""
-        wanted = self._reconstruction.epochs > 0
-        return wanted and layer.in_sequence and bool(layer.operators)
+def _distribution(error_correction: ErrorCorrection) -> Distribution:
+    """Layers that depend on one another cannot be shared out."""
+    return "data" if error_correction == "full" else "layers"
 
 
 def _overridden(preset: Options, **given: Any) -> Options:

@@ -23,6 +23,7 @@ from transformers import (
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.shards import new_folder
 from fista_modifier.checkpoint.storage import StorageFormat, convert
+from fista_modifier.distributed import current_ranks
 from fista_modifier.layer import OperatorResult
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.reconstruction import ReconstructionResult
@@ -46,12 +47,14 @@ class PruningRun:
     :param results: what became of each operator
     :param reconstructions: what became of each reconstructed layer, by its name
     :param seconds: wall time of calibration and pruning
+    :param unfinished: layers that are left to other runs
     """
 
     model: PreTrainedModel
     results: Sequence[OperatorResult]
     reconstructions: dict[str, ReconstructionResult]
     seconds: float
+    unfinished: Sequence[str] = ()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -118,7 +121,8 @@ def prune(
 ) -> PruningRun:
     """
     Apply a recipe with llm-compressor's ``oneshot``, on all of a calibration set and
-    in its order, so that the same call gives the same weights.
+    in its order, so that the same call gives the same weights. Of several ranks each
+    takes its part of the set.
 
     :param model: changed in place
     :param tokenizer: the model's tokenizer
@@ -126,8 +130,17 @@ def prune(
     :param recipe: a modifier or several, YAML text, or a YAML file
     :param batch_size: sequences in one forward pass
     :return: the pruned model and what became of each operator
+    :raises ValueError: if there are more ranks than sequences
     """
     started = time.perf_counter()
+    ranks = current_ranks()
+    if ranks.size > len(calibration):
+        raise ValueError(
+            f"{len(calibration)} calibration sequences are too few for {ranks.size} "
+            "ranks: start fewer processes"
+        )
+    # oneshot gives all ranks the first part of a set that they share
+    calibration = calibration.shard(ranks.size, ranks.rank, contiguous=True)
     recipe = Recipe.create_instance(str(recipe) if isinstance(recipe, Path) else recipe)
     # the propagation pass would run each layer a second time, for other modifiers only
     propagate = any(
@@ -146,12 +159,14 @@ def prune(
     )
     results: list[OperatorResult] = []
     reconstructions: dict[str, ReconstructionResult] = {}
+    unfinished: list[str] = []
     for modifier in recipe.modifiers:
         if isinstance(modifier, FISTAPruningModifier):
             results += modifier.results
             reconstructions |= modifier.reconstructions
+            unfinished += modifier.unfinished
     seconds = time.perf_counter() - started
-    return PruningRun(model, results, reconstructions, seconds)
+    return PruningRun(model, results, reconstructions, seconds, unfinished)
 
 
 def save(
@@ -172,6 +187,9 @@ def save(
     :param storage_format: of the operators in the report
     :raises OSError: if the disk is full, naming the folder; what was there stays
     """
+    if current_ranks().rank:
+        model.save_pretrained(folder)  # all take part; only the first rank writes
+        return
     with new_folder(folder) as unfinished:
         try:
             model.save_pretrained(unfinished)

@@ -15,12 +15,15 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 64
@@ -130,17 +133,39 @@ FAMILIES = {
     ),
 }
 
+_EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+MIXTURES = {
+    "mixtral": Family(MixtralConfig, _LLAMA_LIKE | _EXPERTS | {"num_local_experts": 4}),
+    "qwen3_moe": Family(
+        Qwen3MoeConfig,
+        _LLAMA_LIKE
+        | _EXPERTS
+        | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "qwen2_moe": Family(
+        Qwen2MoeConfig,
+        _LLAMA_LIKE
+        | _EXPERTS
+        | {
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+}
+"""mixtures of experts; their experts are linear operators only inside ``oneshot()``"""
+
 _checkpoints = tempfile.TemporaryDirectory(prefix="tiny-models-")
 
 
 @cache
 def checkpoint(family: str, **changes: Any) -> Path:
     """
-    :param family: a key of ``FAMILIES``
+    :param family: a key of ``FAMILIES`` or ``MIXTURES``
     :param changes: settings of the configuration that differ from the family's
     :return: folder of a float32 checkpoint with non-trivial biases and norms
     """
-    chosen = FAMILIES[family]
+    chosen = (FAMILIES | MIXTURES)[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = chosen.config(**(chosen.settings | changes))
@@ -157,7 +182,7 @@ def tiny_model(
     family: str, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
     """
-    :param family: a key of ``FAMILIES``
+    :param family: a key of ``FAMILIES`` or ``MIXTURES``
     :param dtype: in which to load it
     :param changes: settings of the configuration that differ from the family's
     :return: the same model at each call, loaded anew

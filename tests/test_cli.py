@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -242,3 +244,39 @@ def test_help_names_every_command() -> None:
     assert result.exit_code == 0
     for command in ("prune", "verify", "eval", "compare", "demo"):
         assert command in result.output
+
+
+def test_prune_goes_on_where_it_stopped(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ("--pattern", "2:4", "--resume", tmp_path / "layers")
+    part = prune(model, text, tmp_path / "part", *common, "--layers", "1")
+    assert part.exit_code == 0, part.output
+    assert "1 layers are not finished yet" in part.output
+    assert not (tmp_path / "part").exists()
+    for name, arguments in [("resumed", common), ("at-once", common[:2])]:
+        result = prune(model, text, tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("resumed", "at-once")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_torchrun_shares_the_layers_out(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = ["prune", model, "--pattern", "2:4", "--dataset", text]
+    arguments += ["--samples", 4, "--seq-len", 16, "-o", tmp_path / "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "fista_modifier.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Wrote") == 1
+    result = prune(model, text, tmp_path / "one", "--pattern", "2:4")
+    assert result.exit_code == 0, result.output
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "one")
+    ]
+    assert weights[0] == weights[1]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from compressed_tensors.utils import match_named_modules
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Recording
 
-__all__ = ["DecoderLayer", "group_by_layer"]
+__all__ = ["DecoderLayer", "chosen_layers", "group_by_layer"]
 
 
 @dataclass(eq=False)
@@ -26,7 +27,6 @@ class DecoderLayer:
     :param in_sequence: whether it passes hidden states on to the next decoder layer
     :param operators: what to prune in it
     :param recording: of the toolkit's pass over it, until it is pruned
-    :param handles: of the hooks that record
     """
 
     name: str
@@ -34,7 +34,6 @@ class DecoderLayer:
     in_sequence: bool = True
     operators: list[Operator] = field(default_factory=list)
     recording: Recording | None = None
-    handles: set[RemovableHandle] = field(default_factory=set)
 
 
 def group_by_layer(
@@ -67,3 +66,30 @@ def group_by_layer(
         else:
             lone.append(DecoderLayer(operator.name, operator.module, False, [operator]))
     return [*layers.values(), *lone]
+
+
+def chosen_layers(layers: Sequence[DecoderLayer], chosen: str) -> list[DecoderLayer]:
+    """
+    :param layers: of a model
+    :param chosen: numbers and ranges of decoder layers, from 0, such as "0-9" or
+        "0-3,30"
+    :return: the layers that are chosen; lone operators never are
+    :raises ValueError: if it is something else, or the model has no such layer
+    """
+    in_sequence = [layer for layer in layers if layer.in_sequence]
+    numbers: set[int] = set()
+    for part in chosen.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(
+                f"layers: '{part}' is neither a number nor a range; give them as in "
+                "'0-9' or '0-3,30'"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < len(in_sequence):
+            raise ValueError(
+                f"layers: there is no '{part.strip()}': the model's "
+                f"{len(in_sequence)} decoder layers are 0-{len(in_sequence) - 1}"
+            )
+        numbers.update(range(first, last + 1))
+    return [in_sequence[number] for number in sorted(numbers)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
@@ -19,7 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.solver.patterns import SparsityPattern
 
-__all__ = ["Operator", "check_prunable", "find_operators", "replaced_weights"]
+__all__ = [
+    "Operator",
+    "check_prunable",
+    "find_operators",
+    "replaced_weights",
+    "trainable",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +81,25 @@ def replaced_weights(weights: dict[Operator, Tensor]) -> Iterator[None]:
             operator.module.weight.data = weight
 
 
+@contextmanager
+def trainable(layer: torch.nn.Module, operators: Iterable[Operator]) -> Iterator[None]:
+    """
+    Make the operators' weights the only parameters of a layer that require a gradient.
+
+    :param layer: the layer
+    :param operators: some of its operators
+    """
+    flags = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+    try:
+        layer.requires_grad_(False)
+        for operator in operators:
+            operator.module.weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
 def find_operators(
     model: PreTrainedModel, targets: list[str], ignore: list[str]
 ) -> list[Operator]:
@@ -81,7 +107,8 @@ def find_operators(
     The operators that a recipe asks to prune. As in the toolkit, a target is a class
     name, a module name or "re:" and a pattern; a target module that is not a linear
     operator itself (a decoder layer) stands for all those inside it. "Linear" includes
-    GPT-2's Conv1D. The output embedding is pruned only if a target names it.
+    GPT-2's Conv1D. The output embedding and the router of a mixture of experts are
+    pruned only if a target names them.
 
     :param model: model to search
     :param targets: what to prune
@@ -116,10 +143,11 @@ def find_operators(
     order = [name for name, _ in model.named_modules() if name in found]
     for name in order:
         module = found[name]
-        if name in ignored:
+        named = any(match_name(name, target) for target in targets)
+        if name in ignored or (_is_router(model, name) and not named):
             continue
         if module is head:
-            if not any(match_name(name, target) for target in targets):
+            if not named:
                 continue
             if module.weight is getattr(embedding, "weight", None):
                 raise ValueError(
@@ -135,6 +163,18 @@ def find_operators(
             f"{type(model).__name__} to prune"
         )
     return operators
+
+
+def _is_router(model: PreTrainedModel, name: str) -> bool:
+    """Whether it gives each expert beside it a score, or all of them together one."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    counts = {
+        len(child)
+        for child in parent.children()
+        if isinstance(child, torch.nn.ModuleList)
+    }
+    operator = Operator(name, cast(torch.nn.Linear, model.get_submodule(name)))
+    return bool(counts) and operator.weight.shape[0] in counts | {1}
 
 
 def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.replay import LayerInputs, first_tensor
 from fista_modifier.calibration.stages import Stage
+from fista_modifier.distributed import Ranks
 
 __all__ = ["Recording"]
 
@@ -69,6 +72,25 @@ class Recording:
     def real_tokens(self) -> list[Tensor | None]:
         """of each batch, what is not padding; to be asked when all are recorded"""
         return [call.real_tokens() for call in self.inputs]
+
+    def gathered(self, ranks: Ranks, to: int) -> Recording:
+        """
+        :param ranks: that each recorded the same layer, with batches of their own
+        :param to: the rank that is to have all of it
+        :return: there, one recording of all batches in the order of the ranks;
+            elsewhere this one
+        """
+        if ranks.size == 1:
+            return self
+        whole = copy(self)
+        whole.__dict__.pop("real_tokens", None)  # those of this rank's batches
+        whole.inputs = self.inputs.gathered(ranks, to)
+        whole._blocks = {
+            block: inputs.gathered(ranks, to) for block, inputs in self._blocks.items()
+        }
+        outputs = ranks.gather([output.cpu() for output in self.outputs], to)
+        whole.outputs = self.outputs if outputs is None else list(chain(*outputs))
+        return whole
 
     def of_stage(self, stage: Stage) -> LayerInputs:
         """

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_offloading
+from compressed_tensors.offload import disable_offloading, get_execution_device
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
+
+from fista_modifier.distributed import Ranks
 
 __all__ = [
     "LayerCall",
     "LayerInputs",
     "calibration_runs",
     "first_tensor",
+    "fused_attention",
     "inputs_of",
     "real_rows",
 ]
@@ -30,8 +37,8 @@ __all__ = [
 def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
     """
     The context of every run of a layer outside the toolkit's own passes: no gradients,
-    no KV cache, evaluation mode, eager attention, weights that stay onloaded, and no
-    hooks of other modifiers.
+    no KV cache, evaluation mode, eager attention, weights that stay onloaded, no hooks
+    of other modifiers, and experts that see the tokens that are routed to them.
 
     :param model: the model being calibrated
     """
@@ -39,6 +46,22 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(disable_offloading())
+        # oneshot may let all experts of a mixture see all tokens in its own passes
+        stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
+        yield
+
+
+@contextmanager
+def fused_attention(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Run attention by torch's fused kernels, where the model can, which is the same up to
+    rounding: eager attention holds a matrix of tokens×tokens for each head. Not for a
+    layer without a mask: those kernels would put in a causal one.
+
+    :param model: the model being calibrated
+    """
+    fused = "sdpa" if model._supports_sdpa else model.config._attn_implementation
+    with patch_attr(model.config, "_attn_implementation", fused):
         yield
 
 
@@ -76,6 +99,27 @@ class LayerInputs:
 
     def __iter__(self) -> Iterator[LayerCall]:
         return (self[batch] for batch in range(len(self)))
+
+    def gathered(self, ranks: Ranks, to: int) -> LayerInputs:
+        """
+        :param ranks: that each have inputs of the same layer
+        :param to: the rank that is to have them
+        :return: there, the calls of all ranks, in their order; elsewhere these
+        """
+        if ranks.size == 1:
+            return self
+        mine = [
+            tree_map_only(Tensor, Tensor.cpu, (call.args, call.kwargs)) for call in self
+        ]
+        parts = ranks.gather(mine, to)
+        if parts is None:
+            return self
+        device = get_execution_device(self.layer)
+        whole = LayerInputs(self.layer, self._calls.offload_device)
+        for args, kwargs in chain(*parts):
+            moved = tree_map_only(Tensor, lambda one: one.to(device), (args, kwargs))
+            whole.append(*moved)
+        return whole
 
     def of_block(self, block: torch.nn.Module) -> LayerInputs:
         """
@@ -156,23 +200,30 @@ class _Stop(Exception):
     """Ends a run of a layer once everything that was asked for has been seen."""
 
 
-def inputs_of(module: torch.nn.Module, call: LayerCall, times: int = 1) -> list[Tensor]:
+def inputs_of(
+    calls: Mapping[torch.nn.Module, int], call: LayerCall
+) -> dict[torch.nn.Module, list[Tensor]]:
     """
-    Run a layer only as far as the input of a module, of its own or inside it.
+    Run a layer only as far as the inputs of some modules, of its own or inside it.
 
-    :param module: the layer or a module inside it
+    :param calls: the modules, and how often each is called in one run of the layer
     :param call: the batch
-    :param times: how often the module is called in one run of the layer
-    :return: the module's input at each of its calls
+    :return: each module's input at each of its calls
     """
-    seen: list[Tensor] = []
+    seen: dict[torch.nn.Module, list[Tensor]] = {module: [] for module in calls}
+    missing = sum(calls.values())
 
-    def watch(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        if len(seen) == times:
+    def watch(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal missing
+        seen[module].append(args[0])
+        missing -= 1
+        if not missing:
             raise _Stop
 
-    with module.register_forward_pre_hook(watch), suppress(_Stop):
+    with ExitStack() as stack:
+        for module in calls:
+            stack.enter_context(module.register_forward_pre_hook(watch))
+        stack.enter_context(suppress(_Stop))
         call.run()
     return seen
 

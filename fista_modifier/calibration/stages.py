@@ -1,20 +1,23 @@
-"""Which operators share an input, and in which order they run."""
+"""Which operators share an input, and which of them must be pruned before others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.operators import Operator, trainable
 from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.distributed import Ranks
 
-__all__ = ["Stage", "find_stages"]
+__all__ = ["Stage", "agreed", "find_stages", "waves"]
 
 
 @dataclass
@@ -25,29 +28,49 @@ class Stage:
 
     :param operators: in the order of their calls
     :param calls: how often they are called in one run of the layer
+    :param wave: 0 if no other operator of the layer comes before them, otherwise one
+        more than the highest wave of those whose output their input depends on
+    :param routed: whether they are given a choice of the tokens only, as an expert is
     """
 
     operators: list[Operator]
     calls: int = 1
+    wave: int = 0
+    routed: bool = False
+
+
+def waves(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
+    """
+    Stages that can be pruned at the same time, such as the gate and up projections of
+    all experts of a mixture: none of them can disturb the input of another.
+
+    :param stages: of one layer
+    :return: wave by wave
+    """
+    for _, wave in groupby(
+        sorted(stages, key=lambda stage: stage.wave), key=lambda stage: stage.wave
+    ):
+        yield list(wave)
 
 
 def find_stages(
     operators: Sequence[Operator], calls: Iterable[LayerCall]
 ) -> list[Stage]:
     """
-    Watch the layer run. No names are needed: the order of pruning is the order of
-    execution, and a stage is what receives one and the same tensor. One batch is
-    enough, unless some operators (experts of a mixture) have not been called by then.
+    Watch the layer run. No names are needed: a stage is what receives one and the same
+    tensor, and autograd's graph of the run says whose output that tensor depends on.
+    One batch is enough, unless some operators (experts of a mixture) have not been
+    given a token by then.
 
     :param operators: operators of one decoder layer
     :param calls: batches to watch, until all operators have been seen
-    :return: stages in the order of execution; operators that no batch reaches are in
+    :return: stages in the order of execution; operators that no token reaches are in
         none of them
     """
     stages: list[Stage] = []
     unseen = list(operators)
     for call in calls:
-        found = _watch(unseen, call)
+        found = _watch(unseen, operators, call)
         stages += found
         seen = {operator for stage in found for operator in stage.operators}
         unseen = [operator for operator in unseen if operator not in seen]
@@ -56,30 +79,106 @@ def find_stages(
     return stages
 
 
-def _watch(operators: Sequence[Operator], call: LayerCall) -> list[Stage]:
-    """The stages that one run of the layer shows."""
-    inputs: dict[Operator, list[Tensor]] = {}  # the tensors are kept: no address recurs
+def agreed(
+    stages: Sequence[Stage], operators: Sequence[Operator], ranks: Ranks
+) -> list[Stage]:
+    """
+    :param stages: that this rank found in its batches
+    :param operators: of the layer
+    :param ranks: which may have found others, as experts get different tokens
+    :return: those of all ranks, the same on each
+    """
+    if ranks.size == 1:
+        return list(stages)
+    by_name = {operator.name: operator for operator in operators}
+    described = [
+        (
+            [operator.name for operator in stage.operators],
+            stage.calls,
+            stage.wave,
+            stage.routed,
+        )
+        for stage in stages
+    ]
+    agreed: list[Stage] = []
+    for names, calls, wave, routed in chain(*ranks.all(described)):
+        new = [by_name.pop(name) for name in names if name in by_name]
+        if new:
+            agreed.append(Stage(new, calls, wave, routed))
+    return agreed
+
+
+@dataclass
+class _Seen:
+    """
+    :param tensors: an operator's input at each of its calls; the tensors are kept, so
+        that no address recurs
+    :param origins: what autograd says they were computed by
+    """
+
+    tensors: list[Tensor]
+    origins: list[Node | None]
+
+
+def _watch(
+    unseen: Sequence[Operator], operators: Sequence[Operator], call: LayerCall
+) -> list[Stage]:
+    """The stages among ``unseen`` that one run of the layer shows."""
+    inputs: dict[Operator, _Seen] = {}
 
     def record(operator: Operator) -> RemovableHandle:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            inputs.setdefault(operator, []).append(args[0])
+            if args[0].numel():  # an expert may be called without a token
+                seen = inputs.setdefault(operator, _Seen([], []))
+                seen.tensors.append(args[0])
+                seen.origins.append(args[0].grad_fn)
 
         return operator.module.register_forward_pre_hook(hook)
 
     with ExitStack() as hooks:
+        hooks.enter_context(trainable(call.layer, operators))
+        hooks.enter_context(torch.enable_grad())
         for operator in operators:
             hooks.enter_context(record(operator))
-        call.run()
+        output = call.run()
 
+    tokens = call.hidden_states.shape[:-1].numel()
     stages: list[Stage] = []
-    for operator, seen in inputs.items():
+    wave_of: dict[Operator, int] = {}
+    for operator, seen in inputs.items():  # in the order of execution
         for stage in stages:
-            if _same(inputs[stage.operators[0]], seen):
+            if _same(inputs[stage.operators[0]].tensors, seen.tensors):
                 stage.operators.append(operator)
                 break
         else:
-            stages.append(Stage([operator], len(seen)))
-    return stages
+            stage = Stage([operator], len(seen.tensors))
+            stage.routed = seen.tensors[0].shape[:-1].numel() != tokens
+            if output.requires_grad:
+                before = (wave_of[source] for source in _sources(seen, operators))
+                stage.wave = 1 + max(before, default=-1)
+            else:  # a layer that keeps autograd out: one stage after the other
+                stage.wave = len(stages)
+            stages.append(stage)
+        wave_of[operator] = stage.wave
+    for stage in stages:
+        stage.operators = [one for one in stage.operators if one in unseen]
+    return [stage for stage in stages if stage.operators]
+
+
+def _sources(seen: _Seen, operators: Sequence[Operator]) -> Iterator[Operator]:
+    """The operators whose output an input depends on."""
+    of_weight = {id(operator.module.weight): operator for operator in operators}
+    nodes = [origin for origin in seen.origins if origin is not None]
+    visited = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        source = of_weight.get(id(getattr(node, "variable", None)))
+        if source is not None:
+            yield source
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                nodes.append(following)
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:

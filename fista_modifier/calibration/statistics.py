@@ -1,4 +1,4 @@
-"""Gram matrices of one stage, from replays of its layer."""
+"""Gram matrices of the stages of a wave, from replays of their layer."""
 
 from __future__ import annotations
 
@@ -16,69 +16,102 @@ from fista_modifier.calibration.replay import (
     real_rows,
 )
 from fista_modifier.calibration.stages import Stage
+from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.solver.gram import GramStatistics
 
-__all__ = ["stage_statistics"]
+__all__ = ["wave_statistics"]
 
 
-def stage_statistics(
-    stage: Stage,
+def wave_statistics(
+    wave: Sequence[Stage],
     dense_inputs: LayerInputs,
     pruned_inputs: LayerInputs,
     pruned: dict[Operator, Tensor],
     real_tokens: Sequence[Tensor | None],
     on_batch: Callable[[], object] = lambda: None,
-) -> GramStatistics:
+    ranks: Ranks = ALONE,
+) -> list[GramStatistics]:
     """
-    Sum the Gram matrices of a stage over all batches, padding left out. Each batch is
-    run through the layer, or the block that the stage is in, as far as the stage: with
-    dense weights for X, and, where that can make a difference, with what has been
+    Sum the Gram matrices of stages over all batches, padding left out. Each batch is
+    run through the layer, or the block that the stages are in, as far as the stages:
+    with dense weights for X, and, where that can make a difference, with what has been
     pruned so far for X*.
 
-    :param stage: operators that share an input
+    :param wave: stages none of which disturbs the input of another
     :param dense_inputs: the layer's or block's inputs in the dense model
     :param pruned_inputs: the same for X*; the same object where they do not differ
     :param pruned: out×in weights, in the model's dtype, of the operators of the layer
         that are pruned already
     :param real_tokens: of each batch, what is not padding
     :param on_batch: called after each batch, for a progress bar
-    :return: statistics on the device that executes the stage
+    :param ranks: that hold the other batches
+    :return: statistics of each stage, on the device that executes it
     :raises ValueError: if an activation is NaN or infinite, naming the operators
     """
-    module = stage.operators[0].module
-    names = ", ".join(operator.name for operator in stage.operators)
-    features = stage.operators[0].weight.shape[1]
-    statistics = GramStatistics.empty(features, get_execution_device(module))
+    gathered = [_empty(stage) for stage in wave]
     same_inputs = not pruned and pruned_inputs is dense_inputs
     for dense_call, pruned_call, real in zip(
         dense_inputs, pruned_inputs, real_tokens, strict=True
     ):
-        dense = _tokens(stage, dense_call, real)
+        dense = _tokens(wave, dense_call, real)
         if same_inputs:
-            statistics.accumulate(dense)
+            for statistics, tokens in zip(gathered, dense, strict=True):
+                statistics.accumulate(tokens)
         else:
             with replaced_weights(pruned):
-                partly_pruned = _tokens(stage, pruned_call, real)
-            if partly_pruned.shape != dense.shape:
-                raise ValueError(
-                    f"{names}: {dense.shape[0]} tokens reach the operator in the dense "
-                    f"layer and {partly_pruned.shape[0]} in the partly pruned one; "
-                    "use error_correction: none for a layer that routes its tokens"
-                )
-            statistics.accumulate(partly_pruned, dense)
+                partly_pruned = _tokens(wave, pruned_call, real)
+            for stage, statistics, tokens, before in zip(
+                wave, gathered, partly_pruned, dense, strict=True
+            ):
+                _check_same_tokens(stage, tokens, before)
+                statistics.accumulate(tokens, before)
         on_batch()
-    if not statistics.is_finite():
+    for stage, statistics in zip(wave, gathered, strict=True):
+        _sum(statistics, ranks)
+        if not statistics.is_finite():
+            raise ValueError(
+                f"the input of {_names(stage)} contains NaN or infinity; load the "
+                "model in bfloat16 or float32, or look for broken weights in the "
+                "layers before it"
+            )
+    return gathered
+
+
+def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
+    """Those of all ranks' tokens, on each rank."""
+    for matrix in statistics.sums():
+        ranks.sum(matrix)
+    statistics.tokens = sum(ranks.all(statistics.tokens))
+
+
+def _empty(stage: Stage) -> GramStatistics:
+    weights = [operator.weight for operator in stage.operators]
+    device = get_execution_device(stage.operators[0].module)
+    return GramStatistics.empty(weights[0].shape[1], device, weights)
+
+
+def _tokens(
+    wave: Sequence[Stage], call: LayerCall, real: Tensor | None
+) -> list[Tensor]:
+    """The input of each stage in one batch, real tokens × features."""
+    calls = {stage.operators[0].module: stage.calls for stage in wave}
+    seen = inputs_of(calls, call)
+    return [
+        torch.cat([real_rows(value, real) for value in values])
+        if (values := seen[stage.operators[0].module])
+        else call.hidden_states.new_empty(0, stage.operators[0].weight.shape[1])
+        for stage in wave
+    ]
+
+
+def _check_same_tokens(stage: Stage, pruned: Tensor, dense: Tensor) -> None:
+    if pruned.shape != dense.shape:
         raise ValueError(
-            f"the input of {names} contains NaN or infinity; load the model in "
-            "bfloat16 or float32, or look for broken weights in the layers before it"
+            f"{_names(stage)}: {dense.shape[0]} tokens reach the operator in the dense "
+            f"layer and {pruned.shape[0]} in the partly pruned one; use "
+            "error_correction: none for a layer that routes its tokens like this"
         )
-    return statistics
 
 
-def _tokens(stage: Stage, call: LayerCall, real: Tensor | None) -> Tensor:
-    """The stage's input in one batch, real tokens × features."""
-    seen = inputs_of(stage.operators[0].module, call, stage.calls)
-    if not seen:
-        features = stage.operators[0].weight.shape[1]
-        return torch.empty(0, features, device=call.hidden_states.device)
-    return torch.cat([real_rows(value, real) for value in seen])
+def _names(stage: Stage) -> str:
+    return ", ".join(operator.name for operator in stage.operators)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift, add_gram
 
 __all__ = ["GramStatistics"]
 
@@ -13,34 +16,45 @@ __all__ = ["GramStatistics"]
 @dataclass
 class GramStatistics:
     """
-    Gram matrices of X* (inputs in the partly pruned layer) and of the drift
-    Δ = X* − X from the dense layer's inputs X; each is n×n for n input features, so
-    memory does not grow with the number p of calibration tokens.
+    Second moments of X* (inputs in the partly pruned layer) and of the drift
+    Δ = X* − X from the dense layer's inputs X. Memory does not grow with the number p
+    of calibration tokens.
 
-    The three matrices carry the same information as X Xᵀ, X X*ᵀ and X* X*ᵀ, but Δ is
-    formed before anything is squared: where X* is close to X, the error of the pruned
-    operator is not lost in the difference of two large sums, and where X* = X both
-    drift terms are exactly zero (they are then not stored at all).
+    With a weight W, the sums carry the same information as X Xᵀ, X X*ᵀ and X* X*ᵀ, but
+    Δ is formed before anything is squared: where X* is close to X, the error of the
+    pruned operator is not lost in the difference of two large sums, and where X* = X
+    the drift is exactly zero (nothing is then stored of it).
 
     :param gram: G = X* X*ᵀ, float32 n×n
-    :param drift_cross: Δ X*ᵀ, float32 n×n, or None where X* = X
-    :param drift_gram: Δ Δᵀ, float32 n×n, or None where X* = X
+    :param drift: sums of Δ, or None where X* = X
     :param tokens: p, the number of tokens summed so far
+    :param weight: W, float32 m×n, if these are the inputs of a single operator whose
+        drift is better summed in its outputs
     """
 
     gram: Tensor
-    drift_cross: Tensor | None = None
-    drift_gram: Tensor | None = None
+    drift: Drift | None = None
     tokens: int = 0
+    weight: Tensor | None = None
 
     @classmethod
-    def empty(cls, features: int, device: torch.device | None = None) -> GramStatistics:
+    def empty(
+        cls,
+        features: int,
+        device: torch.device | None = None,
+        weights: Sequence[Tensor] = (),
+    ) -> GramStatistics:
         """
-        :param features: n, the operator's input width
+        :param features: n, the operators' input width
         :param device: device on which the sums are kept
+        :param weights: of all operators that will use the statistics, out×in; if there
+            is one with fewer rows than columns, the statistics are for it alone
         :return: statistics of zero tokens
         """
-        return cls(torch.zeros(features, features, device=device))
+        single = None
+        if len(weights) == 1 and weights[0].shape[0] < features:
+            single = weights[0].to(device, torch.float32)
+        return cls(torch.zeros(features, features, device=device), weight=single)
 
     @property
     def features(self) -> int:
@@ -61,16 +75,26 @@ class GramStatistics:
         :param dense: Xᵀ of the same tokens, tokens×n; None where X* = X
         """
         pruned = pruned.to(self.gram.device, torch.float32)
-        _add_gram(self.gram, pruned)
+        add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
         if dense is None:
             return
         drift = pruned - dense.to(pruned.device, torch.float32)
-        if self.drift_cross is None or self.drift_gram is None:
-            self.drift_cross = torch.zeros_like(self.gram)
-            self.drift_gram = torch.zeros_like(self.gram)
-        self.drift_cross.addmm_(drift.T, pruned)
-        _add_gram(self.drift_gram, drift)
+        if self.drift is None:
+            self.drift = self._no_drift()
+        self.drift.accumulate(drift, pruned)
+
+    def _no_drift(self) -> Drift:
+        if self.weight is None:
+            return FeatureDrift(
+                torch.zeros_like(self.gram), torch.zeros_like(self.gram)
+            )
+        power = self.gram.new_zeros((), dtype=torch.float64)
+        return OutputDrift(self.weight, torch.zeros_like(self.weight), power)
+
+    def sums(self) -> list[Tensor]:
+        """:return: what is to be added up over ranks, in place; and so are tokens"""
+        return [self.gram, *(self.drift.sums() if self.drift else [])]
 
     def column_scale(self, damping: Tensor | None = None) -> Tensor:
         """
@@ -93,13 +117,9 @@ class GramStatistics:
         :return: statistics with new matrices
         """
 
-        def divide(matrix: Tensor | None) -> Tensor | None:
-            return None if matrix is None else matrix / scale / scale[:, None]
-
         return GramStatistics(
             self.gram / scale / scale[:, None],
-            divide(self.drift_cross),
-            divide(self.drift_gram),
+            self.drift.scaled(scale) if self.drift else None,
             self.tokens,
         )
 
@@ -107,20 +127,4 @@ class GramStatistics:
         """
         :return: whether no activation was NaN or infinite (or overflowed when squared)
         """
-        return bool(self.gram.isfinite().all()) and (
-            self.drift_gram is None or bool(self.drift_gram.isfinite().all())
-        )
-
-
-def _add_gram(gram: Tensor, tokens: Tensor) -> None:
-    """
-    Add XᵀX of tokens×n to a symmetric sum: only blocks on and above the diagonal are
-    computed (10/16 of the work with four blocks a side), the others are their copies.
-    """
-    features = gram.shape[0]
-    width = -(-features // 4)
-    for start in range(0, features, width):
-        end = min(start + width, features)
-        block = tokens[:, start:end].T @ tokens[:, start:]
-        gram[start:end, start:] += block
-        gram[end:, start:end] += block[:, width:].T
+        return all(bool(matrix.isfinite().all()) for matrix in self.sums())

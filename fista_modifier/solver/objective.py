@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.drift import inner
 from fista_modifier.solver.quadratic import Quadratic
 
 __all__ = ["LayerObjective"]
@@ -41,16 +42,18 @@ class LayerObjective:
         return self.quadratic.gram
 
     @cached_property
-    def _drift(self) -> Tensor | None:
-        """W Δ X*ᵀ, m×n, or None where X* = X"""
-        cross = self.quadratic.statistics.drift_cross
-        return None if cross is None else self.weight @ cross
+    def _drifts(self) -> tuple[Tensor | None, float]:
+        """W Δ X*ᵀ, m×n, and ‖W Δ‖_F², the error of W itself; none where X* = X"""
+        drift = self.quadratic.statistics.drift
+        return (None, 0.0) if drift is None else drift.of(self.weight)
 
-    @cached_property
+    @property
+    def _drift(self) -> Tensor | None:
+        return self._drifts[0]
+
+    @property
     def _drift_error(self) -> float:
-        """‖W Δ‖_F², the error of W itself"""
-        gram = self.quadratic.statistics.drift_gram
-        return 0.0 if gram is None else inner(self.weight, self.weight @ gram)
+        return self._drifts[1]
 
     @cached_property
     def target(self) -> Tensor:
@@ -91,8 +94,3 @@ class LayerObjective:
         if damping is not None:
             squared -= inner(weight, weight * damping)
         return squared
-
-
-def inner(a: Tensor, b: Tensor) -> float:
-    """⟨A, B⟩: float32 within the rows, float64 over them"""
-    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))

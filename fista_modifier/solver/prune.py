@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -134,6 +134,10 @@ class PrunedWeight:
     def relative_start_error(self) -> float:
         """start_error / ‖WX‖_F"""
         return self.start_error / self.output_norm if self.output_norm else 0.0
+
+    def moved_to(self, device: torch.device | str) -> PrunedWeight:
+        """:return: the same, with the weight on a device"""
+        return replace(self, weight=self.weight.to(device))
 
 
 def prune_weight(

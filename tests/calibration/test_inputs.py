@@ -156,8 +156,15 @@ def check_inputs(
 
         assert statistics.tokens == sum(map(len, sequences)), name
         assert close(statistics.gram, gram), name
-        assert close(statistics.drift_gram, drift.T @ drift), name
-        assert close(statistics.drift_cross, drift.T @ x_star), name
+        dense = model.get_submodule(name).weight.double()
+        dense = dense.T if isinstance(model.get_submodule(name), Conv1D) else dense
+        cross, power = torch.zeros_like(dense), 0.0
+        if statistics.drift is not None:
+            cross, power = statistics.drift.of(dense.float())
+        rows = dense.abs().sum(1).max()
+        assert close(cross, dense @ drift.T @ x_star, tolerance * rows), name
+        expected = float((drift @ dense.T).square().sum())
+        assert power == pytest.approx(expected, rel=1e-3, abs=tolerance), name
     assert set(names) == set(seen)
 
 

@@ -3,6 +3,7 @@ import torch
 from problems import FLOAT32, gram_statistics, inputs, normal, true_error
 
 from fista_modifier.solver import GramStatistics
+from fista_modifier.solver.drift import FeatureDrift, OutputDrift
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.quadratic import Quadratic
 
@@ -22,8 +23,8 @@ def test_gram_matrices_are_those_of_the_tokens():
     statistics = gram_statistics(pruned, dense)
     drift = (pruned - dense).double()
     assert close(statistics.gram, pruned.double().T @ pruned.double(), TOKENS)
-    assert close(statistics.drift_cross, drift.T @ pruned.double(), TOKENS)
-    assert close(statistics.drift_gram, drift.T @ drift, TOKENS)
+    assert close(statistics.drift.cross, drift.T @ pruned.double(), TOKENS)
+    assert close(statistics.drift.gram, drift.T @ drift, TOKENS)
     assert statistics.tokens == TOKENS
     assert statistics.features == FEATURES
 
@@ -81,9 +82,8 @@ def test_batches_may_be_split_anyhow(split):
         parts.accumulate(one, other)
     assert parts.tokens == whole.tokens
     assert close(parts.gram, whole.gram.double(), TOKENS)
-    assert whole.drift_gram is not None and whole.drift_cross is not None
-    assert close(parts.drift_gram, whole.drift_gram.double(), TOKENS)
-    assert close(parts.drift_cross, whole.drift_cross.double(), TOKENS)
+    assert close(parts.drift.gram, whole.drift.gram.double(), TOKENS)
+    assert close(parts.drift.cross, whole.drift.cross.double(), TOKENS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,7 +99,7 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
     # rounding errors of so many sums are independent: they grow as the square root
     steps = int(tokens**0.5)
     assert close(statistics.gram, exact.T @ exact, steps)
-    assert close(statistics.drift_gram, drift.T @ drift, steps)
+    assert close(statistics.drift.gram, drift.T @ drift, steps)
 
 
 def test_a_feature_that_no_token_excites_is_dead():
@@ -117,3 +117,29 @@ def test_broken_activations_are_not_finite(broken, where):
     assert gram_statistics(pruned, dense).is_finite()
     {"pruned": pruned, "dense": dense}[where][5, 2] = broken
     assert not gram_statistics(pruned, dense).is_finite()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_single_narrow_operators_drift_is_summed_in_its_outputs(scaled):
+    weight = normal(ROWS, FEATURES)
+    assert ROWS < FEATURES
+    pruned, dense = inputs(TOKENS, FEATURES), inputs(TOKENS, FEATURES, seed=5)
+    narrow = GramStatistics.empty(FEATURES, weights=[weight])
+    for one, other in zip(pruned.split(7), dense.split(7), strict=True):
+        narrow.accumulate(one, other)
+    assert isinstance(narrow.drift, OutputDrift)
+    any_weight = gram_statistics(pruned, dense)
+    assert isinstance(any_weight.drift, FeatureDrift)
+    scale = torch.linspace(0.5, 2, FEATURES) if scaled else torch.ones(FEATURES)
+    candidate = torch.where(weight.abs() > 0.7, weight, 0) * scale
+    of_narrow, of_any = (
+        LayerObjective(weight * scale, Quadratic(statistics.scaled(scale)))
+        for statistics in (narrow, any_weight)
+    )
+    tolerance = TOKENS * FLOAT32
+    assert of_narrow.error(candidate) == pytest.approx(
+        of_any.error(candidate), rel=tolerance
+    )
+    gradient = of_any.gradient(candidate)
+    difference = of_narrow.gradient(candidate) - gradient
+    assert difference.norm() <= tolerance * gradient.norm()

@@ -1,0 +1,224 @@
+"""Finished layers on disk, so that an interrupted run loses none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fista_modifier.calibration.layers import DecoderLayer
+from fista_modifier.layer import OperatorResult, PrunedLayer
+from fista_modifier.reconstruction import ReconstructionResult
+
+__all__ = ["CallDigest", "FinishedLayers", "TensorDigest", "fingerprint"]
+
+RUN_FILE = "run.json"
+PACKAGES = ("fista-modifier", "llmcompressor", "transformers", "torch")
+SHOWN = 3
+"""how many differences a message names"""
+
+Fingerprint = dict[str, dict[str, Any]]
+
+
+class TensorDigest:
+    """
+    A running SHA-256 of tensors: of their dtypes, shapes and bits, in order.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, tensor: Tensor) -> None:
+        """:param tensor: of any dtype, on any device"""
+        tensor = tensor.detach().cpu().contiguous()
+        self._hash.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        self._hash.update(tensor.flatten().view(torch.uint8).numpy())
+
+    def hex(self) -> str:
+        """:return: the digest so far"""
+        return self._hash.hexdigest()
+
+
+class CallDigest:
+    """
+    What a layer was called with, as a digest of each batch.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[str] = []
+
+    def add(
+        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A forward pre-hook with keyword arguments."""
+        digest = TensorDigest()
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                digest.update(leaf)
+        self.batches.append(digest.hex())
+
+
+def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
+    """
+    What the result of a run depends on, apart from the calibration data.
+
+    :param model: the dense model; every parameter is read once
+    :param recipe: fields of the modifier
+    :return: plain JSON values in sections: "recipe", "versions" and "model", the last
+        with a digest of each parameter
+    """
+    return {
+        "recipe": recipe,
+        "versions": {name: version(name) for name in PACKAGES},
+        "model": {name: _digest(value) for name, value in model.named_parameters()},
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = TensorDigest()
+    digest.update(tensor)
+    return digest.hex()[:16]
+
+
+class FinishedLayers:
+    """
+    A folder with one safetensors file for each finished layer, and ``run.json``, which
+    says what run they belong to. Every file is written under another name, synced and
+    renamed: it is there as a whole or not at all, whenever the process is killed.
+    Processes that prune other layers of the same run may share the folder.
+
+    :param folder: created if it is missing
+    :param run: fingerprint of this run
+    :raises ValueError: if the folder belongs to another run, naming what differs
+    """
+
+    def __init__(self, folder: Path, run: Fingerprint) -> None:
+        self.folder = folder
+        self._run = run
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check()
+
+    def check_calibration(self, batches: Sequence[str]) -> None:
+        """
+        Complete this run's fingerprint, before its first layer is pruned.
+
+        :param batches: digest of each batch of calibration data, in order
+        :raises ValueError: if the folder belongs to another run
+        """
+        digest = hashlib.sha256("".join(batches).encode()).hexdigest()
+        self._run["calibration data"] = {
+            "batches": len(batches),
+            "contents and order": digest[:16],
+        }
+        file = self.folder / RUN_FILE
+        if not file.exists():
+            text = json.dumps(self._run, indent=2)
+            self._write(file, lambda unfinished: unfinished.write_text(text))
+        self._check()
+
+    def _check(self) -> None:
+        file = self.folder / RUN_FILE
+        if not file.exists():
+            return
+        try:
+            stored: Fingerprint = json.loads(file.read_text(encoding="utf-8"))
+            differences = [
+                difference
+                for section, now in self._run.items()
+                for difference in _differences(section, stored[section], now)
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error!r}): delete {self.folder} or name another "
+                "resume_dir"
+            ) from error
+        if differences:
+            more = len(differences) - SHOWN
+            shown = differences[:SHOWN] + ([f"{more} more"] if more > 0 else [])
+            raise ValueError(
+                f"{self.folder} holds layers of another run: {'; '.join(shown)}. "
+                "Name another resume_dir, or delete this one to start anew"
+            )
+
+    def __contains__(self, layer: DecoderLayer) -> bool:
+        return self._file(layer).exists()
+
+    def save(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
+        """
+        :param layer: that was finished
+        :param pruned: what became of it
+        :raises OSError: naming the file, if it cannot be written (a full disk); all
+            files that were there stay
+        """
+        on_cpu = pruned.on_cpu().weights
+        weights = {name: weight.contiguous() for name, weight in on_cpu.items()}
+        about = {
+            "operators": [asdict(result) for result in pruned.operators],
+            "reconstruction": pruned.reconstruction and asdict(pruned.reconstruction),
+        }
+        metadata = {"results": json.dumps(about)}
+        self._write(self._file(layer), lambda file: save_file(weights, file, metadata))
+
+    def load(self, layer: DecoderLayer) -> PrunedLayer:
+        """
+        :param layer: a finished layer
+        :return: what became of it, bit for bit, on the CPU
+        :raises ValueError: if its file is damaged
+        """
+        file = self._file(layer)
+        try:
+            with safe_open(file, "pt") as opened:
+                about = json.loads(opened.metadata()["results"])
+                weights = {
+                    operator.name: opened.get_tensor(operator.name)
+                    for operator in layer.operators
+                }
+            results = [
+                OperatorResult(**result | {"shape": tuple(result["shape"])})
+                for result in about["operators"]
+            ]
+            trained = about["reconstruction"]
+            return PrunedLayer(
+                weights, results, trained and ReconstructionResult(**trained)
+            )
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): delete it to prune {layer.name} anew"
+            ) from error
+
+    def _file(self, layer: DecoderLayer) -> Path:
+        return self.folder / f"{layer.name}.safetensors"
+
+    def _write(self, file: Path, write: Callable[[Path], object]) -> None:
+        unfinished = self.folder / f".{file.name}.{uuid4().hex}"
+        try:
+            write(unfinished)
+            with unfinished.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(unfinished, file)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"could not write {file}: {error}; the layers finished before are kept"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _differences(
+    section: str, stored: dict[str, Any], now: dict[str, Any]
+) -> Iterator[str]:
+    for name in [*now, *(name for name in stored if name not in now)]:
+        if stored.get(name) != now.get(name):
+            yield f"{section}: {name} was {stored.get(name)} and is {now.get(name)}"

@@ -1,0 +1,266 @@
+"""Which layer is pruned when and by whom, while the toolkit's pipeline goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, permutations
+
+import torch
+from loguru import logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.attention import check_causal
+from fista_modifier.calibration.layers import DecoderLayer
+from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.recording import Hook, Recording
+from fista_modifier.calibration.replay import calibration_runs, fused_attention
+from fista_modifier.calibration.stream import PrunedStream
+from fista_modifier.distributed import ALONE, Distribution, Ranks
+from fista_modifier.layer import (
+    ErrorCorrection,
+    OperatorResult,
+    PrunedLayer,
+    prune_layer,
+)
+from fista_modifier.progress import LayerProgress
+from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
+from fista_modifier.resume import CallDigest, FinishedLayers
+from fista_modifier.solver import SolverOptions, SparsityPattern
+
+__all__ = ["Method", "Schedule"]
+
+OFFLOAD_DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    How a layer is pruned.
+
+    :param pattern: sparsity asked for
+    :param options: of the solver
+    :param reconstruction: of a layer, once its operators are pruned
+    :param error_correction: what X* is
+    """
+
+    pattern: SparsityPattern
+    options: SolverOptions
+    reconstruction: Reconstruction
+    error_correction: ErrorCorrection
+
+
+class Schedule:
+    """
+    Prunes each layer when the pipeline has run it with all calibration data, and stores
+    the result when it has left it, so that its passes carry the dense activations.
+
+    What is on disk already is not pruned again. With several ranks, either each prunes
+    a layer of its own ("layers": they wait until there is one for each), or all of them
+    the same one ("data").
+
+    :param model: being calibrated
+    :param layers: of the model; lone operators after the decoder layers
+    :param chosen: those of them to prune in this run
+    :param method: how
+    :param finished: layers on disk, if the run can be resumed
+    :param ranks: the processes of the run
+    :param distribution: what they share out
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        chosen: Iterable[DecoderLayer],
+        method: Method,
+        finished: FinishedLayers | None = None,
+        ranks: Ranks = ALONE,
+        distribution: Distribution = "layers",
+    ) -> None:
+        self.results: list[OperatorResult] = []
+        self.reconstructions: dict[str, ReconstructionResult] = {}
+        self._model = model
+        self._layers = layers
+        self._method = method
+        self._disk = finished
+        self._ranks = ranks
+        self._by_layers, self._by_data = (
+            (ranks, ALONE) if distribution == "layers" else (ALONE, ranks)
+        )
+        self._open = {layer for layer in chosen if layer.operators}
+        self._on_disk: set[DecoderLayer] = set()
+        self._data: CallDigest | None = None
+        self._stream = (
+            PrunedStream(OFFLOAD_DEVICE) if method.error_correction == "full" else None
+        )
+        # layers that wait until each rank has one
+        self._due: list[DecoderLayer] = []
+        # pruned weights of layers that the pipeline has not left yet
+        self._pending: dict[Operator, Tensor] = {}
+
+    @property
+    def unfinished(self) -> list[str]:
+        """names of the layers with operators that are neither pruned nor on disk"""
+        pruned = {result.name for result in self.results}
+        return [
+            layer.name
+            for layer in self._layers
+            if any(operator.name not in pruned for operator in layer.operators)
+        ]
+
+    def hooks(self) -> Iterator[tuple[DecoderLayer, Hook]]:
+        """
+        To be asked when the calibration starts.
+
+        :return: what is to be hooked, and the layer after which it is not needed
+        """
+        if self._disk is not None:
+            self._look_on_disk(self._disk)
+        if self._disk is not None or self._ranks.size > 1:
+            self._data = CallDigest()
+            first = self._layers[0]
+            yield first, (first.module, self._data.add, "forward_pre")
+        for layer in self._layers:
+            if layer in self._open or self._stream:
+                layer.recording = Recording(
+                    layer.module,
+                    layer.operators,
+                    OFFLOAD_DEVICE,
+                    with_outputs=layer in self._open and self._reconstructs(layer),
+                )
+                for hook in layer.recording.hooks():
+                    yield layer, hook
+
+    def _look_on_disk(self, disk: FinishedLayers) -> None:
+        found = [layer.name for layer in self._layers if layer in disk]
+        found = self._ranks.all(found)[0]  # files may appear while the ranks look
+        self._on_disk = {layer for layer in self._layers if layer.name in found}
+        self._open -= self._on_disk
+        if self._on_disk:
+            logger.info(f"Resuming: {len(self._on_disk)} layers are in {disk.folder}")
+
+    def leave(self, modules: Iterable[torch.nn.Module]) -> None:
+        """
+        To be called when the pipeline has run a part of the model with all data.
+
+        :param modules: the part
+        :raises ValueError: if the calibration data are not those of the layers on disk,
+            or a layer was not run
+        """
+        self.store()
+        here = set(modules)
+        with calibration_runs(self._model):
+            for layer in self._layers:
+                if layer.module in here:
+                    self._leave(layer)
+
+    def _leave(self, layer: DecoderLayer) -> None:
+        if self._data is not None:
+            self._check_data(self._ranks.all(self._data.batches))
+            self._data = None
+        if layer in self._on_disk and self._disk is not None:
+            self._accept(layer, self._disk.load(layer))
+        elif layer in self._open:
+            self._open.remove(layer)
+            owner = len(self._due)
+            assert layer.recording is not None
+            layer.recording = layer.recording.gathered(self._by_layers, owner)
+            if owner != self._by_layers.rank:
+                layer.recording = None
+            self._due.append(layer)
+            if len(self._due) == self._by_layers.size or not self._open:
+                self._prune_due()
+        elif self._stream:
+            self._accept(layer, PrunedLayer({}, []))
+
+    def _check_data(self, of_ranks: list[list[str]]) -> None:
+        """:param of_ranks: a digest of each batch of each rank"""
+        for one, other in permutations(range(len(of_ranks)), 2):
+            if set(of_ranks[one]) <= set(of_ranks[other]):
+                raise ValueError(
+                    f"all calibration data of rank {one} are among those of rank "
+                    f"{other}: let each load a part of its own, as with "
+                    "llmcompressor.datasets.get_rank_partition"
+                )
+        if self._disk is not None:
+            self._disk.check_calibration(list(chain(*of_ranks)))
+
+    def _prune_due(self) -> None:
+        """Each rank prunes the layer that it has the data of, and all get the rest."""
+        due, self._due = self._due, []
+
+        def prune_mine() -> PrunedLayer | None:
+            if self._by_layers.rank >= len(due):
+                return None
+            layer = due[self._by_layers.rank]
+            pruned = self._prune(layer)
+            if self._disk is not None and self._by_data.rank == 0:
+                self._disk.save(layer, pruned)
+            return pruned.on_cpu() if self._by_layers.size > 1 else pruned
+
+        for layer, pruned in zip(due, self._by_layers.each(prune_mine), strict=False):
+            assert pruned is not None  # there is one for each layer
+            self._accept(layer, pruned)
+
+    def _prune(self, layer: DecoderLayer) -> PrunedLayer:
+        """Prune one layer; the model stays as it is."""
+        assert layer.recording is not None
+        inputs = layer.recording.inputs
+        if not len(inputs):
+            raise ValueError(
+                f"{layer.name} was not run by the calibration pipeline, so it cannot "
+                "be pruned; put its operators on the ignore list"
+            )
+        if layer.in_sequence:
+            check_causal(next(iter(inputs)), layer.name)
+        stream = self._stream if layer.in_sequence else None
+        reconstructs = self._reconstructs(layer)
+        with LayerProgress(layer) as progress, fused_attention(self._model):
+            pruned = prune_layer(
+                layer.operators,
+                layer.recording,
+                stream.inputs_of(inputs, layer.name) if stream else inputs,
+                self._method.pattern,
+                self._method.options,
+                correct_errors=self._method.error_correction != "none",
+                reconstruction=self._method.reconstruction if reconstructs else None,
+                on_batch=progress.on_batch,
+                on_operator=progress.on_operator,
+                ranks=self._by_data,
+            )
+            if pruned.reconstruction:
+                progress.on_reconstruction(pruned.reconstruction)
+        return pruned
+
+    def _accept(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
+        weights = {
+            operator: pruned.weights[operator.name].to(operator.weight.device)
+            for operator in layer.operators
+            if operator.name in pruned.weights
+        }
+        self._pending |= weights
+        self.results += pruned.operators
+        if pruned.reconstruction:
+            self.reconstructions[layer.name] = pruned.reconstruction
+        if self._stream and layer.in_sequence and layer.recording:
+            inputs = layer.recording.inputs
+            pruned_inputs = self._stream.inputs_of(inputs, layer.name)
+            self._stream.advance(inputs, pruned_inputs, weights)
+        layer.recording = None
+
+    def store(self) -> None:
+        """Store the layers that the pipeline has left: it no longer runs them."""
+        if self._pending:
+            self._ranks.in_turn(self._store)  # ranks share what is offloaded
+        self._pending = {}
+
+    def _store(self) -> None:
+        for operator, weight in self._pending.items():
+            operator.save(weight)
+
+    def _reconstructs(self, layer: DecoderLayer) -> bool:
+        """A lone operator has no layer around it, and its refit is all there is."""
+        wanted = self._method.reconstruction.epochs > 0
+        return wanted and layer.in_sequence and bool(layer.operators)

@@ -1,0 +1,47 @@
+"""One rank of a distributed run: ``python rank_main.py OUT FAMILY FIELDS [DIES]``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from families import tiny_model
+from runs import calibration, prune, samples, weights
+
+from fista_modifier.progress import LayerProgress
+
+
+def main(output: str, family: str, fields: str, dies: str = "") -> None:
+    """
+    :param output: folder for ``RANK.pt``: the pruned weights and the names of results
+    :param family: of the tiny model
+    :param fields: of the modifier, JSON
+    :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
+        "same data": the ranks share one part of the data
+    """
+    torch.set_num_threads(1)
+    model = tiny_model(family)  # once there are ranks, only the first saves models
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+
+    def end(*_: object) -> None:
+        if dies == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("no more")
+
+    if dies in ("killed", "fails") and rank == 1:
+        LayerProgress.on_operator = end  # type: ignore[method-assign]
+    own = samples().chunk(dist.get_world_size())[0 if dies == "same data" else rank]
+    data = {"dataset": calibration(own), "num_calibration_samples": len(own)}
+    modifier = prune(model, oneshot_arguments=data, **json.loads(fields))
+    names = [result.name for result in modifier.results]
+    torch.save((weights(model), names), Path(output) / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,110 @@
+"""Several processes give the weights of one, or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from runs import prune, weights
+
+TESTS = Path(__file__).resolve().parent
+
+
+def start(
+    size: int, output: Path, family: str, fields: dict[str, Any], dies: str = ""
+) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "rank_main.py",
+                str(output),
+                family,
+                json.dumps(fields),
+                dies,
+            ],
+            cwd=TESTS,
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
+    try:
+        return [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("size", "family", "fields"),
+    [
+        (2, "mixtral", {}),
+        (3, "llama", {"sparsity": 0.5, "mask_structure": "0:0"}),
+        (3, "llama", {"distribute": "data", "preset": "fast"}),
+        (2, "llama", {"error_correction": "full", "preset": "fast"}),
+        (2, "mixtral", {"distribute": "data", "preset": "fast"}),
+    ],
+)
+def test_several_ranks_give_the_weights_of_one(
+    size: int, family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    processes = start(size, tmp_path, family, fields)
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, output
+    alone = tiny_model(family)
+    modifier = prune(alone, **fields)
+    by_layers = not {"distribute", "error_correction"} & fields.keys()
+    expected = weights(alone)
+    for rank in range(size):
+        found, names = torch.load(tmp_path / f"{rank}.pt")
+        assert names == [result.name for result in modifier.results]
+        assert found.keys() == expected.keys()
+        for name, weight in found.items():
+            assert torch.equal(weight == 0, expected[name] == 0), name
+            if by_layers:
+                assert torch.equal(weight, expected[name]), name
+            elif fields.get("preset") == "fast":  # Adam would amplify the rounding
+                torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"distribute": "data"}], ids=str)
+@pytest.mark.parametrize("dies", ["killed", "fails"])
+def test_a_rank_that_dies_ends_the_run_on_all(
+    tmp_path: Path, dies: str, fields: dict[str, Any]
+) -> None:
+    processes = start(3, tmp_path, "llama", fields, dies)
+    texts = outputs(processes)
+    assert all(process.returncode != 0 for process in processes), texts
+    assert not list(tmp_path.iterdir())
+    if dies == "fails" and not fields:
+        assert "rank 1 failed: ValueError: no more" in texts[2]
+
+
+def test_ranks_that_were_given_the_same_data_say_so(tmp_path: Path) -> None:
+    processes = start(2, tmp_path, "llama", {}, "same data")
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode != 0
+        assert "all calibration data of rank 0 are among those of rank 1" in output
