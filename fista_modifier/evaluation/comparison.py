@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from compressed_tensors.offload import dispatch_model
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -104,6 +105,8 @@ class Trial:
                 row["mean_squared_relative_error"] = fmean(
                     r.relative_error**2 for r in run.results
                 )
+        if torch.accelerator.is_available():
+            dispatch_model(model)  # which was pruned from the CPU, layer by layer
         row["perplexity"], row["perplexity_stderr"] = {}, {}
         started = time.perf_counter()
         for text in self.texts:
