@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from compare import (
-    common_arguments,
-    common_setup,
-    in_own_process,
-    pattern_fields,
-    pruned_and_evaluated,
-    resumed,
-    save,
-)
+from compare import common_arguments, common_setup, measure, prune_by_fields, show
+
+from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.evaluation.results import Results, Row
 
 SAMPLES = "samples"
 PATTERN = "pattern"
@@ -61,38 +57,38 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def measure(args: argparse.Namespace, variant: dict[str, Any] | None) -> dict[str, Any]:
+def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
     """Prune by the default with some fields changed; None only evaluates."""
-    from fista_modifier import FISTAPruningModifier
-
     if variant is None:
-        return pruned_and_evaluated(args, None, args.samples, args.seed)
-    changed = dict(variant)
-    samples = changed.pop(SAMPLES, args.samples)
-    fields = pattern_fields(changed.pop(PATTERN, args.pattern)) | changed
-    recipe = FISTAPruningModifier(**fields)
-    return pruned_and_evaluated(args, recipe, samples, args.seed)
+        return measure(args, None, args.samples, args.seed)
+    fields = dict(variant)
+    samples = fields.pop(SAMPLES, args.samples)
+    pattern = fields.pop(PATTERN, args.pattern)
+    prune = partial(prune_by_fields, pattern=pattern, fields=fields)
+    return measure(args, prune, samples, args.seed)
 
 
-def table(report: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """Markdown: a row for each variant."""
-    setup, dense = report["setup"], report["dense"]
+    setup, dense = results.setup, results.find(variant=None)
+    if dense is None:
+        return ""
     texts = list(dense["perplexity"])
     header = ["", "changed", *texts, "excess", "vs default", "time vs default"]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    cells = [f"{dense['perplexity'][text]:.2f}" for text in texts]
-    lines.append("| dense | | " + " | ".join(cells) + " | 0 | | |")
+    lines = [
+        ["dense", "", *(f"{dense['perplexity'][text]:.2f}" for text in texts), "0"]
+    ]
 
-    def excess(row: dict[str, Any]) -> float:
+    def excess(row: Row) -> float:
         return fmean(
             math.log(row["perplexity"][text] / dense["perplexity"][text])
             for text in texts
         )
 
-    default = next((row for row in report["rows"] if not row["variant"]), None)
+    default = results.find(variant={})
     for group, variants in VARIANTS.items():
         for variant in variants:
-            row = next((r for r in report["rows"] if r["variant"] == variant), None)
+            row = results.find(variant=variant)
             if row is None:
                 continue
             changed = ", ".join(f"{key}: {value}" for key, value in variant.items())
@@ -102,16 +98,15 @@ def table(report: dict[str, Any]) -> str:
             if default:
                 cells.append(f"{excess(row) / excess(default):.3f}")
                 cells.append(f"{row['seconds'] / default['seconds']:.2f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Model {setup['model']}, {setup['pattern']} where nothing else is said, "
+            lines.append(cells)
+    return (
+        markdown_table(header, lines)
+        + f"\n\nModel {setup['model']}, {setup['pattern']} where nothing else is said, "
         f"{setup['samples']} × {setup['seq_len']} tokens of {setup['calibration']} "
         f"(seed {setup['seed']}); perplexity in blocks of {setup['eval_seq_len']} "
         f"tokens over the first {setup['eval_tokens']} tokens. Excess is "
-        "ln(ppl / ppl of dense), mean of the texts.",
-    ]
-    return "\n".join(lines) + "\n"
+        "ln(ppl / ppl of dense), mean of the texts.\n"
+    )
 
 
 def main() -> None:
@@ -121,16 +116,13 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=list(VARIANTS))
     args = parser.parse_args()
     setup = common_setup(args) | {"pattern": args.pattern, "seed": args.seed}
-    report = resumed(args.out, setup)
-    if "dense" not in report:
-        report["dense"] = in_own_process(measure, args, None)
-    for group in args.groups:
-        for variant in VARIANTS[group]:
-            if any(row["variant"] == variant for row in report["rows"]):
-                continue
-            row = {"variant": variant} | in_own_process(measure, args, variant)
-            report["rows"].append(row)
-            save(args.out, report, table(report))
+    results = Results.resume(args.out.with_suffix(".json"), setup)
+    chosen = [variant for group in args.groups for variant in VARIANTS[group]]
+    for variant in [None, *chosen]:
+        if results.find(variant=variant):
+            continue
+        results.add({"variant": variant} | pruned(args, variant))
+        show(args.out, table(results))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,26 @@ from typing import Annotated, Any, Literal, TypedDict
 import typer
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from rich.markdown import Markdown
+from rich.markup import escape
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
 from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
-from fista_modifier.data import calibration_dataset, load_text, max_sequence_length
+from fista_modifier.data import calibration_dataset, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.distributed import current_ranks, join_ranks
+from fista_modifier.evaluation.comparison import Comparison, Trial, comparison_table
+from fista_modifier.evaluation.engines import Backend
+from fista_modifier.evaluation.evaluate import Evaluation, evaluation_table
+from fista_modifier.evaluation.methods import METHODS
 from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.evaluation.results import write_whole
+from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
+from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
 from fista_modifier.layer import ErrorCorrection
 from fista_modifier.modifier import FISTAPruningModifier, Preset
 from fista_modifier.solver import SparsityPattern, WarmStart, parse_pattern
@@ -70,7 +79,8 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        message = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False)
         raise typer.Exit(1) from error
 
 
@@ -333,8 +343,25 @@ def unpack(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="folders of checkpoints, or ids")],
     text: Annotated[
-        str, typer.Option(help="FILE.txt, FILE.jsonl or a hub id, read as one text")
-    ],
+        list[str] | None,
+        typer.Option(
+            help="wikitext2, ptb, c4, FILE.txt, FILE.jsonl or a hub id; may be repeated"
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="zero-shot tasks of lm-eval, with commas between; 'paper' is the "
+            "paper's seven"
+        ),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="folder with your own tasks in lm-eval's YAML")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="use only so many examples of each task")
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="runs the models")] = "transformers",
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -342,31 +369,131 @@ def evaluate(
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="use only so many tokens of the text")
+        int | None, typer.Option(min=1, help="use only so many tokens of each text")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="sequences in a forward pass")
+    ] = 1,
+    dtype: Annotated[
+        Precision, typer.Option(help="dtype to load the weights in")
+    ] = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="keep results here, and continue what is there"),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the table here, too")
+    ] = None,
+) -> None:
+    """
+    Measure the perplexity of MODELS on texts, and their accuracy on tasks.
+
+    Perplexity is that of contiguous blocks over the whole text. With neither --text nor
+    --tasks it is the paper's evaluation: WikiText-2, PTB, C4 and seven tasks.
+    """
+    with errors_as_messages():
+        if text is None and tasks is None:
+            text, tasks = list(PAPER_TEXTS), "paper"
+        names = PAPER_TASKS if tasks == "paper" else comma_separated(tasks or "")
+        if task_path and not names:
+            raise ValueError("--task-path needs the names of its tasks: --tasks")
+        evaluation = Evaluation(
+            suite=TaskSuite(names, task_path, limit) if names else None,
+            texts=load_texts(text or []),
+            backend=backend,
+            dtype=dtype,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+        )
+        results = evaluation.run(models, json_file)
+        show(evaluation_table(results), markdown)
+
+
+def comma_separated(names: str) -> list[str]:
+    """
+    :param names: with commas between
+    :return: the names
+    """
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def show(table: str, file: Path | None) -> None:
+    """
+    :param table: Markdown, printed
+    :param file: to write it to, if any
+    """
+    console.print(Markdown(table))
+    if file:
+        write_whole(file, table)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="folder of a checkpoint, or hub id")],
+    pattern: Annotated[
+        list[str], typer.Option(help="such as 2:4 or 0.5; may be repeated")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="with commas between; the dense model is always there")
+    ] = ",".join(METHODS),
+    dataset: Annotated[
+        str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
+    ] = "allenai/c4",
+    samples: Annotated[int, typer.Option(help="calibration sequences")] = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="tokens in a sequence (default: the model's maximum, at most 2048)"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the choice of sequences")] = 0,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="wikitext2, ptb, c4 (default: these three), FILE.txt, FILE.jsonl or a "
+            "hub id; may be repeated"
+        ),
+    ] = None,
+    eval_seq_len: Annotated[
+        int | None,
+        typer.Option(help="tokens in a block of the texts (default: as --seq-len)"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="use only so many tokens of each text")
     ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load the weights in")
     ] = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="keep results here, and continue what is there"),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the table here, too")
+    ] = None,
 ) -> None:
     """
-    Measure the perplexity of MODELS on a text, in contiguous blocks.
+    Prune MODEL by several methods on the same tokens and compare what is left of it.
+
+    Writes no checkpoint. With --json, what an interrupted run has measured is not
+    measured again.
     """
     with errors_as_messages():
-        # both fail at once if something is missing, before anything is measured
-        corpus = "\n\n".join(load_text(text))
-        tokenizers = {model: pipeline.load_tokenizer(model) for model in models}
-        measured = []
-        for model, tokenizer in tokenizers.items():
-            loaded = pipeline.load_model(model, dtype, to_accelerator=True)
-            result = perplexity(
-                loaded,
-                tokenizer,
-                corpus,
-                seq_len=seq_len or max_sequence_length(loaded.config),
-                max_tokens=max_tokens,
-            )
-            measured.append((model, result))
-        console.print(perplexity_table(measured, text))
+        patterns = {name: parsed(name) for name in pattern}
+        # fails for a missing model before anything is downloaded
+        pipeline.load_tokenizer(model)
+        length = seq_len or max_sequence_length(AutoConfig.from_pretrained(model))
+        trial = Trial(
+            model,
+            load_texts(text or list(PAPER_TEXTS)),
+            eval_seq_len or length,
+            max_tokens,
+            dtype,
+        )
+        comparison = Comparison(trial, Calibration(dataset, samples, length, seed))
+        results = comparison.run(comma_separated(methods), patterns, json_file)
+        show(comparison_table(results), markdown)
 
 
 @app.command()

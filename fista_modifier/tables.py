@@ -8,6 +8,7 @@ from itertools import groupby
 from rich.table import Table
 
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
+from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
@@ -86,9 +87,8 @@ def perplexity_table(measured: Sequence[tuple[str, Perplexity]], text: str) -> T
     for heading in ("perplexity", "nats/token", "tokens"):
         table.add_column(heading, justify="right")
     for name, result in measured:
-        table.add_row(
-            name, f"{result.value:.3f}", f"{result.nll:.4f}", str(result.tokens)
-        )
+        value = with_error(result.value, result.stderr)
+        table.add_row(name, value, f"{result.nll:.4f}", str(result.tokens))
     return table
 
 

@@ -242,7 +242,7 @@ def test_eval_prints_the_perplexity_of_each_model(
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("prune", "verify", "eval", "demo"):
+    for command in ("prune", "verify", "eval", "compare", "demo"):
         assert command in result.output
 
 

@@ -4,16 +4,26 @@ The text is tokenised once and cut into contiguous blocks that do not overlap; t
 perplexity is the exponential of the mean negative log-likelihood of every token of a
 block but its first, given the tokens before it in the block. What remains after the
 last whole block is left out.
+
+Its standard error takes the blocks as independent samples of the text: with losses
+x_1 … x_B of mean x̄ and sample variance s², the standard error of x̄ is s/√B, and by the
+delta method that of the perplexity exp(x̄) is exp(x̄)·s/√B. It says how far the text
+decides the figure. Two models measured on the same blocks differ more surely than their
+two errors suggest, because the same blocks are hard for both.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
@@ -29,12 +39,26 @@ class Perplexity:
     :param nll: mean negative log-likelihood, in nats per token.
     :param tokens: number of predicted tokens.
     :param blocks: number of blocks of text.
+    :param stderr: standard error of ``value``; of a single block there is none.
     """
 
     value: float
     nll: float
     tokens: int
     blocks: int
+    stderr: float | None
+
+    @classmethod
+    def of_blocks(cls, losses: Sequence[float], seq_len: int) -> Perplexity:
+        """
+        :param losses: mean negative log-likelihood of each block, in nats per token
+        :param seq_len: tokens in a block
+        :return: the perplexity of all blocks together
+        """
+        nll, count = fmean(losses), len(losses)
+        value = math.exp(nll)
+        stderr = value * stdev(losses) / math.sqrt(count) if count > 1 else None
+        return cls(value, nll, count * (seq_len - 1), count, stderr)
 
 
 def perplexity(
@@ -60,10 +84,25 @@ def perplexity(
     :raises ValueError: if ``seq_len`` leaves nothing to predict, ``batch_size`` is not
         positive, or the text is shorter than one block.
     """
+    blocks = token_blocks(tokenizer, text, seq_len, max_tokens)
+    losses = block_losses(model, blocks, batch_size=batch_size, progress=progress)
+    return Perplexity.of_blocks(losses, seq_len)
+
+
+def token_blocks(
+    tokenizer: Any, text: str, seq_len: int, max_tokens: int | None = None
+) -> Tensor:
+    """
+    :param tokenizer: of the model to measure
+    :param text: the text to predict
+    :param seq_len: tokens in a block
+    :param max_tokens: use no more than this many tokens from the start of the text
+    :return: token ids, blocks×seq_len
+    :raises ValueError: if ``seq_len`` leaves nothing to predict, or the text is shorter
+        than one block
+    """
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; at least 2 tokens predict one")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     # verbose=False: the text may well be longer than the model's maximum length.
     tokens = tokenizer(text, verbose=False)["input_ids"][:max_tokens]
     count = len(tokens) // seq_len
@@ -72,15 +111,28 @@ def perplexity(
             f"the text gives {len(tokens)} tokens, but one block needs {seq_len}: use "
             "a longer text, more --max-tokens or a shorter --seq-len"
         )
-    blocks = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
-    total = torch.zeros((), dtype=torch.float64)
+    return torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+
+
+def block_losses(
+    model: Any, blocks: Tensor, *, batch_size: int = 1, progress: bool = True
+) -> list[float]:
+    """
+    :param model: a causal language model (Hugging Face); left in the mode it was in
+    :param blocks: token ids, blocks×seq_len
+    :param batch_size: blocks in a forward pass
+    :param progress: whether to show a progress bar
+    :return: mean negative log-likelihood of each block, in nats per token
+    :raises ValueError: if ``batch_size`` is not positive
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    losses: list[float] = []
     batches = torch.split(blocks, batch_size)
     with _inference(model):
         for batch in tqdm(batches, desc="Perplexity", disable=not progress):
-            total += _nll_sum(model, batch).cpu()
-    predicted = count * (seq_len - 1)
-    nll = total.item() / predicted
-    return Perplexity(math.exp(nll), nll, predicted, count)
+            losses += _mean_losses(model, batch).tolist()
+    return losses
 
 
 @contextmanager
@@ -94,20 +146,22 @@ def _inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _nll_sum(model: Any, batch: torch.Tensor) -> torch.Tensor:
-    """Sum the loss of a batch ``(blocks, seq_len)``, in nats, float64."""
+def _mean_losses(model: Any, batch: Tensor) -> Tensor:
+    """The mean loss of each block of a batch ``(blocks, seq_len)``, nats, float64."""
     # An offloaded model's own device is where its weights rest, not where it runs.
     batch = batch.to(get_execution_device(model.get_input_embeddings()))
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     targets = batch[:, 1:].to(logits.device)
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    totals = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
     for scores, expected in zip(
         torch.split(logits, CHUNK_POSITIONS, dim=1),
         torch.split(targets, CHUNK_POSITIONS, dim=1),
         strict=True,
     ):
+        # the vocabulary stays last: along any other dimension torch's sum of tens of
+        # thousands of exponentials is good to four digits only
         losses = cross_entropy(
             scores.float().flatten(0, 1), expected.flatten(), reduction="none"
         )
-        total += losses.double().sum()
-    return total
+        totals += losses.double().view_as(expected).sum(dim=1)
+    return totals / targets.shape[1]

@@ -82,3 +82,42 @@ def test_a_result_cannot_be_changed(model, tiny_tokenizer):
     measured = perplexity(model, tiny_tokenizer, TEXT, seq_len=10, progress=False)
     with pytest.raises(FrozenInstanceError):
         measured.value = 1.0
+
+
+def test_the_standard_error_is_that_of_the_blocks_mean_by_the_delta_method(
+    model, tiny_tokenizer
+):
+    text = "aaaaaaaaaaThe quick brown fox"  # an easy block and a hard one
+    measured = perplexity(model, tiny_tokenizer, text, seq_len=10, progress=False)
+    first, second = (
+        reference(model, tiny_tokenizer, block, seq_len=10, blocks=1)
+        for block in (text[:10], text[10:20])
+    )
+    mean = (first + second) / 2  # of two values, s/√2 is half their distance
+    expected = math.exp(mean) * abs(first - second) / 2
+    assert abs(first - second) > 0.1
+    assert measured.stderr == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_block_has_no_standard_error(model, tiny_tokenizer):
+    measured = perplexity(model, tiny_tokenizer, TEXT, seq_len=44, progress=False)
+    assert measured.stderr is None
+
+
+def test_a_large_vocabulary_costs_no_precision(tiny_tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50_000,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        initializer_range=1.0,
+    )
+    model = LlamaForCausalLM(config)
+    measured = perplexity(model, tiny_tokenizer, TEXT, seq_len=44, progress=False)
+    ids = torch.tensor([tiny_tokenizer(TEXT)["input_ids"]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+    expected = -logprobs.gather(1, ids[0, 1:, None]).mean().item()
+    assert measured.nll == pytest.approx(expected, abs=5e-6)

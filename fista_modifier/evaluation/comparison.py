@@ -1,0 +1,352 @@
+"""``fista-prune compare``: what several pruning methods leave of one model."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from compressed_tensors.offload import dispatch_model
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier import pipeline
+from fista_modifier.calibration.operators import find_operators
+from fista_modifier.checkpoint.report import Calibration
+from fista_modifier.data import calibration_dataset
+from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.evaluation.methods import IGNORE, METHODS, TARGETS, Pruner, pruner
+from fista_modifier.evaluation.perplexity import perplexity, token_blocks
+from fista_modifier.evaluation.results import (
+    Results,
+    Row,
+    digest,
+    fingerprint,
+    versions,
+)
+from fista_modifier.evaluation.texts import Text
+from fista_modifier.solver import SparsityPattern
+
+__all__ = [
+    "PACKAGES",
+    "Comparison",
+    "Trial",
+    "check_methods",
+    "comparison_table",
+    "in_own_process",
+]
+
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
+DENSE, REFERENCE = "dense", "sparsegpt"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    One model, to be pruned in one way and then measured.
+
+    :param model: folder of a checkpoint, or its id on the hub
+    :param texts: for the perplexity
+    :param seq_len: tokens in a block of text
+    :param max_tokens: use only so many tokens of each text; None uses all
+    :param dtype: of the weights; "auto" is that of the checkpoint
+    """
+
+    model: str
+    texts: Sequence[Text]
+    seq_len: int
+    max_tokens: int | None = None
+    dtype: str = "auto"
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if a text is too short for one block
+        :raises FileNotFoundError: if there is no such model
+        """
+        tokenizer = pipeline.load_tokenizer(self.model)
+        for text in self.texts:
+            limit = text.token_limit(self.seq_len, self.max_tokens)
+            try:
+                token_blocks(tokenizer, text.content, self.seq_len, limit)
+            except ValueError as error:
+                raise ValueError(f"{text.name}: {error}") from error
+
+    def run(self, prune: Pruner | None, calibration: Dataset | None) -> Row:
+        """
+        :param prune: the method; None leaves the model dense
+        :param calibration: its tokens
+        :return: perplexities, and what the pruning took
+        """
+        tokenizer = pipeline.load_tokenizer(self.model)
+        model = pipeline.load_model(self.model, self.dtype)
+        row: Row = {}
+        if prune is not None:
+            run = prune(model, tokenizer, calibration)
+            row["seconds"] = run.seconds
+            row["zeros"] = _zeros(model)
+            row["peak_memory_bytes"] = _peak_memory()
+            if run.results:
+                row["solver_seconds"] = sum(r.seconds for r in run.results)
+                row["mean_squared_relative_error"] = fmean(
+                    r.relative_error**2 for r in run.results
+                )
+        if torch.accelerator.is_available():
+            dispatch_model(model)  # which was pruned from the CPU, layer by layer
+        row["perplexity"], row["perplexity_stderr"] = {}, {}
+        started = time.perf_counter()
+        for text in self.texts:
+            measured = perplexity(
+                model,
+                tokenizer,
+                text.content,
+                seq_len=self.seq_len,
+                max_tokens=text.token_limit(self.seq_len, self.max_tokens),
+            )
+            row["perplexity"][text.name] = measured.value
+            row["perplexity_stderr"][text.name] = measured.stderr
+        row["eval_seconds"] = time.perf_counter() - started
+        return row
+
+
+def _zeros(model: PreTrainedModel) -> float:
+    """Share of zeros in the operators that are pruned."""
+    weights = [
+        operator.module.weight for operator in find_operators(model, TARGETS, IGNORE)
+    ]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+def _peak_memory() -> int:
+    """Of this process, in main memory, bytes."""
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def in_own_process(
+    function: Callable[P, T], *arguments: P.args, **options: P.kwargs
+) -> T:
+    """
+    Run a function in a fresh interpreter, so that its peak memory is its own.
+
+    :param function: picklable, as are its arguments and its result
+    :return: its result
+    :raises RuntimeError: if the process was killed, such as for its memory
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments, **options).result()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Methods on the same model, calibration tokens and texts.
+
+    :param trial: the model and how it is measured
+    :param calibration: the data of all methods
+    """
+
+    trial: Trial
+    calibration: Calibration
+
+    def run(
+        self,
+        methods: Sequence[str],
+        patterns: Mapping[str, SparsityPattern],
+        file: Path | None = None,
+    ) -> Results:
+        """
+        Measure what is not measured yet, each method in a process of its own.
+
+        :param methods: of ``METHODS``; the dense model is measured in any case
+        :param patterns: the sparsities, by the names that the table has for them
+        :param file: the results are kept there as they come; None keeps none
+        :return: a row for the dense model, and for each method and pattern
+        :raises ValueError: if a method or pattern does not suit the model, there is too
+            little text, or the file has results of other settings
+        :raises FileNotFoundError: if the model does not exist
+        :raises RuntimeError: if a method's process was killed
+        """
+        self.trial.check()
+        check_methods(self.trial.model, methods, patterns.values())
+        results = Results.resume(file, self._setup())
+        tokens = calibration_dataset(
+            self.calibration.dataset,
+            pipeline.load_tokenizer(self.trial.model),
+            samples=self.calibration.samples,
+            seq_len=self.calibration.seq_len,
+            seed=self.calibration.seed,
+        )
+        seed = self.calibration.seed
+        jobs: list[tuple[str, str, int | None]] = [(DENSE, "-", None)]
+        jobs += [
+            (method, pattern, seed)
+            for pattern in patterns
+            for method in METHODS
+            if method in methods and method != DENSE
+        ]
+        for method, pattern, own_seed in tqdm(jobs, desc="Methods", unit="method"):
+            identity = {"method": method, "pattern": pattern, "seed": own_seed}
+            if results.find(**identity):
+                continue
+            prune = None if method == DENSE else pruner(method, patterns[pattern])
+            results.add(identity | in_own_process(self.trial.run, prune, tokens))
+        return results
+
+    def _setup(self) -> dict[str, Any]:
+        """What rows must share to stand in one table."""
+        texts = {text.name: digest(text.content) for text in self.trial.texts}
+        return {
+            "model": self.trial.model,
+            "checkpoint": fingerprint(self.trial.model),
+            "dtype": self.trial.dtype,
+            "calibration": self.calibration.dataset,
+            "samples": self.calibration.samples,
+            "seq_len": self.calibration.seq_len,
+            "eval_seq_len": self.trial.seq_len,
+            "eval_tokens": self.trial.max_tokens,
+            "texts_digest": texts,
+            "cpus": os.cpu_count(),
+            "versions": versions(*PACKAGES),
+        }
+
+
+def check_methods(
+    model: str, methods: Sequence[str], patterns: Iterable[SparsityPattern]
+) -> None:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :param methods: that are to prune it
+    :param patterns: to which
+    :raises ValueError: if a method is unknown, or cannot prune the model, or the
+        model's operators cannot have a pattern
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    operators = find_operators(skeleton, TARGETS, IGNORE)
+    foreign = {"wanda", "sparsegpt"}.intersection(methods)
+    if foreign and any(isinstance(operator.module, Conv1D) for operator in operators):
+        raise ValueError(
+            f"llm-compressor's {' and '.join(sorted(foreign))} leave the Conv1D "
+            f"operators of {model} dense: name --methods without"
+        )
+    for pattern in patterns:
+        for operator in operators:
+            try:
+                pattern.check_columns(operator.weight.shape[1])
+            except ValueError as error:
+                raise ValueError(f"{operator.name}: {error}") from None
+
+
+def comparison_table(results: Results) -> str:
+    """
+    :param results: of a comparison, with a row of the dense model
+    :return: Markdown: a row for each pattern and method, the mean over the seeds
+    """
+    dense = results.find(method=DENSE)
+    if dense is None:
+        return ""
+    texts = list(dense["perplexity"])
+    header = ["pattern", "method", "seeds", *texts]
+    header += [f"excess, {text}" for text in texts]
+    header += ["excess", "its range", "time", "peak memory", "zeros"]
+    figures = {text: f"{dense['perplexity'][text]:.2f}" for text in texts}
+    lines = [{"method": DENSE} | figures]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in results.rows:
+        if row["method"] != DENSE:
+            groups.setdefault((row["pattern"], row["method"]), []).append(row)
+    order = [*METHODS, *(method for _, method in groups)]
+    for pattern, method in sorted(
+        groups, key=lambda key: (key[0], order.index(key[1]))
+    ):
+        rows = groups[pattern, method]
+        peers = {row["seed"]: row for row in groups.get((pattern, REFERENCE), [])}
+        label = {"pattern": pattern, "method": method}
+        lines.append(label | _figures(rows, dense, peers, texts))
+    # what repeats another column is left out
+    several = any(len(rows) > 1 for rows in groups.values())
+    header = [
+        name
+        for name in header
+        if (several or name not in ("seeds", "its range"))
+        and (len(texts) > 1 or name != "excess")
+    ]
+    cells = [[line.get(name, "") for name in header] for line in lines]
+    return markdown_table(header, cells) + "\n\n" + _caption(results.setup) + "\n"
+
+
+def _figures(
+    rows: Sequence[Row], dense: Row, peers: Mapping[int, Row], texts: Sequence[str]
+) -> dict[str, str]:
+    """
+    :param rows: of one method and pattern, one for each seed
+    :param dense: the row of the dense model
+    :param peers: SparseGPT's row of each seed
+    :param texts: measured
+    :return: cells by the names of their columns
+    """
+
+    def excess(row: Row, text: str) -> float:
+        return math.log(row["perplexity"][text] / dense["perplexity"][text])
+
+    cells = {"seeds": str(len(rows))}
+    for text in texts:
+        log = fmean(math.log(row["perplexity"][text]) for row in rows)
+        cells[text] = f"{math.exp(log):.2f}"
+    pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
+    # pruning may improve a model that is poor to begin with: then no share has a sense
+    if pairs and all(excess(peer, text) > 0 for _, peer in pairs for text in texts):
+        shares = [
+            [excess(row, text) / excess(peer, text) for text in texts]
+            for row, peer in pairs
+        ]
+        for text, column in zip(texts, zip(*shares, strict=True), strict=True):
+            cells[f"excess, {text}"] = f"{fmean(column):.3f}"
+        means = [fmean(share) for share in shares]
+        cells["excess"] = f"{fmean(means):.3f}"
+        cells["its range"] = f"{min(means):.3f}–{max(means):.3f}"
+    if pairs:
+        ratio = fmean(row["seconds"] / peer["seconds"] for row, peer in pairs)
+        cells["time"] = f"{ratio:.2f}"
+    peak = max(row["peak_memory_bytes"] for row in rows)
+    cells["peak memory"] = f"{peak / 2**30:.2f} GiB"
+    cells["zeros"] = f"{100 * fmean(row['zeros'] for row in rows):.2f} %"
+    return cells
+
+
+def _caption(setup: Mapping[str, Any]) -> str:
+    tokens = setup["eval_tokens"]
+    return (
+        f"Model {setup['model']}, calibrated on {setup['samples']} × "
+        f"{setup['seq_len']} tokens of {setup['calibration']}; perplexity in blocks of "
+        f"{setup['eval_seq_len']} tokens"
+        + (f" over the first {tokens} tokens.\n" if tokens else ".\n")
+        + "Excess is ln(ppl / ppl of dense), as a share of SparseGPT's with the same "
+        "calibration tokens (where there are several: their mean over the texts, and "
+        "the lowest and highest of a seed; perplexities are geometric means over the "
+        "seeds). Times are of calibration and pruning, as ratios to SparseGPT's, on "
+        f"{setup['cpus']} CPU cores. Peak memory is that of the method's process, "
+        "without the accelerator's. Versions: "
+        + ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
+        + "."
+    )

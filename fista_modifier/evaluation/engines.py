@@ -1,0 +1,125 @@
+"""What runs a model while it is evaluated: transformers or vLLM."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from fista_modifier import pipeline
+from fista_modifier.evaluation.perplexity import block_losses
+from fista_modifier.evaluation.results import versions
+
+__all__ = ["Backend", "Engine", "check_installed", "start"]
+
+Backend = Literal["transformers", "vllm"]
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    def losses(self, blocks: Tensor) -> list[float]:
+        """
+        :param blocks: token ids, blocks×seq_len
+        :return: mean negative log-likelihood of each block, in nats per token
+        """
+        ...
+
+    @property
+    def harness_model(self) -> Any:
+        """the same model as lm-eval's tasks take it"""
+        ...
+
+
+def check_installed(backend: Backend) -> None:
+    """
+    :param backend: what is about to run models
+    :raises RuntimeError: if the environment lacks it
+    """
+    if backend == "vllm":
+        try:
+            versions("vllm", "lm-eval")
+        except PackageNotFoundError as error:
+            raise RuntimeError(
+                f"--backend vllm needs {error.name} in this environment; --backend "
+                "transformers does not"
+            ) from error
+
+
+def start(backend: Backend, model: str, dtype: str, batch_size: int) -> Engine:
+    """
+    :param backend: what to load the model with
+    :param model: folder of a checkpoint, or its id on the hub
+    :param dtype: of the weights; "auto" is that of the checkpoint
+    :param batch_size: sequences in a forward pass (vLLM decides itself)
+    :return: the loaded model
+    """
+    if backend == "vllm":
+        return VLLMEngine(model, dtype)
+    return TransformersEngine(model, dtype, batch_size)
+
+
+class TransformersEngine:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :param dtype: of the weights; "auto" is that of the checkpoint
+    :param batch_size: sequences in a forward pass
+    """
+
+    def __init__(self, model: str, dtype: str, batch_size: int) -> None:
+        self._name, self._batch_size = model, batch_size
+        self._model = pipeline.load_model(model, dtype, to_accelerator=True)
+
+    def losses(self, blocks: Tensor) -> list[float]:
+        return block_losses(self._model, blocks, batch_size=self._batch_size)
+
+    @cached_property
+    def harness_model(self) -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(
+            pretrained=self._model,
+            tokenizer=pipeline.load_tokenizer(self._name),
+            batch_size=self._batch_size,
+        )
+
+
+class VLLMEngine:
+    """
+    vLLM, started by lm-eval, so that perplexity and tasks share one engine.
+
+    :param model: folder of a checkpoint, or its id on the hub
+    :param dtype: of the weights; "auto" is that of the checkpoint
+    """
+
+    def __init__(self, model: str, dtype: str) -> None:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        self.harness_model = VLLM(pretrained=model, dtype=dtype, batch_size="auto")
+
+    def losses(self, blocks: Tensor) -> list[float]:
+        from vllm import SamplingParams, TokensPrompt
+
+        longest = self.harness_model.max_length
+        if blocks.shape[1] >= longest:
+            raise ValueError(
+                f"a block of {blocks.shape[1]} tokens leaves vLLM no room for the one "
+                f"after it, of {longest} in all: use --seq-len {longest - 1}"
+            )
+        outputs = self.harness_model.model.generate(
+            [TokensPrompt(prompt_token_ids=block) for block in blocks.tolist()],
+            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+        )
+        return [_mean_loss(output) for output in outputs]
+
+
+def _mean_loss(output: Any) -> float:
+    """Of a prompt's tokens but the first, which nothing precedes."""
+    tokens, candidates = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
+    scores = [
+        logprobs[token].logprob
+        for token, logprobs in zip(tokens, candidates, strict=True)
+    ]
+    return -sum(scores) / len(scores)

@@ -1,0 +1,212 @@
+"""``fista-prune eval``: several models on several texts and tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from fista_modifier import pipeline
+from fista_modifier.data import max_sequence_length
+from fista_modifier.evaluation.engines import Backend, Engine, check_installed, start
+from fista_modifier.evaluation.formatting import markdown_table, with_error
+from fista_modifier.evaluation.perplexity import Perplexity, token_blocks
+from fista_modifier.evaluation.results import (
+    Results,
+    Row,
+    digest,
+    fingerprint,
+    versions,
+)
+from fista_modifier.evaluation.tasks import TaskSuite
+from fista_modifier.evaluation.texts import Text
+
+__all__ = ["Evaluation", "evaluation_table"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    What to measure, and how.
+
+    :param texts: for the perplexity
+    :param suite: zero-shot tasks; None for none
+    :param backend: what runs the models
+    :param dtype: of the weights; "auto" is that of each checkpoint
+    :param seq_len: tokens in a block of text; None is each model's maximum, at most
+        2048
+    :param max_tokens: use only so many tokens of each text; None uses all
+    :param batch_size: sequences in a forward pass
+    """
+
+    texts: Sequence[Text]
+    suite: TaskSuite | None = None
+    backend: Backend = "transformers"
+    dtype: str = "auto"
+    seq_len: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 1
+
+    def run(self, models: Sequence[str], file: Path | None = None) -> Results:
+        """
+        Measure what is not measured yet. What was measured before a checkpoint or a
+        text changed is measured anew.
+
+        :param models: folders of checkpoints, or ids on the hub
+        :param file: the results are kept there as they come; None keeps none
+        :return: a row for each model and text, and for each model and task
+        :raises ValueError: if a text is too short for a block of a model, or the file
+            has results of other settings
+        :raises FileNotFoundError: if a model does not exist
+        :raises RuntimeError: if the backend is not installed
+        """
+        check_installed(self.backend)
+        blocks = {model: self._blocks(model) for model in models}
+        results = Results.resume(file, self._setup())
+        with tqdm(total=len(models), desc="Models", unit="model") as bar:
+            for model in models:
+                bar.set_postfix_str(model)
+                self._measure(model, blocks[model], results)
+                bar.update()
+        return results
+
+    def _setup(self) -> dict[str, Any]:
+        """What rows must share to stand in one table."""
+        packages = ["vllm"] if self.backend == "vllm" else []
+        return {
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "seq_len": self.seq_len,
+            "max_tokens": self.max_tokens,
+            "limit": self.suite.limit if self.suite else None,
+            "versions": versions("torch", "transformers", *packages),
+        }
+
+    def _blocks(self, model: str) -> dict[str, Tensor]:
+        """The texts as the model's tokens: before any model runs, as it may fail."""
+        tokenizer = pipeline.load_tokenizer(model)
+        seq_len = self.seq_len
+        if seq_len is None:
+            seq_len = max_sequence_length(AutoConfig.from_pretrained(model))
+        blocks = {}
+        for text in self.texts:
+            limit = text.token_limit(seq_len, self.max_tokens)
+            try:
+                blocks[text.name] = token_blocks(
+                    tokenizer, text.content, seq_len, limit
+                )
+            except ValueError as error:
+                raise ValueError(f"{text.name}, {model}: {error}") from error
+        return blocks
+
+    def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
+        checkpoint = fingerprint(model)
+        samples = {name: digest(tokens.tolist()) for name, tokens in blocks.items()}
+        results.rows = [
+            row
+            for row in results.rows
+            if row["model"] != model or _is_current(row, checkpoint, samples)
+        ]
+        texts = [name for name in blocks if not results.find(model=model, text=name)]
+        suite = self.suite.names if self.suite else []
+        tasks = [name for name in suite if not results.find(model=model, task=name)]
+        if not texts and not tasks:
+            return
+        engine: Engine = start(self.backend, model, self.dtype, self.batch_size)
+        origin = {"model": model, "checkpoint": checkpoint}
+        for name in texts:
+            losses = engine.losses(blocks[name])
+            seq_len = blocks[name].shape[1]
+            source = {"text": name, "tokens_digest": samples[name], "seq_len": seq_len}
+            measured = Perplexity.of_blocks(losses, seq_len)
+            results.add(origin | source | asdict(measured))
+        for name in tasks:
+            assert self.suite is not None
+            scores = self.suite.score(engine.harness_model, name)
+            results.add(
+                origin | {"task": name, "versions": versions("lm-eval")} | scores
+            )
+
+
+def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
+    """Whether neither the checkpoint nor the text has changed since."""
+    own = row.get("tokens_digest")
+    asked = samples.get(row.get("text", ""), own)
+    return bool(row["checkpoint"] == checkpoint and own == asked)
+
+
+def evaluation_table(results: Results) -> str:
+    """
+    :param results: of an evaluation
+    :return: Markdown: a row for each model, a column for each text and task, a value
+        with its standard error; the last column is the mean of the tasks
+    """
+    models = _distinct(row["model"] for row in results.rows)
+    texts = _distinct(row["text"] for row in results.rows if "text" in row)
+    tasks = _distinct(row["task"] for row in results.rows if "task" in row)
+    header = ["model", *(f"{text}, ppl" for text in texts)]
+    metrics = {task: _metric(results, task) for task in tasks}
+    header += [f"{task}, {metrics[task]}" for task in tasks]
+    header += ["mean of the tasks"] if len(tasks) > 1 else []
+    lines = []
+    for model in models:
+        cells = [model]
+        for text in texts:
+            row = results.find(model=model, text=text)
+            cells.append(with_error(row["value"], row["stderr"]) if row else "")
+        scores = []
+        for task in tasks:
+            row = results.find(model=model, task=task)
+            score = row["metrics"].get(metrics[task]) if row else None
+            cells.append(with_error(**score) if score else "")
+            scores += [score] if score else []
+        if len(tasks) > 1 and len(scores) == len(tasks):
+            cells.append(_mean(scores))
+        lines.append(cells)
+    return markdown_table(header, lines) + "\n\n" + _caption(results) + "\n"
+
+
+def _metric(results: Results, task: str) -> str:
+    """The one that the table shows: accuracy, or a task's first without it."""
+    row = results.find(task=task)
+    assert row is not None
+    return "acc" if "acc" in row["metrics"] else next(iter(row["metrics"]))
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _mean(scores: Sequence[dict[str, Any]]) -> str:
+    """Tasks are independent samples: their squared standard errors add up."""
+    errors = [score["stderr"] for score in scores]
+    stderr = None if None in errors else math.hypot(*errors) / len(errors)
+    return with_error(fmean(score["value"] for score in scores), stderr)
+
+
+def _caption(results: Results) -> str:
+    setup = results.setup
+    lengths = sorted({row["seq_len"] for row in results.rows if "text" in row})
+    parts = []
+    if lengths:
+        tokens = " or ".join(str(length) for length in lengths)
+        limit = setup["max_tokens"]
+        parts.append(
+            f"Perplexity (ppl) in contiguous blocks of {tokens} tokens"
+            + (f" of the first {limit} tokens." if limit else ".")
+        )
+    if any("task" in row for row in results.rows):
+        limit = setup["limit"]
+        parts.append(
+            "Tasks zero-shot by lm-eval"
+            + (f", on their first {limit} examples." if limit else ".")
+        )
+    parts.append(f"± is one standard error. Run by {setup['backend']}.")
+    return " ".join(parts)

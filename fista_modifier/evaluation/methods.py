@@ -1,0 +1,116 @@
+"""The pruning methods that can be compared, by their names."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, Protocol
+
+from datasets import Dataset
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fista_modifier import pipeline
+from fista_modifier.calibration.operators import check_prunable, find_operators
+from fista_modifier.modifier import FISTAPruningModifier
+from fista_modifier.solver import NofM, SparsityPattern
+from fista_modifier.solver.patterns import project
+
+__all__ = ["IGNORE", "METHODS", "TARGETS", "Pruner", "pruner"]
+
+TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
+PRESETS = {"fista-paper": "paper", "fista-fast": "fast", "fista": "default"}
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", *PRESETS)
+"""Methods by their names; "dense" prunes nothing."""
+
+
+class Pruner(Protocol):
+    """A method with its settings."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        calibration: Dataset,
+    ) -> pipeline.PruningRun: ...
+
+
+def pruner(method: str, pattern: SparsityPattern) -> Pruner:
+    """
+    Every method prunes the same operators and has its own defaults otherwise. SparseGPT
+    and Wanda are llm-compressor's.
+
+    :param method: one of ``METHODS`` but "dense"
+    :param pattern: the sparsity
+    :return: the method, picklable
+    :raises ValueError: for an unknown method
+    """
+    if method == "magnitude":
+        return partial(prune_by_magnitude, pattern=pattern)
+    if method not in METHODS or method == "dense":
+        raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
+    return partial(prune_by_recipe, method=method, pattern=pattern)
+
+
+def prune_by_recipe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    method: str,
+    pattern: SparsityPattern,
+) -> pipeline.PruningRun:
+    """
+    :param model: changed in place
+    :param tokenizer: the model's
+    :param calibration: its tokens
+    :param method: whose modifier is applied
+    :param pattern: the sparsity
+    :return: the pruned model
+    """
+    return pipeline.prune(model, tokenizer, calibration, recipe(method, pattern))
+
+
+def recipe(method: str, pattern: SparsityPattern) -> Modifier:
+    """
+    :param method: "wanda", "sparsegpt" or a preset of FISTAPruner
+    :param pattern: the sparsity
+    :return: the modifier, with its own defaults apart from the sparsity
+    """
+    fields: dict[str, Any] = {
+        "sparsity": pattern.sparsity,
+        "targets": TARGETS,
+        "ignore": IGNORE,
+    }
+    keep, group = (pattern.n, pattern.m) if isinstance(pattern, NofM) else (0, 0)
+    if method in PRESETS:
+        return FISTAPruningModifier(
+            **fields, mask_structure=f"{keep}:{group}", preset=PRESETS[method]
+        )
+    # llm-compressor's own modifiers count the pruned weights of a group
+    peer = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
+    return peer(**fields, mask_structure=f"{group - keep}:{group}")
+
+
+def prune_by_magnitude(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    pattern: SparsityPattern,
+) -> pipeline.PruningRun:
+    """
+    Keep each operator's largest weights; the data are not looked at.
+
+    :param model: changed in place
+    :param tokenizer: not used
+    :param calibration: not used
+    :param pattern: the sparsity
+    :return: the pruned model
+    """
+    started = time.perf_counter()
+    for operator in find_operators(model, TARGETS, IGNORE):
+        check_prunable(operator, pattern)
+        operator.save(project(operator.weight, pattern))
+    return pipeline.PruningRun(model, [], {}, time.perf_counter() - started)

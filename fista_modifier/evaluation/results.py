@@ -1,0 +1,129 @@
+"""Results of long measurements: a JSON file that grows row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+__all__ = ["Results", "Row", "digest", "fingerprint", "versions", "write_whole"]
+
+Row = dict[str, Any]
+
+
+class Results:
+    """
+    Rows measured with the same settings. Each is on disk as soon as it is measured.
+
+    :param setup: the settings, plain JSON
+    :param rows: what is measured already
+    :param file: where all of it is kept; None keeps it in memory
+    """
+
+    def __init__(self, setup: Row, rows: list[Row], file: Path | None) -> None:
+        self.setup, self.rows, self.file = setup, rows, file
+
+    @classmethod
+    def resume(cls, file: Path | None, setup: Row) -> Results:
+        """
+        :param file: of an earlier run, or a new one
+        :param setup: the settings of this run
+        :return: what the earlier run has measured, to be continued
+        :raises ValueError: if the file holds something else, or other settings
+        :raises OSError: if it cannot be read
+        """
+        setup = json.loads(json.dumps(setup))
+        if file is None or not file.exists():
+            return cls(setup, [], file)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            earlier, rows = dict(content["setup"]), list(content["rows"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file} holds no results to continue ({error!r}): name another file"
+            ) from error
+        changes = [
+            f"{key} {earlier.get(key)}, not {setup.get(key)}"
+            for key in sorted(earlier.keys() | setup.keys())
+            if earlier.get(key) != setup.get(key)
+        ]
+        if changes:
+            raise ValueError(
+                f"{file} was measured with {'; '.join(changes)}: name another file, or "
+                "use the same settings"
+            )
+        return cls(setup, rows, file)
+
+    def find(self, **identity: Any) -> Row | None:
+        """
+        :param identity: keys and their values
+        :return: the row that has them
+        """
+        for row in self.rows:
+            if all(key in row and row[key] == identity[key] for key in identity):
+                return row
+        return None
+
+    def add(self, row: Row) -> None:
+        """
+        :param row: plain JSON; saved at once
+        """
+        self.rows.append(row)
+        if self.file is not None:
+            content = {"setup": self.setup, "rows": self.rows}
+            write_whole(self.file, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """
+    Write a file completely or not at all.
+
+    :param file: replaced if it exists; its folder is made
+    :param text: the new content
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """
+    :param packages: names of installed distributions
+    :return: the version of each
+    """
+    return {name: version(name) for name in packages}
+
+
+def digest(content: object) -> str:
+    """
+    :param content: data whose ``repr`` is all of it
+    :return: what tells it from other data
+    """
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: str) -> str:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :return: the hub's commit; of a folder, a digest of the dates and sizes of its
+        configuration and weights, which another pruning into the same folder changes
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(AutoConfig.from_pretrained(model)._commit_hash)
+    files = [
+        folder / "config.json",
+        *folder.glob("*.safetensors"),
+        *folder.glob("*.bin"),
+    ]
+    stats = [(file.name, file.stat()) for file in sorted(files)]
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -1,0 +1,114 @@
+"""Zero-shot tasks, by the language model evaluation harness (lm-eval)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+__all__ = ["PAPER_TASKS", "TaskSuite"]
+
+PAPER_TASKS = (
+    "arc_challenge",
+    "arc_easy",
+    "winogrande",
+    "rte",
+    "boolq",
+    "qnli",
+    "wnli",
+)
+"""The tasks of the paper's Table 5."""
+
+
+class TaskSuite:
+    """
+    Tasks that exist and whose data are here, so that what is missing is known before a
+    model is loaded.
+
+    :param names: of tasks or groups of tasks, as lm-eval calls them
+    :param folder: with definitions of further tasks, in lm-eval's YAML
+    :param limit: use only so many examples of each task
+    :raises RuntimeError: if lm-eval is not installed
+    :raises FileNotFoundError: if the folder does not exist
+    :raises ValueError: for a name that is no task
+    :raises ConnectionError: if the data of a task cannot be downloaded
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"the folder of tasks {folder} does not exist")
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise RuntimeError(
+                "zero-shot tasks need lm-eval: pip install 'fista-modifier[eval]', or "
+                "name only texts (--text)"
+            ) from error
+        self.limit = limit
+        self._manager = TaskManager(include_path=str(folder) if folder else None)
+        known = [*self._manager.all_subtasks, *self._manager.all_groups]
+        self._tasks: dict[str, Any] = {}
+        for name in names:
+            if name not in known:
+                close = get_close_matches(name, known, n=3)
+                raise ValueError(
+                    f"lm-eval has no task '{name}'"
+                    + (f"; did you mean {' or '.join(close)}?" if close else "")
+                )
+            self._tasks[name] = self._load(name)
+
+    @property
+    def names(self) -> list[str]:
+        """of the tasks"""
+        return list(self._tasks)
+
+    def _load(self, name: str) -> Any:
+        try:
+            loaded = self._manager.load([name])
+        except (OSError, httpx.HTTPError) as error:
+            raise ConnectionError(
+                f"the data of the task {name} could not be read ({error}); check the "
+                "network, or define the task on local files: --task-path FOLDER"
+            ) from error
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        return loaded
+
+    def score(self, model: Any, name: str) -> dict[str, Any]:
+        """
+        Zero-shot: without examples in the prompt.
+
+        :param model: a language model of lm-eval
+        :param name: one of the suite's tasks
+        :return: "metrics", each with its "value" and "stderr" (None where lm-eval has
+            none), and the number of "examples"
+        """
+        import lm_eval
+
+        outcome = lm_eval.evaluate(
+            lm=model, task_dict=self._tasks[name], limit=self.limit, log_samples=False
+        )
+        values = outcome["results"][name]
+        metrics = {}
+        for key, value in values.items():
+            metric, _, variant = key.partition(",")
+            if not variant or metric.endswith("_stderr"):
+                continue
+            stderr = values.get(f"{metric}_stderr,{variant}")
+            metrics[metric if variant == "none" else f"{metric} ({variant})"] = {
+                "value": value,
+                "stderr": stderr if isinstance(stderr, float) else None,
+            }
+        samples = outcome["n-samples"].values()
+        return {
+            "metrics": metrics,
+            "examples": sum(sample["effective"] for sample in samples),
+        }

@@ -1,0 +1,156 @@
+"""The texts that perplexity is measured on, joined as the literature joins them.
+
+SparseGPT, Wanda and FISTAPruner share a protocol: WikiText-2's raw test split with a
+blank line between its records, the Penn Treebank's test split with a space between its
+sentences, and the first 256 blocks of the first 1100 documents, joined by spaces, of
+C4's first validation shard.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import httpx
+from datasets import load_dataset
+
+from fista_modifier.data import LOCAL_SUFFIXES, load_text
+
+__all__ = ["PAPER_TEXTS", "Corpus", "Text", "load_texts"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """
+    One text to measure a perplexity on.
+
+    :param name: what tables call it
+    :param content: all of it
+    :param max_blocks: how many blocks of it the protocol takes; None takes all
+    """
+
+    name: str
+    content: str
+    max_blocks: int | None = None
+
+    def token_limit(self, seq_len: int, max_tokens: int | None) -> int | None:
+        """
+        :param seq_len: tokens in a block
+        :param max_tokens: the user's own limit
+        :return: how many tokens of the text count; None for all
+        """
+        own = None if self.max_blocks is None else self.max_blocks * seq_len
+        limits = [limit for limit in (own, max_tokens) if limit is not None]
+        return min(limits, default=None)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """
+    A text of the literature, on the Hugging Face hub.
+
+    :param path: of the data set
+    :param configuration: of the data set
+    :param data_file: the one file of it that is read
+    :param revision: of the data set
+    :param split: that is read
+    :param column: that holds a record's text
+    :param separator: between two records
+    :param documents: how many records are read, from the first
+    :param max_blocks: how many blocks of them are used
+    """
+
+    path: str
+    configuration: str | None = None
+    data_file: str | None = None
+    revision: str | None = None
+    split: str = "test"
+    column: str = "text"
+    separator: str = "\n\n"
+    documents: int | None = None
+    max_blocks: int | None = None
+
+    def read(self, name: str) -> Text:
+        """
+        :param name: what tables call it
+        :return: the text
+        :raises ConnectionError: if it cannot be downloaded
+        """
+        try:
+            records = load_dataset(
+                self.path,
+                self.configuration,
+                data_files={self.split: self.data_file} if self.data_file else None,
+                revision=self.revision,
+                split=self.split,
+                streaming=True,
+            )
+            documents = [row[self.column] for row in islice(records, self.documents)]
+        except (OSError, httpx.HTTPError) as error:
+            raise ConnectionError(
+                f"the text {name} ({self.path}) could not be downloaded ({error}); "
+                "check the network, or use a local text: --text FILE.txt"
+            ) from error
+        return Text(name, self.separator.join(documents), self.max_blocks)
+
+
+PAPER_TEXTS = {
+    "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    # published as a script, which data sets may no longer be: read the hub's own copy
+    "ptb": Corpus(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        revision="refs/convert/parquet",
+        column="sentence",
+        separator=" ",
+    ),
+    "c4": Corpus(
+        "allenai/c4",
+        data_file="en/c4-validation.00000-of-00008.json.gz",
+        split="validation",
+        separator=" ",
+        documents=1100,
+        max_blocks=256,
+    ),
+}
+"""The paper's texts by their short names."""
+
+
+def load_texts(sources: Sequence[str]) -> list[Text]:
+    """
+    :param sources: each one of ``PAPER_TEXTS`` (its name or its hub id), a local file,
+        or another data set on the hub (``id`` or ``id:configuration``), whose test
+        split is read
+    :return: the texts
+    :raises FileNotFoundError: if a local file is not there
+    :raises ValueError: if a file has no text, or two texts have the same name
+    :raises ConnectionError: if a text cannot be downloaded
+    """
+    names = [_name(source) for source in sources]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{count} texts are called '{name}': rename the files")
+    return [_load(*pair) for pair in zip(names, sources, strict=True)]
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source)
+    return path.suffix.lower() in LOCAL_SUFFIXES or path.is_file()
+
+
+def _name(source: str) -> str:
+    if _is_local(source):
+        return Path(source).stem
+    for name, corpus in PAPER_TEXTS.items():
+        if source in (corpus.path, f"{corpus.path}:{corpus.configuration}"):
+            return name
+    return source
+
+
+def _load(name: str, source: str) -> Text:
+    if name in PAPER_TEXTS and not _is_local(source):
+        return PAPER_TEXTS[name].read(name)
+    return Text(name, "\n\n".join(load_text(source, split="test")))

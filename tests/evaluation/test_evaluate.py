@@ -1,0 +1,211 @@
+"""``fista-prune eval``: perplexity and lm-eval's tasks, on local data."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import invoke
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from fista_modifier.evaluation import perplexity
+
+QUESTIONS = [
+    {"question": f"{subject} is", "choices": choices, "label": label}
+    for label, choices in enumerate((["blue", "red"], ["deep", "dry"]))
+    for subject in ("the sky", "the sea", "a lake", "rain", "ice")
+]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks that lm-eval finds by their names: water, and its first half."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, questions in (("water", QUESTIONS), ("sky", QUESTIONS[:5])):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in questions))
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+    return folder
+
+
+def accuracy(
+    model: Path, tokenizer: PreTrainedTokenizerBase, questions: list[dict[str, Any]]
+) -> float:
+    """Of the choices that the model finds most likely, without lm-eval."""
+    network = AutoModelForCausalLM.from_pretrained(model)
+    right = 0
+    for row in questions:
+        scores = []
+        for choice in row["choices"]:
+            prompt = tokenizer(row["question"])["input_ids"]
+            answer = tokenizer(" " + choice)["input_ids"]
+            with torch.no_grad():
+                logits = network(torch.tensor([prompt + answer])).logits[0]
+            logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            scores.append(sum(logprobs[i, token] for i, token in enumerate(answer)))
+        right += int(torch.tensor(scores).argmax()) == row["label"]
+    return right / len(questions)
+
+
+def test_texts_and_tasks_are_measured_for_each_model(
+    tiny_llama: Path,
+    fox: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    twin = shutil.copytree(tiny_llama, tmp_path / "twin")
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow. " * 10)
+    file, table = tmp_path / "results.json", tmp_path / "results.md"
+    arguments: tuple[object, ...] = ("eval", tiny_llama, twin, "--seq-len", 32)
+    arguments += ("--text", fox, "--text", other, "--tasks", "water,sky")
+    arguments += ("--task-path", task_folder, "--json", file, "--markdown", table)
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 8
+    expected = perplexity(
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        tiny_tokenizer,
+        fox.read_text(),
+        seq_len=32,
+    )
+    share = accuracy(tiny_llama, tiny_tokenizer, QUESTIONS)
+    assert 0 < share < 1
+    spread = math.sqrt(share * (1 - share) / (len(QUESTIONS) - 1))
+    for model in (str(tiny_llama), str(twin)):
+        own = {
+            row.get("text") or row["task"]: row for row in rows if row["model"] == model
+        }
+        assert own["fox"]["value"] == pytest.approx(expected.value)
+        assert own["fox"]["stderr"] == pytest.approx(expected.stderr)
+        assert own["water"]["metrics"]["acc"]["value"] == pytest.approx(share)
+        assert own["water"]["metrics"]["acc"]["stderr"] == pytest.approx(spread)
+        assert (own["water"]["examples"], own["sky"]["examples"]) == (10, 5)
+    [header, _, line, *_] = table.read_text().splitlines()
+    columns = "model", "fox, ppl", "other, ppl", "water, acc", "sky, acc"
+    assert header == f"| {' | '.join(columns)} | mean of the tasks |"
+    cells = line.strip("| ").split(" | ")
+    assert cells[0] == str(tiny_llama)
+    assert cells[1] == f"{expected.value:.3f} ± {expected.stderr:.3f}"
+    assert cells[3] == f"{share:.3f} ± {spread:.3f}"
+    sky = accuracy(tiny_llama, tiny_tokenizer, QUESTIONS[:5])
+    both = math.hypot(spread, math.sqrt(sky * (1 - sky) / 4)) / 2
+    assert cells[5] == f"{(share + sky) / 2:.3f} ± {both:.3f}"
+    assert f"{expected.value:.3f}" in result.output
+
+
+def test_what_is_measured_is_kept_until_checkpoint_or_text_change(
+    tiny_llama: Path, fox: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    arguments = ("eval", tiny_llama, "--text", fox, "--seq-len", 32, "--json", file)
+    assert invoke(*arguments).exit_code == 0
+    content = json.loads(file.read_text())
+    measured = content["rows"][0]["value"]
+    content["rows"][0]["value"] = 12345.0
+    file.write_text(json.dumps(content))
+    assert "12345.000" in invoke(*arguments).output
+
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow. " * 10)
+    beside = invoke("eval", tiny_llama, "--text", other, *arguments[4:])
+    assert "12345.000" in beside.output and "other, ppl" in beside.output
+    other.write_text("Pack my box with five dozen liquor jugs. " * 10)
+    again = invoke("eval", tiny_llama, "--text", other, *arguments[4:])
+    rows = json.loads(file.read_text())["rows"]
+    assert "12345.000" in again.output
+    assert [row["text"] for row in rows] == ["fox", "other"]
+    assert f"{rows[1]['value']:.3f}" not in beside.output
+
+    refused = invoke(*arguments, "--max-tokens", 64)
+    assert refused.exit_code == 1
+    assert "max_tokens None, not 64" in " ".join(refused.output.split())
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.lm_head.weight.data.zero_()
+    model.save_pretrained(tiny_llama)
+    assert invoke(*arguments).exit_code == 0
+    [row] = json.loads(file.read_text())["rows"]  # that of the other text is gone too
+    assert row["value"] != pytest.approx(measured)
+    assert row["value"] == pytest.approx(model.config.vocab_size, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "wather"], ["wather", "water"]),
+        (["--tasks", "no-data"], ["no-data", "missing.jsonl", "--task-path"]),
+        ([], ["--tasks"]),
+    ],
+)
+def test_bad_tasks_are_a_message(
+    tiny_llama: Path, task_folder: Path, arguments: list[str], words: list[str]
+) -> None:
+    definition = TASK.format(name="no-data", data=task_folder / "missing.jsonl")
+    (task_folder / "no-data.yaml").write_text(definition)
+    text = [] if arguments else ["--text", "fox.txt"]
+    result = invoke("eval", tiny_llama, *text, *arguments, "--task-path", task_folder)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "water", "--task-path", "nowhere"], ["nowhere"]),
+        (["--text", "missing.txt"], ["missing.txt"]),
+        (["--seq-len", "4000"], ["fox", "4000", "--seq-len"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--max-tokens", "0"], ["--max-tokens"]),
+        (["--limit", "0"], ["--limit"]),
+        (["--backend", "vllm"], ["vllm", "--backend transformers"]),
+    ],
+)
+def test_bad_arguments_are_a_message_before_anything_runs(
+    tiny_llama: Path, fox: Path, arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    result = invoke("eval", tiny_llama, "--text", fox, "--json", file, *arguments)
+    assert result.exit_code in (1, 2)
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.output
+    assert not file.exists()
+
+
+def test_without_lm_eval_the_extra_is_named(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    result = invoke("eval", tiny_llama, "--tasks", "paper")
+    assert result.exit_code == 1
+    assert "fista-modifier[eval]" in result.output
