@@ -4,14 +4,18 @@ FISTAPruner (Zhao et al., EMNLP 2025) for llm-compressor.
 Importing the package makes its modifiers known to llm-compressor's recipes.
 """
 
-from llmcompressor.modifiers.factory import ModifierFactory
-
-from fista_modifier.modifier import FISTAPruningModifier
-from fista_modifier.quantization.gptq import MaskedGPTQModifier
+from importlib.util import find_spec
 
 __all__ = ["FISTAPruningModifier", "MaskedGPTQModifier", "__version__"]
 
 __version__ = "0.1.0"
 
-ModifierFactory.register("FISTAPruningModifier", FISTAPruningModifier)
-ModifierFactory.register("MaskedGPTQModifier", MaskedGPTQModifier)
+# vLLM's environment, which needs nothing but the plugin, cannot have the toolkit
+if find_spec("llmcompressor") is not None:
+    from llmcompressor.modifiers.factory import ModifierFactory
+
+    from fista_modifier.modifier import FISTAPruningModifier
+    from fista_modifier.quantization.gptq import MaskedGPTQModifier
+
+    ModifierFactory.register("FISTAPruningModifier", FISTAPruningModifier)
+    ModifierFactory.register("MaskedGPTQModifier", MaskedGPTQModifier)

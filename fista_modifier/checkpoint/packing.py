@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fista_modifier.solver import NofM
 
-__all__ = ["PackedFormat", "pack", "parts_of", "unpack"]
+__all__ = ["PackedFormat", "is_complete", "pack", "parts_of", "unpack"]
 
 PackedFormat = Literal["sparse-bitmask", "sparse-24-bitmask"]
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -98,6 +98,16 @@ def parts_of(name: str) -> tuple[str, str] | None:
     """
     operator, _, part = name.rpartition(".")
     return (operator, part) if operator and part in PARTS else None
+
+
+def is_complete(parts: dict[str, Tensor]) -> bool:
+    """
+    :param parts: parts of one packed weight
+    :return: whether these are all that its format has
+    """
+    if not {"compressed", "bitmask", "shape"} <= parts.keys():
+        return False
+    return "row_offsets" in parts or parts["compressed"].ndim == 2
 
 
 def _bits(kept: Tensor) -> Tensor:

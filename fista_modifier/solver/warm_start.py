@@ -5,12 +5,6 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
-    sparsify_weight as sparsify_by_sparsegpt,
-)
-from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import (
-    sparsify_weight as sparsify_by_wanda,
-)
 from torch import Tensor
 
 from fista_modifier.solver.patterns import NofM, SparsityPattern, project
@@ -42,6 +36,14 @@ def warm_start(
     :return: float32 m×n
     :raises ValueError: for any other kind
     """
+    # without them the solver needs no toolkit, which vLLM's environment cannot have
+    from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
+        sparsify_weight as sparsify_by_sparsegpt,
+    )
+    from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import (
+        sparsify_weight as sparsify_by_wanda,
+    )
+
     module = torch.nn.Linear(
         weight.shape[1], weight.shape[0], bias=False, device="meta"
     )

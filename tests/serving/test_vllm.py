@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,11 +16,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from families import VOCABULARY, tiny_model
+from families import FAMILIES, VOCABULARY, tiny_model
 from runs import calibration, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.data import calibration_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,18 +94,23 @@ def ask(vllm_python: Path, vllm_environment: dict[str, str], tmp_path: Path) -> 
     """vLLM's answers, from a process of its own."""
 
     def answers(
-        checkpoint: Path, prompts: list[list[int]], dtype: str = "float32"
+        checkpoint: Path,
+        prompts: list[list[int]],
+        dtype: str = "float32",
+        load_format: str = "auto",
+        **environment: str,
     ) -> dict[str, Any]:
         job = {
             "checkpoint": str(checkpoint),
             "dtype": dtype,
             "prompts": prompts,
             "new_tokens": NEW_TOKENS,
+            "load_format": load_format,
         }
         output = tmp_path / "answers.json"
         process = subprocess.run(
             [vllm_python, ANSWERS, json.dumps(job), output],
-            env=vllm_environment,
+            env=vllm_environment | environment,
             capture_output=True,
             text=True,
         )
@@ -160,6 +167,31 @@ def test_vllm_generates_from_pruned_weights_in_8_bit_integers(
     checkpoint = tiny("fista-2of4-gptq-w8a8.yaml")
     answers = ask(checkpoint, [[5, 9, 33, 2, 17, 60]], dtype="bfloat16")
     assert [len(tokens) for tokens in answers["tokens"]] == [NEW_TOKENS]
+
+
+@pytest.fixture(scope="session")
+def plugin(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package, installed for vLLM: without the toolkit, which excludes vLLM."""
+    folder = tmp_path_factory.mktemp("plugin")
+    install = [vllm_python, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, "--target", folder, ROOT], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("storage_format", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_vllm_with_the_plugin_reads_packed_checkpoints(
+    storage_format: StorageFormat,
+    tiny: Callable[[str], Path],
+    ask: Ask,
+    plugin: Path,
+    tmp_path: Path,
+) -> None:
+    checkpoint = tiny("fista-2of4.yaml")
+    packed = Path(shutil.copytree(checkpoint, tmp_path / "packed"))
+    convert(packed, FAMILIES["llama"].operators, storage_format)
+    prompts = [[5, 9, 33, 2, 17, 60], [7, 7, 12]]
+    answers = ask(packed, prompts, load_format="sparse-bitmask", PYTHONPATH=str(plugin))
+    assert_same(answers, expected(checkpoint, prompts))
 
 
 @contextmanager

@@ -9,12 +9,18 @@ from vllm import LLM, SamplingParams
 
 
 def main(
-    output: str, checkpoint: str, dtype: str, prompts: list[list[int]], new_tokens: int
+    output: str,
+    checkpoint: str,
+    dtype: str,
+    prompts: list[list[int]],
+    new_tokens: int,
+    load_format: str,
 ) -> None:
     """Greedy tokens after each prompt, and the log-probability of each prompt token."""
     model = LLM(
         checkpoint,
         dtype=dtype,
+        load_format=load_format,
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,
