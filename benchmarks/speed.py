@@ -1,9 +1,9 @@
 """
 Time of the presets beside SparseGPT's, and of two processes beside one.
 
-Only the first layers of the model are pruned, as all layers take alike. Each process has
-one thread. Processor time is what a run takes of a machine that others use too; wall
-time means something only on an idle one.
+Only the first layers of the model are pruned, as all layers take alike. Each process
+has one thread. Processor time is what a run takes of a machine that others use too;
+wall time means something only on an idle one.
 
     python benchmarks/speed.py --model DIR --calibration FILE.txt --layers 4 \\
         --samples 128 --seq-len 512 --out benchmarks/results/speed.md
