@@ -1,12 +1,14 @@
 """Fixtures that several test modules share."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from families import checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fista_modifier import demo
 
@@ -52,3 +54,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A tiny LLaMA with a tokenizer beside it."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", vocab_size=len(tiny_tokenizer)), folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return file

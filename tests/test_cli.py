@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, checkpoint
+from families import FAMILIES
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
@@ -18,23 +18,6 @@ from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.solver import NofM, Unstructured
-
-
-@pytest.fixture
-def model(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A tiny LLaMA with a tokenizer beside it."""
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint("llama", vocab_size=len(tiny_tokenizer)), folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    return file
-
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
