@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 
 # vLLM's environment, which needs nothing but the plugin, cannot have the toolkit
 if find_spec("llmcompressor") is not None:
+    from fista_modifier.host import check_host
+
+    check_host()
+
     from llmcompressor.modifiers.factory import ModifierFactory
 
     from fista_modifier.modifier import FISTAPruningModifier

@@ -113,8 +113,8 @@ class NofM:
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
             raise ValueError(
-                f"'{self}' keeps {self.n} of {self.m} entries, which is impossible; "
-                "n:m needs 1 <= n <= m, for example '2:4'"
+                f"mask_structure '{self}' keeps {self.n} of {self.m} entries, which is "
+                "impossible; n:m needs 1 <= n <= m, for example '2:4'"
             )
 
     def __str__(self) -> str:

@@ -1,0 +1,35 @@
+"""Which releases of the host toolkit this package works with."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+
+from packaging.version import Version
+
+__all__ = ["OLDEST", "TESTED", "check_host"]
+
+OLDEST = "0.14"
+TESTED = "0.14"
+
+
+def check_host(installed: str | None = None) -> None:
+    """
+    Warn of a release that this one was not tested with, and refuse one that is too old.
+
+    :param installed: version of llmcompressor; that of the environment if left out
+    :raises ImportError: if it is older than ``OLDEST``
+    """
+    host = Version(installed or version("llmcompressor"))
+    if host < Version(OLDEST):
+        raise ImportError(
+            f"fista_modifier needs llmcompressor {OLDEST} or newer, and {host} is "
+            f"installed: pip install --upgrade 'llmcompressor>={OLDEST}'"
+        )
+    if host.release[:2] > Version(TESTED).release[:2]:
+        warnings.warn(
+            f"fista_modifier was tested with llmcompressor {TESTED}, and {host} is "
+            "installed. If something fails, look for a newer fista_modifier, or "
+            f"pip install 'llmcompressor=={TESTED}.*'",
+            stacklevel=2,
+        )
