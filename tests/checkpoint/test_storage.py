@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -250,8 +251,8 @@ def test_what_is_not_packed_is_not_unpacked(pruned, tmp_path):
         unpack_checkpoint(folder, tmp_path / "full")
 
 
-def test_a_damaged_checkpoint_never_unpacks_to_something_else(pruned, tmp_path):
-    """Bytes flipped and files cut short anywhere: an error, or the same weights."""
+def test_a_damaged_checkpoint_is_an_error_or_is_read(pruned, tmp_path):
+    """A bit flipped or a file cut short, a thousand readings: never anything else."""
     folder, operators = pruned()
     dense = tensors(folder)
     convert(folder, operators, "sparse-bitmask")
@@ -259,7 +260,7 @@ def test_a_damaged_checkpoint_never_unpacks_to_something_else(pruned, tmp_path):
     files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
     beside = set(tmp_path.iterdir())
     refused = 0
-    for trial in range(200):
+    for trial in range(500):
         file = generator.choice(files)
         intact = file.read_bytes()
         damaged = bytearray(intact)
@@ -270,6 +271,8 @@ def test_a_damaged_checkpoint_never_unpacks_to_something_else(pruned, tmp_path):
             damaged[position] ^= 1 << generator.randrange(8)
         file.write_bytes(damaged)
         output = tmp_path / f"unpacked-{trial}"
+        with suppress(ValueError, OSError):
+            verify(folder)
         try:
             unpack_checkpoint(folder, output)
         except (ValueError, OSError):
@@ -280,7 +283,52 @@ def test_a_damaged_checkpoint_never_unpacks_to_something_else(pruned, tmp_path):
             beside.add(output)
         file.write_bytes(intact)
         assert set(tmp_path.iterdir()) == beside
-    assert refused > 50
+    assert refused > 100
+
+
+def huge_shape(folder: Path) -> None:
+    """A header that declares a terabyte."""
+    header = {"x.weight": {"dtype": "F32", "shape": [2**19, 2**19]}}
+    header["x.weight"]["data_offsets"] = [0, 2**40]
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + bytes(64)
+    )
+
+
+def index_of(shard: str) -> Callable[[Path], object]:
+    def lie(folder: Path) -> None:
+        index = {"weight_map": {f"{LAST}.weight": shard}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return lie
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        huge_shape,
+        index_of("../outside.safetensors"),
+        index_of("/etc/hostname"),
+        index_of("missing.safetensors"),
+        index_of("config.json"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").write_text("[]"),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
+)
+def test_a_checkpoint_that_lies_is_refused(pruned, tmp_path, lie):
+    folder, operators = pruned()
+    convert(folder, operators, "sparse-bitmask")
+    beside = set(tmp_path.iterdir())
+    lie(folder)
+    with pytest.raises((ValueError, OSError)):
+        unpack_checkpoint(folder, tmp_path / "unpacked")
+    with suppress(ValueError, OSError):
+        found = verify(folder)
+        assert found.problems or found.failures
+    assert set(tmp_path.iterdir()) == beside
 
 
 def test_parts_may_lie_in_different_shards(pruned, tmp_path):
