@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fista_modifier.checkpoint.model_card import CARD_NAME, model_card
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.shards import new_folder
 from fista_modifier.checkpoint.storage import StorageFormat, convert
@@ -177,8 +178,8 @@ def save(
     storage_format: StorageFormat = "dense",
 ) -> None:
     """
-    Write a checkpoint completely or not at all: into a folder beside the target, which
-    then takes its place.
+    Write a checkpoint, its report and its model card, completely or not at all: into a
+    folder beside the target, which then takes its place.
 
     :param model: what to save
     :param tokenizer: saved with it
@@ -197,9 +198,13 @@ def save(
             if report:
                 operators = [operator.name for operator in report.operators]
                 share = convert(unfinished, operators, storage_format)
-                replace(report, storage_format=storage_format, stored_share=share).save(
-                    unfinished
+                report = replace(
+                    report, storage_format=storage_format, stored_share=share
                 )
+                report.save(unfinished)
+                if report.operators:
+                    card = model_card(report, folder.name)
+                    (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
         except Exception as error:
             raise OSError(
                 f"could not write the checkpoint {folder}: {error}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
@@ -263,3 +264,18 @@ def test_torchrun_shares_the_layers_out(
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "one")
     ]
     assert weights[0] == weights[1]
+
+
+def test_a_model_card_lies_beside_the_checkpoint(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    result = prune(model, text, tmp_path / "tiny-2of4", "--pattern", "2:4")
+    assert result.exit_code == 0, result.output
+    card = ModelCard.load(tmp_path / "tiny-2of4" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "sparse" in card.data.tags
+    assert "base_model" not in card.data.to_dict()  # it is a folder here
+    assert "# tiny-2of4" in card.text
+    assert "| pattern | 2:4 |" in card.text
+    assert "| zeros in them | 50.00 % |" in card.text
+    assert "| calibration | 4 × 16 tokens of text.txt, seed 0 |" in card.text
