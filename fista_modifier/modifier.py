@@ -17,7 +17,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.attention import traced_with_masks
+from fista_modifier.calibration.attention import traced_with_masks, traces_forgotten
 from fista_modifier.calibration.layers import (
     DecoderLayer,
     chosen_layers,
@@ -250,6 +250,7 @@ class FISTAPruningModifier(Modifier):
             self.distribute or _distribution(self.error_correction),
         )
         self._contexts.enter_context(traced_with_masks(model))
+        self._contexts.enter_context(traces_forgotten())
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

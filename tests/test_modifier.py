@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -510,3 +512,16 @@ def test_data_of_one_token_are_enough_to_be_exact():
     for name in FAMILIES["llama"].operators:
         assert_pruned_exactly(oriented(model, name), parse_pattern("2:4", None))
     assert all(result.tokens == 1 for result in modifier.results)
+
+
+def test_a_pruned_model_is_let_go_of():
+    """The toolkit's tracer alone would keep it for as long as the process lives."""
+
+    def pruned() -> weakref.ref[torch.nn.Module]:
+        model = tiny_model("llama")
+        prune(model)
+        return weakref.ref(model)
+
+    kept = [pruned() for _ in range(3)]
+    gc.collect()
+    assert [reference() for reference in kept[:2]] == [None, None]

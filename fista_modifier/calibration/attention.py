@@ -1,16 +1,17 @@
-"""What the toolkit's traced pipeline does to attention masks, mended and checked."""
+"""What the toolkit's tracer does to attention masks and memory, mended and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from compressed_tensors.utils import patch_attr
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import LayerCall
 
-__all__ = ["check_causal", "traced_with_masks"]
+__all__ = ["check_causal", "traced_with_masks", "traces_forgotten"]
 
 
 @contextmanager
@@ -34,6 +35,22 @@ def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
         for config in configs.values():
             stack.enter_context(patch_attr(config, "attn_implementation", "eager"))
         yield
+
+
+@contextmanager
+def traces_forgotten() -> Iterator[None]:
+    """
+    Let go of the model when it was traced. llm-compressor 0.14 names the functions that
+    its tracer wraps in a table of torch.fx, which keeps them, and all that they refer
+    to, for as long as the process lives: each run of ``oneshot()`` its whole model.
+    """
+    table = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    before = set(table)
+    try:
+        yield
+    finally:
+        for name in set(table) - before:
+            del table[name]
 
 
 def check_causal(call: LayerCall, name: str) -> None:
