@@ -70,6 +70,19 @@ class DemoSize:
 QUICK = DemoSize(8, 256, 4096, {"preset": "fast"})
 FULL = DemoSize(32, 512, 16384, {})
 
+# options of the commands that calibrate
+CalibrationText = Annotated[
+    str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
+]
+Samples = Annotated[int, typer.Option(help="calibration sequences")]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens in a sequence (default: the model's maximum, at most 2048)"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="seed of the choice of sequences")]
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -98,17 +111,10 @@ def prune(
         Path | None,
         typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
     ] = None,
-    dataset: Annotated[
-        str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
-    ] = "allenai/c4",
-    samples: Annotated[int, typer.Option(help="calibration sequences")] = 128,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(
-            help="tokens in a sequence (default: the model's maximum, at most 2048)"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the choice of sequences")] = 0,
+    dataset: CalibrationText = "allenai/c4",
+    samples: Samples = 128,
+    seq_len: SequenceLength = None,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
     error_correction: Annotated[
         ErrorCorrection, typer.Option(help="what X* follows: see the README")
@@ -437,17 +443,10 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="with commas between; the dense model is always there")
     ] = ",".join(METHODS),
-    dataset: Annotated[
-        str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
-    ] = "allenai/c4",
-    samples: Annotated[int, typer.Option(help="calibration sequences")] = 128,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(
-            help="tokens in a sequence (default: the model's maximum, at most 2048)"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the choice of sequences")] = 0,
+    dataset: CalibrationText = "allenai/c4",
+    samples: Samples = 128,
+    seq_len: SequenceLength = None,
+    seed: Seed = 0,
     text: Annotated[
         list[str] | None,
         typer.Option(
