@@ -21,6 +21,7 @@ from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
+from fista_modifier.cost import DEVICES, layer_cost, shape_of
 from fista_modifier.data import calibration_dataset, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.distributed import current_ranks, join_ranks
@@ -33,10 +34,12 @@ from fista_modifier.evaluation.results import write_whole
 from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
 from fista_modifier.layer import ErrorCorrection
-from fista_modifier.modifier import FISTAPruningModifier, Preset
+from fista_modifier.modifier import PRESETS, FISTAPruningModifier, Preset
 from fista_modifier.solver import SparsityPattern, WarmStart, parse_pattern
 from fista_modifier.tables import (
+    cost_table,
     layer_table,
+    memory_sentence,
     operator_table,
     perplexity_table,
     verification_table,
@@ -343,6 +346,38 @@ def unpack(
     with errors_as_messages():
         count = unpack_checkpoint(checkpoint, output)
         console.print(f"Wrote [bold]{output}[/]: unpacked {count} weights.")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="folder with a config.json, or hub id")],
+    samples: Samples = 128,
+    seq_len: SequenceLength = None,
+    preset: Annotated[
+        Preset, typer.Option(help="of the modifier's fields")
+    ] = "default",
+    device: Annotated[
+        str, typer.Option(help=f"that prunes: {', '.join(DEVICES)}")
+    ] = "a100-80gb",
+    devices: Annotated[
+        int, typer.Option(min=1, help="how many of them, each with layers of its own")
+    ] = 1,
+) -> None:
+    """
+    Predict what pruning MODEL takes, from its configuration alone.
+
+    Counts the operations of products and factorisations and divides them by half of a
+    device's published peak: a lower bound that no GPU has confirmed yet.
+    """
+    with errors_as_messages():
+        if device not in DEVICES:
+            raise ValueError(f"device '{device}' is none of {', '.join(DEVICES)}")
+        config = pipeline.load_config(model)
+        shape = shape_of(config, seq_len or max_sequence_length(config))
+        options, reconstruction = PRESETS[preset]
+        cost = layer_cost(shape, samples, options, reconstruction)
+        console.print(cost_table(cost, shape, DEVICES[device], devices))
+        console.print(memory_sentence(shape, samples, DEVICES[device]))
 
 
 @app.command("eval")

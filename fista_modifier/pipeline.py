@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +33,7 @@ from fista_modifier.reconstruction import ReconstructionResult
 __all__ = [
     "PruningRun",
     "check_output",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "prune",
@@ -64,7 +66,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     :return: its tokenizer
     :raises FileNotFoundError: if there is no such model
     """
-    _check_model(model)
+    load_config(model)
     return AutoTokenizer.from_pretrained(model)
 
 
@@ -79,16 +81,21 @@ def load_model(
     :return: the model
     :raises FileNotFoundError: if there is no such model
     """
-    _check_model(model)
+    load_config(model)
     spread = to_accelerator and torch.accelerator.is_available()
     return AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, device_map="auto" if spread else None
     )
 
 
-def _check_model(model: str) -> None:
+def load_config(model: str) -> PretrainedConfig:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :return: its configuration
+    :raises FileNotFoundError: if there is no such model
+    """
     try:
-        AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model)
     except OSError as error:
         raise FileNotFoundError(
             f"no model at '{model}': it is neither a folder with a config.json nor a "

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import groupby
 
 from rich.table import Table
 
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
+from fista_modifier.cost import (
+    Cost,
+    Device,
+    LayerShape,
+    peak_device_memory,
+    peak_host_memory,
+    seconds,
+)
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
 
-__all__ = ["layer_table", "operator_table", "perplexity_table", "verification_table"]
+__all__ = [
+    "cost_table",
+    "memory_sentence",
+    "layer_table",
+    "operator_table",
+    "perplexity_table",
+    "verification_table",
+]
 
 
 def operator_table(results: Sequence[OperatorResult]) -> Table:
@@ -119,3 +135,45 @@ def verification_table(verification: Verification) -> Table:
             str(sum(check.problem is not None for check in checks)),
         )
     return table
+
+
+def cost_table(cost: Cost, shape: LayerShape, device: Device, devices: int) -> Table:
+    """
+    :param cost: of a layer
+    :param shape: of the model's layers
+    :param device: that prunes
+    :param devices: how many
+    :return: one line for each phase, and the predicted time of all
+    """
+    table = Table(
+        title=f"{shape.layers} layers, {shape.parameters / 1e9:.2f} G weights"
+    )
+    table.add_column("phase")
+    table.add_column("Tflop in a layer", justify="right")
+    table.add_column("share", justify="right")
+    for field in fields(cost):
+        value = getattr(cost, field.name)
+        share = f"{100 * value / cost.total:.0f} %"
+        table.add_row(field.name, f"{value / 1e12:.3f}", share)
+    hours = seconds(cost, shape, device, devices) / 3600
+    table.caption = (
+        f"at half of the published peak: {hours:.2f} hours on {devices} such device"
+        + ("s" if devices > 1 else "")
+    )
+    return table
+
+
+def memory_sentence(shape: LayerShape, samples: int, device: Device) -> str:
+    """
+    :param shape: of the model's layers
+    :param samples: calibration sequences
+    :param device: that prunes
+    :return: the predicted memory, and whether it is there
+    """
+    on_device = peak_device_memory(shape)
+    fits = "which fits" if on_device < device.memory else "which does [bold]not[/] fit"
+    return (
+        f"About {on_device / 1e9:.1f} GB on a device of {device.memory / 1e9:.0f} GB, "
+        f"{fits}, and {peak_host_memory(shape, samples) / 1e9:.1f} GB of main memory, "
+        "weights and activations being 16 bits wide."
+    )

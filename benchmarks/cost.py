@@ -1,0 +1,158 @@
+"""
+The operations that fista_modifier.cost predicts, beside those of a real run.
+
+torch's FlopCounterMode counts matrix products in a run of oneshot(); what it does not
+count (Cholesky factors and their inverses, eigenvalues) is left out of both sides.
+
+    python benchmarks/cost.py --model DIR --calibration FILE.txt --layers 2 \\
+        --samples 16 --seq-len 512 --out benchmarks/results/cost.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fista_modifier.layer
+from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.cost import layer_cost, shape_of
+from fista_modifier.data import calibration_dataset
+from fista_modifier.modifier import PRESETS
+from fista_modifier.solver import StageSolver
+
+PHASES = {
+    "replays and sums": [
+        (fista_modifier.layer, "wave_statistics"),
+        (LayerInputs, "of_block"),
+    ],
+    "solver": [(StageSolver, "prune")],
+    "reconstruction": [(fista_modifier.layer, "reconstruct")],
+}
+# what torch's counter does not know by itself
+ATEN = torch.ops.aten
+UNKNOWN = {
+    ATEN.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],
+    ATEN._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
+    ),
+}
+
+
+def counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=UNKNOWN)
+
+
+def counted(model: Any, tokenizer: Any, data: Dataset, preset: str) -> dict[str, float]:
+    """Operations of a run, by phase; the toolkit's pass is what is left."""
+    found: Counter[str] = Counter()
+
+    def counting(phase: str, function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with counter() as here:
+                result = function(*args, **kwargs)
+            found[phase] += here.get_total_flops()
+            return result
+
+        return run
+
+    modifier = FISTAPruningModifier(
+        mask_structure="2:4", preset=preset, ignore=["re:.*lm_head"]
+    )
+    with ExitStack() as stack:
+        for phase, functions in PHASES.items():
+            for owner, name in functions:
+                wrapper = counting(phase, getattr(owner, name))
+                stack.enter_context(patch.object(owner, name, wrapper))
+        total = stack.enter_context(
+            FlopCounterMode(display=False, custom_mapping=UNKNOWN)
+        )
+        pipeline.prune(model, tokenizer, data, modifier)
+    found["recording"] = total.get_total_flops() - sum(found.values())
+    return dict(found)
+
+
+def predicted(config: Any, samples: int, seq_len: int, preset: str) -> dict[str, float]:
+    """The same by the formulas, and the output embedding, which is in no layer."""
+    shape = shape_of(config, seq_len)
+    options, reconstruction = PRESETS[preset]
+    cost = layer_cost(shape, samples, options, reconstruction)
+    inverses = layer_cost(
+        replace(shape, stages=tuple(replace(one, rows=()) for one in shape.stages)),
+        samples,
+        replace(options, patience=0),
+        reconstruction,
+    ).solver
+    head = 2 * samples * seq_len * shape.hidden * config.vocab_size
+    layers = shape.layers
+    return {
+        "recording": layers * cost.recording + head,
+        "replays and sums": layers * (cost.replays + cost.gram),
+        "solver": layers * (cost.solver - inverses),
+        "reconstruction": layers * cost.reconstruction,
+    }
+
+
+def table(measured: dict[str, float], expected: dict[str, float]) -> str:
+    measured |= {"all": sum(measured.values())}
+    expected |= {"all": sum(expected.values())}
+    lines = [
+        "| phase | measured, Gflop | predicted, Gflop | ratio |",
+        "|---|---|---|---|",
+    ]
+    for phase, value in expected.items():
+        if value:
+            real = measured[phase]
+            cells = f"{real / 1e9:.1f} | {value / 1e9:.1f} | {value / real:.2f}"
+            lines.append(f"| {phase} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    config = AutoConfig.from_pretrained(args.model)
+    config.num_hidden_layers = args.layers
+    tokenizer = pipeline.load_tokenizer(args.model)
+    data = calibration_dataset(
+        args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
+    )
+    pages = []
+    for preset in ("default", "fast"):
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, config=config, dtype=torch.float32
+        )
+        measured = counted(model, tokenizer, data, preset)
+        expected = predicted(config, args.samples, args.seq_len, preset)
+        pages.append(f"`preset: {preset}`\n\n{table(measured, expected)}")
+    args.out.write_text("\n".join(pages), encoding="utf-8")
+    print(args.out.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The predicted cost is that of real runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import invoke
+from datasets import Dataset
+from families import FAMILIES, LAYERS, MIXTURES, checkpoint, tiny_model
+from transformers import AutoConfig, LlamaConfig
+
+from fista_modifier.cost import peak_device_memory, shape_of
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cost as profile  # noqa: E402
+
+WIDE = {"hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("preset", ["default", "fast"])
+def test_the_operations_are_those_that_a_run_counts(preset: str) -> None:
+    model = tiny_model("llama", **WIDE)
+    tokens = torch.randint(2, 60, (32, 64))
+    ones = torch.ones_like(tokens).tolist()
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
+    measured = profile.counted(model, object(), data, preset)
+    expected = profile.predicted(model.config, 32, 64, preset)
+    for phase, value in expected.items():
+        assert value == pytest.approx(measured.get(phase, 0.0), rel=0.2), phase
+    total = sum(measured.values())
+    assert sum(expected.values()) == pytest.approx(total, rel=0.2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_come_from_a_configuration_alone(family: str) -> None:
+    config = AutoConfig.from_pretrained(checkpoint(family))
+    shape = shape_of(config, 16)
+    assert shape.layers == LAYERS
+    assert shape.parameters == tiny_model(family).num_parameters()
+    assert [len(stage.rows) for stage in shape.stages] == [
+        len(stage) for stage in FAMILIES[family].stages
+    ]
+    assert [stage.wave for stage in shape.stages] == [0, 1, 2, 3]
+    assert shape.attention > 0
+
+
+def test_the_widest_operator_of_a_70b_model_decides_on_the_device() -> None:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    shape = shape_of(config, 2048)
+    assert math.isclose(shape.parameters / 1e9, 70.55, abs_tol=0.01)
+    assert 5 * 4 * 28672**2 < peak_device_memory(shape) < 40e9
+
+
+def test_plan_prints_time_and_memory(tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(checkpoint("llama")).save_pretrained(tmp_path)
+    result = invoke("plan", tmp_path, "--device", "h100-80gb", "--devices", 2)
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    for expected in ("reconstruction", "on 2 such devices", "which fits"):
+        assert expected in output
+
+
+def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+    result = invoke("plan", checkpoint("llama"), "--device", "tpu")
+    assert result.exit_code == 1 and "device 'tpu' is none of" in result.output
+    for family in MIXTURES:
+        result = invoke("plan", checkpoint(family))
+        assert result.exit_code == 1 and "is a mixture of experts" in result.output
+    result = invoke("plan", tmp_path / "nothing")
+    assert result.exit_code == 1 and "no model at" in result.output
