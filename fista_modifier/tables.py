@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from rich.markup import escape
 from rich.table import Table
 
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
@@ -111,8 +112,8 @@ def verification_table(verification: Verification) -> Table:
         entries = sum(check.entries for check in checks)
         zeros = sum(check.zeros for check in checks)
         table.add_row(
-            name,
-            pattern,
+            escape(name),
+            escape(pattern),
             str(len(checks)),
             f"{entries / 1e6:.2f} M",
             f"{100 * zeros / entries:.2f} %" if entries else "",
