@@ -255,7 +255,8 @@ def finish(
             console.print(layer_table(run.reconstructions))
         check(verify_checkpoint(folder), folder)
     console.print(
-        f"Wrote [bold]{folder}[/] after {run.seconds:.0f} s of calibration and pruning."
+        f"Wrote [bold]{escape(str(folder))}[/] after {run.seconds:.0f} s of "
+        "calibration and pruning."
     )
 
 
@@ -317,7 +318,7 @@ def verify(
         verification = verify_checkpoint(checkpoint, expected)
         console.print(verification_table(verification))
         check(verification, checkpoint)
-        console.print(f"[bold]{checkpoint}[/] is whole.")
+        console.print(f"[bold]{escape(str(checkpoint))}[/] is whole.")
 
 
 def parsed(pattern: str) -> SparsityPattern:
@@ -345,7 +346,9 @@ def unpack(
     """
     with errors_as_messages():
         count = unpack_checkpoint(checkpoint, output)
-        console.print(f"Wrote [bold]{output}[/]: unpacked {count} weights.")
+        console.print(
+            f"Wrote [bold]{escape(str(output))}[/]: unpacked {count} weights."
+        )
 
 
 @app.command()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import groupby
 
+from rich.markup import escape
 from rich.table import Table
 
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
@@ -127,8 +128,8 @@ def verification_table(verification: Verification) -> Table:
         entries = sum(check.entries for check in checks)
         zeros = sum(check.zeros for check in checks)
         table.add_row(
-            name,
-            pattern,
+            escape(name),
+            escape(pattern),
             str(len(checks)),
             f"{entries / 1e6:.2f} M",
             f"{100 * zeros / entries:.2f} %" if entries else "",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
@@ -82,18 +83,6 @@ class PruningReport:
         """
         file = folder / REPORT_NAME
         try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            operators = [
-                OperatorResult(**operator | {"shape": tuple(operator["shape"])})
-                for operator in content.pop("operators")
-            ]
-            layers = {
-                name: ReconstructionResult(**result)
-                for name, result in content.pop("layers").items()
-            }
-            calibration = Calibration(**content.pop("calibration"))
-            return cls(
-                operators=operators, layers=layers, calibration=calibration, **content
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is not a pruning report: {error!r}") from error
+            return TypeAdapter(cls).validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{file} is not a pruning report: {error}") from error

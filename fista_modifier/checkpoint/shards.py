@@ -9,9 +9,11 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +23,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from fista_modifier.checkpoint.packing import parts_of, unpack
 
 __all__ = ["as_value_error", "locate", "new_folder", "read", "rewrite"]
+
+UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, MemoryError)
+"""what safetensors and torch raise for a tensor that is not what its header says"""
 
 
 def locate(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -59,7 +64,7 @@ def _keys(file: Path) -> list[str]:
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from error
 
 
@@ -81,25 +86,27 @@ def read(
     for name, file in files.items():
         names[file].append(name)
     for file, held in sorted(names.items()):
-        for name in held:
-            operator, part = parts_of(name) or (None, None)
-            try:
-                if operator is None:
-                    yield file, name, _tensor(file, name)
-                elif part == packed[operator][0]:
-                    whole = {
-                        part: _tensor(files[f"{operator}.{part}"], f"{operator}.{part}")
-                        for part in packed[operator]
-                    }
-                    yield file, f"{operator}.weight", unpack(whole)
-            except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-                problems.append(f"{name} cannot be read: {error}")
+        with safe_open(file, "pt") as opened:  # once: its header may be long
+            tensor = partial(_tensor, files, file, opened)
+            for name in held:
+                operator, part = parts_of(name) or (None, None)
+                try:
+                    if operator is None:
+                        yield file, name, tensor(name)
+                    elif part == packed[operator][0]:
+                        parts = packed[operator]
+                        whole = {part: tensor(f"{operator}.{part}") for part in parts}
+                        yield file, f"{operator}.weight", unpack(whole)
+                except UNREADABLE as error:
+                    problems.append(f"{name} cannot be read: {error}")
 
 
-def _tensor(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
+def _tensor(files: dict[str, Path], here: Path, opened: Any, name: str) -> Tensor:
+    """A tensor of the file that is open, or of another."""
+    if files[name] == here:
+        return cast(Tensor, opened.get_tensor(name))
+    with safe_open(files[name], "pt") as elsewhere:
+        return cast(Tensor, elsewhere.get_tensor(name))
 
 
 def rewrite(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,9 @@ from fista_modifier.checkpoint.shards import as_value_error, locate, read
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
+
+DEPTH = re.compile(r"n_layers?|num_(\w+_)?layers|(en|de)coder_layers")
+"""what configurations call the number of layers"""
 
 
 @dataclass(frozen=True)
@@ -91,21 +97,25 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         neither a pattern nor a report
     :raises ValueError: if config.json or the report cannot be read
     """
-    model = _described_model(folder)
-    if model is None:
-        return _verify_quantised(folder, pattern)
-    expected = _expectations(folder, model, pattern)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
     try:
         files, problems = locate(folder)
     except (OSError, ValueError) as error:
         return Verification(problems=[str(error)])
+    model = _described_model(folder, len(files))
+    if model is None:
+        return _verify_quantised(folder, pattern, problems)
+    expected = _expectations(folder, model, pattern)
     parameters = model.state_dict(keep_vars=True)
     problems += _disagreements(parameters, {_dense_name(name) for name in files})
     checks = []
     first_of: dict[int, tuple[str, Tensor]] = {}
     tied = _tied(parameters)
     for _, name, tensor in read(files, problems):
-        problems += _faults(name, tensor, parameters.get(name))
+        if name not in parameters:
+            continue  # and is one of the disagreements
+        problems += _faults(name, tensor, parameters[name])
         if name in tied:
             other, value = first_of.setdefault(id(parameters[name]), (name, tensor))
             if value.dtype != tensor.dtype or not torch.equal(value, tensor):
@@ -119,10 +129,11 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     return Verification(checks, list(dict.fromkeys(problems)))
 
 
-def _verify_quantised(folder: Path, pattern: SparsityPattern | None) -> Verification:
+def _verify_quantised(
+    folder: Path, pattern: SparsityPattern | None, problems: list[str]
+) -> Verification:
     """The same of a checkpoint whose weights only compressed-tensors can read."""
     try:
-        _, problems = locate(folder)
         with as_value_error(f"{folder} cannot be loaded"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -132,28 +143,49 @@ def _verify_quantised(folder: Path, pattern: SparsityPattern | None) -> Verifica
             )
     except (OSError, ValueError) as error:
         return Verification(problems=[str(error)])
-    problems += [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    problems = problems + [
+        f"{name} is missing" for name in sorted(loading["missing_keys"])
+    ]
     for name, parameter in model.named_parameters():
         problems += _faults(name, parameter, parameter)
     checks = []
+    modules = dict(model.named_modules())
     for name, expected in _expectations(folder, model, pattern).items():
-        weight = Operator(name, model.get_submodule(name)).weight
+        if not hasattr(modules.get(name), "weight"):
+            problems.append(f"{name}.weight is missing")
+            continue
+        weight = Operator(name, modules[name]).weight
         checks.append(_check(name, weight, replace(expected, exact=False)))
     return Verification(checks, problems)
 
 
-def _described_model(folder: Path) -> PreTrainedModel | None:
+def _described_model(folder: Path, tensors: int) -> PreTrainedModel | None:
     """The model of config.json, without memory for its weights; None if quantised."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
-    with as_value_error(f"{folder / 'config.json'} describes no model"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    file = folder / "config.json"
+    with as_value_error(f"{file} describes no model"):
+        _check_depth(json.loads(file.read_text(encoding="utf-8")), tensors)
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         quantization = getattr(config, "quantization_config", {})
         if not quantization or not quantization.get("config_groups"):
             config.__dict__.pop("quantization_config", None)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config)
     return None
+
+
+def _check_depth(config: dict[str, Any], tensors: int) -> None:
+    """
+    A model of a billion layers would be under construction for ever.
+
+    :raises ValueError: if there are more layers than tensors, of which each has some
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(value, tensors)
+        elif DEPTH.fullmatch(key) and isinstance(value, int) and value > tensors:
+            raise ValueError(f"{key} is {value}, and there are {tensors} tensors")
 
 
 def _expectations(
@@ -204,16 +236,15 @@ def _dense_name(name: str) -> str:
     return f"{found[0]}.weight" if found else name
 
 
-def _faults(name: str, tensor: Tensor, described: Tensor | None) -> list[str]:
-    faults = []
-    if described is not None and tensor.shape != described.shape:
-        faults.append(
+def _faults(name: str, tensor: Tensor, described: Tensor) -> list[str]:
+    if tensor.shape != described.shape:
+        return [
             f"{name} has shape {tuple(tensor.shape)}; by config.json it is "
             f"{tuple(described.shape)}"
-        )
+        ]
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        faults.append(f"{name} contains NaN or infinity")
-    return faults
+        return [f"{name} contains NaN or infinity"]
+    return []
 
 
 def _check(name: str, weight: Tensor, expected: _Expectation) -> OperatorCheck:

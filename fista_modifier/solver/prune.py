@@ -25,6 +25,9 @@ WarmStart = Literal["dense", OneShot, "admm"]
 REFIT_TOLERANCE = 1e-3
 """a refit ends where a step lowers the squared error by less than this share"""
 
+RESOLUTION = 1e-3
+"""errors that differ by less than this share of ‖WX‖_F are equal: squares of float32"""
+
 __all__ = [
     "FAST",
     "PAPER",
@@ -152,7 +155,8 @@ def prune_weight(
     :param weight: dense weight W, m×n, of any floating dtype
     :param statistics: Gram matrices of its inputs, n×n
     :param pattern: sparsity asked for; W* has exactly its zeros (an unstructured
-        result has more only where fewer entries of W itself are non-zero)
+        result has more only where fewer entries of W itself are non-zero, or where
+        values of the dtype could only raise the error)
     :param options: parameters of the algorithm
     :return: W* in the dtype and on the device of ``weight``
     :raises ValueError: if the pattern does not fit the width of W
@@ -235,15 +239,21 @@ class StageSolver:
                 best, best_error = refitted, refitted_error
         # FISTA starts from dense weights as they are, though only their rounding counts
         iterate = start if self.options.start == "dense" else best
-        best, trials = self._search(objective, best, best_error, iterate, weight.dtype)
+        best, best_error, trials = self._search(
+            objective, best, best_error, iterate, weight.dtype
+        )
         # damping would have the last entries move towards W, at the cost of the error
         undamped = LayerObjective(
             objective.weight, Quadratic(self._quadratic.statistics)
         )
-        best = self._cast(fill_support(undamped, best, self.pattern), weight.dtype)
+        filled = self._cast(fill_support(undamped, best, self.pattern), weight.dtype)
+        filled_error = objective.error(filled)
+        # few tokens may ask for values that half precision cannot hold
+        if filled_error <= max(best_error, RESOLUTION * objective.output_norm):
+            best, best_error = filled, filled_error
         return PrunedWeight(
             weight=self._unscaled(best).add(0.0).to(weight),  # and no zero is negative
-            error=objective.error(best),
+            error=best_error,
             start_error=start_error,
             output_norm=objective.output_norm,
             trials=trials,
@@ -256,8 +266,8 @@ class StageSolver:
         best_error: float,
         iterate: Tensor,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, list[Trial]]:
-        """The loop of Algorithm 1: W*_best and the rounds that led to it."""
+    ) -> tuple[Tensor, float, list[Trial]]:
+        """The loop of Algorithm 1: W*_best, its error, the rounds that led to it."""
         options = self.options
         unit = lambda_unit(objective)
         search = LambdaBisection(options.lambda_init, options.lambda_max)
@@ -281,7 +291,7 @@ class StageSolver:
             if 0 < improvement < options.epsilon:
                 break
             search.update(increase=share > options.xi)
-        return best, trials
+        return best, best_error, trials
 
     def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
         """W₀* of Algorithm 1, in scaled columns; the dense start lacks the pattern."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fista_modifier.solver.gram import GramStatistics
 
-__all__ = ["Quadratic"]
+__all__ = ["Quadratic", "unit_of"]
 
 
 class Quadratic:
@@ -51,6 +52,15 @@ def _with_diagonal_raised(matrix: Tensor, by: Tensor | float) -> Tensor:
     return raised
 
 
+def unit_of(gram: Tensor) -> float:
+    """
+    :param gram: G, n×n
+    :return: a power of four near the largest entry of G's diagonal; 1 for G = 0. To
+        divide by it (or by its root) rounds nothing
+    """
+    return 4.0 ** (math.frexp(float(gram.diagonal().amax()))[1] // 2)
+
+
 def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
     """
     λ_max of a positive semidefinite matrix by Lanczos' iteration: the largest Ritz
@@ -69,9 +79,10 @@ def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
     basis = gram.new_zeros(min(iterations, features), features)
     images = torch.zeros_like(basis)
     rounding = torch.finfo(gram.dtype).eps
+    unit = unit_of(gram)  # the squares in a norm would overflow long before G does
     for step in range(len(basis)):
         basis[step] = vector / vector.norm().clamp_min(1e-30)
-        images[step] = gram @ basis[step]
+        images[step] = gram @ basis[step] / unit
         vector = images[step]
         for _ in range(2):  # once leaves rounding errors, twice is enough
             vector = vector - (basis @ vector) @ basis
@@ -80,4 +91,4 @@ def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
         vector = vector.masked_fill(exhausted, 0)
     values, vectors = torch.linalg.eigh(basis @ images.T)
     ritz, image = vectors[:, -1] @ basis, vectors[:, -1] @ images
-    return float(values[-1] + (image - values[-1] * ritz).norm())
+    return unit * float(values[-1] + (image - values[-1] * ritz).norm())

@@ -81,10 +81,11 @@ def fill_support(
         return weight  # every entry that the pattern keeps is in use
     diagonal = objective.gram.diagonal().expand_as(weight)
     dead = diagonal <= 0
-    gain = objective.gradient(weight).square() / diagonal
+    gradient = objective.gradient(weight)
+    gain = gradient * (gradient / diagonal)  # its square might overflow
     dense = objective.weight.abs()
     # features without data come last, the largest dense weights among them first
-    gain = torch.where(dead, -1 / (1 + dense), gain)
+    gain = torch.where(dead, -1 / dense, gain)
     added = pattern.support(torch.where(zero, gain, torch.inf)) & zero
     filled = refit(objective, weight, added & ~dead)
     return torch.where(added & dead, objective.weight, filled)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fista_modifier.solver.patterns import NofM, SparsityPattern, project
+from fista_modifier.solver.quadratic import unit_of
 
 __all__ = ["OneShot", "warm_start"]
 
@@ -61,7 +62,8 @@ def warm_start(
         case "sparsegpt":
             _, pruned = sparsify_by_sparsegpt(
                 module=module,
-                hessians_dict={module: gram.clone()},
+                # the kernel's curvature of a feature without data is 1, in any unit
+                hessians_dict={module: gram / unit_of(gram)},
                 sparsity=pattern.sparsity,
                 block_size=_whole_groups(block_size, pattern),
                 dampening_frac=dampening_frac,

@@ -252,7 +252,7 @@ def test_what_is_not_packed_is_not_unpacked(pruned, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_an_error_or_is_read(pruned, tmp_path):
-    """A bit flipped or a file cut short, a thousand readings: never anything else."""
+    """A bit flipped or a file cut short, a thousand times: never anything else."""
     folder, operators = pruned()
     dense = tensors(folder)
     convert(folder, operators, "sparse-bitmask")
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_an_error_or_is_read(pruned, tmp_path):
     files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
     beside = set(tmp_path.iterdir())
     refused = 0
-    for trial in range(500):
+    for trial in range(1000):
         file = generator.choice(files)
         intact = file.read_bytes()
         damaged = bytearray(intact)
@@ -279,11 +279,14 @@ def test_a_damaged_checkpoint_is_an_error_or_is_read(pruned, tmp_path):
             refused += 1
             assert not output.exists()
         else:
-            assert tensors(output).keys() <= dense.keys() | set(tensors(output))
-            beside.add(output)
+            # another value may go unnoticed, or the name of an offset
+            found = tensors(output)
+            both = found.keys() & dense.keys()
+            assert all(found[name].shape == dense[name].shape for name in both)
+            shutil.rmtree(output)
         file.write_bytes(intact)
         assert set(tmp_path.iterdir()) == beside
-    assert refused > 100
+    assert 200 < refused < 1000
 
 
 def huge_shape(folder: Path) -> None:

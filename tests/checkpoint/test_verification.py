@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, checkpoint
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fista_modifier.calibration.operators import find_operators
 from fista_modifier.checkpoint.report import Calibration, PruningReport
-from fista_modifier.checkpoint.verification import Verification, verify
+from fista_modifier.checkpoint.verification import (
+    OperatorCheck,
+    Verification,
+    verify,
+)
 from fista_modifier.layer import OperatorResult
 from fista_modifier.solver import NofM, Unstructured
 from fista_modifier.solver.patterns import SparsityPattern, project
+from fista_modifier.tables import verification_table
 
 PATTERN = NofM(2, 4)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+Lie = Callable[[Path], object]
 
 
 def sparse(
@@ -197,3 +207,125 @@ def test_damaged_files_are_faults_or_messages_never_crashes(tmp_path: Path) -> N
             pass
         (tmp_path / name).write_bytes(originals[name])
     assert verify(tmp_path).passed
+
+
+def edit_json(name: str, edit: Callable[[dict[str, Any]], object]) -> Lie:
+    def lie(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        edit(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return lie
+
+
+def config(**settings: object) -> Lie:
+    return edit_json("config.json", lambda content: content.update(settings))
+
+
+def operator(**fields: object) -> Lie:
+    def edit(content: dict[str, Any]) -> None:
+        content["operators"][0].update(fields)
+
+    return edit_json("pruning_report.json", edit)
+
+
+def text(name: str, content: str) -> Lie:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def shard(name: str) -> Lie:
+    index = {"weight_map": {f"{Q_PROJ}.weight": name}}
+    return text("model.safetensors.index.json", json.dumps(index))
+
+
+def link(name: str, target: str) -> Lie:
+    def lie(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return lie
+
+
+def header(shape: list[int], end: int, size: int) -> Lie:
+    """Weights of one tensor, ``end`` bytes by the header, ``size`` by the file."""
+
+    def lie(folder: Path) -> None:
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+        declared = json.dumps({f"{Q_PROJ}.weight": entry}).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(len(declared).to_bytes(8, "little") + declared)
+            file.truncate(8 + len(declared) + size)
+
+    return lie
+
+
+LIES = {
+    "a billion layers": config(num_hidden_layers=10**9),
+    "quantised and of a billion layers": config(
+        num_hidden_layers=10**9,
+        quantization_config={"quant_method": "compressed-tensors", "config_groups": 1},
+    ),
+    "no layers": config(num_hidden_layers=0),
+    "less than no layers": config(num_hidden_layers=-1),
+    "layers without number": config(num_hidden_layers="many"),
+    "a huge width": config(hidden_size=4 * 10**12),
+    "another architecture": config(model_type="gpt2"),
+    "an unknown architecture": config(model_type="none"),
+    "code of its own": config(model_type="none", auto_map={"AutoConfig": "evil.Evil"}),
+    "quantised somehow": config(quantization_config={"config_groups": {"a": 1}}),
+    "a list as configuration": text("config.json", "[]"),
+    "a deep configuration": text("config.json", "[" * 100_000),
+    "zeros in words": operator(zeros="many"),
+    "a pattern in numbers": operator(pattern=24),
+    "no pattern": operator(pattern=None),
+    "an impossible pattern": operator(pattern="5:4"),
+    "names in a list": operator(name=["q_proj"]),
+    "an unknown name": operator(name="no.such.operator"),
+    "another zero": operator(zeros=511),
+    "a deep report": text("pruning_report.json", "[" * 100_000),
+    "operators without a list": text("pruning_report.json", '{"operators": {}}'),
+    "a shard outside": shard("../../outside.safetensors"),
+    "a shard at the root": shard("/etc/hostname"),
+    "a shard that is no file": shard(".."),
+    "a shard that is no name": shard("\0"),
+    "a shard that is the configuration": shard("config.json"),
+    "a shard that is missing": shard("missing.safetensors"),
+    "weights without end": link("model.safetensors", "/dev/zero"),
+    "weights that are themselves": link("model.safetensors", "model.safetensors"),
+    "a configuration without end": link("config.json", "/dev/zero"),
+    "a terabyte declared": header([2**19, 2**19], 2**40, 64),
+    "gigabytes of nothing": header([2**17, 2**16], 2**35, 2**35),
+    "a header without end": text("model.safetensors", "\x7f" * 64),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=list(LIES))
+def test_lies_are_refused_at_once(lie: Lie, tmp_path: Path) -> None:
+    sparse(tmp_path)
+    report(zeros=512).save(tmp_path)
+    lie(tmp_path)
+    started = time.perf_counter()
+    with suppress(ValueError, OSError):
+        assert faults(verify(tmp_path))
+    assert time.perf_counter() - started < 5
+
+
+def test_a_header_of_many_tensors_is_read_once(tmp_path: Path) -> None:
+    """Read for each of them, it would take minutes."""
+    sparse(tmp_path)
+    change(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {f"stranger.{number}": torch.zeros(1) for number in range(20_000)}
+        ),
+    )
+    started = time.perf_counter()
+    assert len(verify(tmp_path, PATTERN).problems) == 20_000
+    assert time.perf_counter() - started < 20
+
+
+def test_brackets_in_a_report_are_no_markup() -> None:
+    check = OperatorCheck("q[/bold]", "[/red] 50 %", 1, 2)
+    console = Console(width=200, record=True)
+    console.print(verification_table(Verification([check])))
+    assert "q[/bold]" in console.export_text()
