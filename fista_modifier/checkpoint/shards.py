@@ -25,7 +25,7 @@ from fista_modifier.checkpoint.packing import parts_of, unpack
 __all__ = ["as_value_error", "locate", "new_folder", "read", "rewrite"]
 
 UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, MemoryError)
-"""what safetensors and torch raise for a tensor that is not what its header says"""
+"""what safetensors and torch raise for a file that is not what its header says"""
 
 
 def locate(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -64,7 +64,7 @@ def _keys(file: Path) -> list[str]:
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
-    except (SafetensorError, OSError, MemoryError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from error
 
 
