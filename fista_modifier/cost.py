@@ -34,6 +34,8 @@ SYMMETRIC = 10 / 16
 """of a product with its own transpose that is computed: solver/drift.py"""
 ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS, LANCZOS = 6, 3, 2, 50
 """products with an n×n matrix; a refit may take 20 steps, and mostly takes two"""
+CHECKS = 5
+"""runs of a layer with one batch: attention both ways, causality, stages"""
 FLOAT32 = 4
 
 
@@ -44,17 +46,29 @@ class StageShape:
     :param rows: m of each operator
     :param wave: when its turn comes
     :param block: number of the block of the layer that it is in
+    :param returned: whether the block returns what its only operator puts out
     """
 
     columns: int
     rows: tuple[int, ...]
     wave: int
     block: int
+    returned: bool
 
     @property
     def weights(self) -> int:
         """entries of all operators"""
         return self.columns * sum(self.rows)
+
+    @property
+    def narrow(self) -> bool:
+        """whether its drift is summed in the outputs of its only operator"""
+        return len(self.rows) == 1 and self.rows[0] <= self.columns
+
+    @property
+    def recorded(self) -> bool:
+        """whether its dense outputs are, so that the dense layer is not replayed"""
+        return self.narrow and self.returned
 
 
 @dataclass(frozen=True)
@@ -168,6 +182,7 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
                 for number, block in enumerate(blocks)
                 if id(stage.operators[0].module) in block
             ),
+            returned=stage.returned,
         )
         for stage in find_stages(own, [call])
     )
@@ -229,10 +244,10 @@ def layer_cost(
     :return: operations for one layer, with intra-layer error correction
     """
     runs = (
-        reconstruction.epochs * 3 + 4 / MEASURED_EVERY if reconstruction.epochs else 0
+        reconstruction.epochs * 3 + 3 / MEASURED_EVERY if reconstruction.epochs else 0
     )
     return Cost(
-        recording=samples * shape.forward,
+        recording=(samples + CHECKS) * shape.forward,
         replays=samples * _replays(shape),
         gram=samples * shape.seq_len * sum(map(_gram, shape.stages)),
         solver=sum(_solver(stage, options) for stage in shape.stages),
@@ -245,10 +260,12 @@ def _replays(shape: LayerShape) -> float:
     total = 0.0
     first_block = min(stage.block for stage in shape.stages)
     for block in sorted({stage.block for stage in shape.stages}):
-        waves = sorted({one.wave for one in shape.stages if one.block == block})
+        inside = [stage for stage in shape.stages if stage.block == block]
+        waves = sorted({stage.wave for stage in inside})
         for wave in waves:
-            before = _before(shape, block, wave)
-            total += before if wave == 0 else 2 * before
+            here = [stage for stage in inside if stage.wave == wave]
+            only_pruned = wave == 0 or (len(here) == 1 and here[0].recorded)
+            total += (1 if only_pruned else 2) * _before(shape, block, wave)
         if block != first_block:  # the pruned layer once, as far as the block
             total += _before(shape, block, waves[0], of_layer=True)
     return total
@@ -275,7 +292,7 @@ def _gram(stage: StageShape) -> float:
     own = 2 * SYMMETRIC * stage.columns**2
     if stage.wave == 0:
         return own
-    if len(stage.rows) == 1 and stage.rows[0] < stage.columns:
+    if stage.narrow:
         return own + 4 * stage.weights
     return 2 * own + 2 * stage.columns**2
 
@@ -322,7 +339,8 @@ def peak_host_memory(
     :return: bytes in main memory: the model, and the hidden states that are recorded
     """
     blocks = len({stage.block for stage in shape.stages})
-    states = 3 + 2 * (blocks - 1)  # the pipeline's, in, out; blocks dense and pruned
+    # the pipeline's, in, out; what blocks return; their inputs, dense and pruned
+    states = 3 + blocks + 2 * (blocks - 1)
     tokens = samples * shape.seq_len
     return (
         weight_bytes * shape.parameters

@@ -157,6 +157,7 @@ def prune_layer(
             inputs,
             corrected,
             recording.real_tokens,
+            recording.outputs_of(wave[0]) if len(wave) == 1 else None,
             on_batch,
             ranks,
         )

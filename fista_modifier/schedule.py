@@ -11,11 +11,11 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.attention import check_causal
+from fista_modifier.calibration.attention import FusedAttention, check_causal
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Hook, Recording
-from fista_modifier.calibration.replay import calibration_runs, fused_attention
+from fista_modifier.calibration.replay import calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
 from fista_modifier.layer import (
@@ -95,6 +95,7 @@ class Schedule:
         self._stream = (
             PrunedStream(OFFLOAD_DEVICE) if method.error_correction == "full" else None
         )
+        self._attention = FusedAttention(model)
         self._progress = RunProgress(0)
         # layers that wait until each rank has one
         self._due: list[DecoderLayer] = []
@@ -119,11 +120,13 @@ class Schedule:
         """
         if self._disk is not None:
             self._look_on_disk(self._disk)
+        first = self._layers[0]
         if self._disk is not None or self._ranks.size > 1:
             self._data = CallDigest()
-            first = self._layers[0]
             yield first, (first.module, self._data.add, "forward_pre")
         self._progress = RunProgress(-(-len(self._open) // self._by_layers.size))
+        if first.in_sequence:
+            yield first, (first.module, self._attention.choose, "forward_pre")
         for layer in self._layers:
             if layer in self._open or self._stream:
                 layer.recording = Recording(
@@ -131,6 +134,8 @@ class Schedule:
                     layer.operators,
                     OFFLOAD_DEVICE,
                     with_outputs=layer in self._open and self._reconstructs(layer),
+                    with_block_outputs=layer in self._open
+                    and self._method.error_correction != "none",
                 )
                 for hook in layer.recording.hooks():
                     yield layer, hook
@@ -153,7 +158,7 @@ class Schedule:
         """
         self.store()
         here = set(modules)
-        with calibration_runs(self._model):
+        with calibration_runs(self._model), self._attention.used():
             for layer in self._layers:
                 if layer.module in here:
                     self._leave(layer)
@@ -219,7 +224,7 @@ class Schedule:
             check_causal(next(iter(inputs)), layer.name)
         stream = self._stream if layer.in_sequence else None
         reconstructs = self._reconstructs(layer)
-        with self._progress.layer(layer) as progress, fused_attention(self._model):
+        with self._progress.layer(layer) as progress:
             pruned = prune_layer(
                 layer.operators,
                 layer.recording,

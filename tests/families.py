@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -93,6 +94,17 @@ FAMILIES = {
             "query_pre_attn_scalar": 8,
             "sliding_window": SLIDING_WINDOW,
             "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2": Family(
+        Gemma2Config,
+        _LLAMA_LIKE
+        | {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 1.0,
+            "sliding_window": SLIDING_WINDOW,
             "tie_word_embeddings": True,
         },
     ),

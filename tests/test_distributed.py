@@ -65,7 +65,8 @@ def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
         (3, "llama", {"sparsity": 0.5, "mask_structure": "0:0"}),
         (3, "llama", {"distribute": "data", "preset": "fast"}),
         (2, "llama", {"error_correction": "full", "preset": "fast"}),
-        (2, "mixtral", {"distribute": "data", "preset": "fast"}),
+        # experts with more tokens than inputs: with fewer, rounding decides
+        (2, "qwen3_moe", {"distribute": "data", "preset": "fast"}),
     ],
 )
 def test_several_ranks_give_the_weights_of_one(

@@ -1,17 +1,21 @@
-"""What the toolkit's tracer does to attention masks and memory, mended and checked."""
+"""Attention in the toolkit's pipeline: masks kept and checked, faster kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from compressed_tensors.utils import patch_attr
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.replay import LayerCall, LayerInputs, calibration_runs
 
-__all__ = ["check_causal", "traced_with_masks", "traces_forgotten"]
+__all__ = ["FusedAttention", "check_causal", "traced_with_masks", "traces_forgotten"]
+
+ROUNDING = 1e-4
+"""what attention kernels may differ by in float32, as a share of a layer's output"""
 
 
 @contextmanager
@@ -82,3 +86,51 @@ def check_causal(call: LayerCall, name: str) -> None:
             "activations are not those of the model; use pipeline='basic', or report "
             "this model family"
         )
+
+
+class FusedAttention:
+    """
+    Runs attention by torch's fused kernels in the place of the eager one that the
+    toolkit asks for, which holds a matrix of tokens×tokens for each head. The two are
+    the same up to rounding, but not in every model: transformers leaves out soft caps
+    of the scores, and puts in a causal mask where there is none. So the first batch of
+    the first layer is run both ways, and only if the outputs agree is eager left.
+
+    :param model: the model being calibrated
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._implementation: str | None = None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within this, layers run as they do in the toolkit's passes."""
+        chosen = self._implementation or "eager"
+        with patch_attr(self._model.config, "_attn_implementation", chosen):
+            yield
+
+    def choose(
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """
+        A forward pre-hook with keyword arguments, of the first decoder layer. What it
+        sets holds for the toolkit's passes until it restores the model's own.
+        """
+        if self._implementation is None:
+            inputs = LayerInputs(layer, torch.device("cpu"))
+            inputs.append(args, kwargs)
+            same = self._model._supports_sdpa and self._agree(inputs[0])
+            self._implementation = "sdpa" if same else "eager"
+            self._model.config._attn_implementation = self._implementation
+
+    def _agree(self, call: LayerCall) -> bool:
+        with calibration_runs(self._model):
+            eager = call.run()
+            with patch_attr(self._model.config, "_attn_implementation", "sdpa"):
+                difference = call.run() - eager
+        real = call.real_tokens()
+        if real is not None:
+            difference, eager = difference[real], eager[real]
+        tolerance = max(ROUNDING, torch.finfo(eager.dtype).eps)
+        return bool(difference.float().norm() <= tolerance * eager.float().norm())

@@ -22,6 +22,7 @@ from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
     "Operator",
+    "blocks_of",
     "check_prunable",
     "find_operators",
     "replaced_weights",
@@ -46,6 +47,13 @@ class Operator:
         """W, out×in, a view of the module's (onloaded) weight"""
         return self.oriented(self.module.weight.data)
 
+    @property
+    def narrows(self) -> bool:
+        """whether it has no more outputs than inputs; known without onloading"""
+        if isinstance(self.module, Conv1D):
+            return bool(self.module.nf <= self.module.nx)
+        return self.module.out_features <= self.module.in_features
+
     def oriented(self, weight: Tensor) -> Tensor:
         """
         :param weight: in the module's own layout, or out×in
@@ -61,6 +69,22 @@ class Operator:
         """
         weight = self.oriented(weight).contiguous()
         update_offload_parameter(self.module, "weight", weight)
+
+
+def blocks_of(
+    layer: torch.nn.Module, operators: Iterable[Operator]
+) -> dict[torch.nn.Module, list[Operator]]:
+    """
+    :param layer: a decoder layer
+    :param operators: of the layer
+    :return: the layer's children with operators in them (attention, MLP), and which
+    """
+    blocks = {}
+    for child in layer.children():
+        inside = set(child.modules())
+        if found := [one for one in operators if one.module in inside]:
+            blocks[child] = found
+    return blocks
 
 
 @contextmanager

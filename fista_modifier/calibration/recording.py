@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.operators import Operator, blocks_of
 from fista_modifier.calibration.replay import LayerInputs, first_tensor
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import Ranks
@@ -23,18 +23,21 @@ Hook = tuple[torch.nn.Module, Callable[..., None], Literal["forward_pre", "forwa
 
 class Recording:
     """
-    What a decoder layer and its blocks are called with, and what the layer returns. A
-    block is a direct child with operators in it (attention, MLP). Replays of a stage
-    need no more than the stage's own block; for the first block the layer's input does
-    as well, and its own is not kept.
+    What a decoder layer and its blocks are called with and return. A block is a child
+    of the layer with operators in it (attention, MLP). Replays of a stage need no more
+    than the stage's own block; for the first block the layer's input does as well, and
+    its own is not kept. Where a block returns the output of an operator, the dense
+    layer need not be replayed for that operator at all.
 
-    Per token this holds the hidden state once for the layer, once for each block but
-    the first, and once for the output, on the offload device.
+    Per token this holds a hidden state for the layer's input and one for its output,
+    one for the output of each block and one for the input of each but the first, on the
+    offload device.
 
     :param layer: the decoder layer, or a lone operator outside all of them
     :param operators: its operators
     :param offload_device: where tensors wait between the passes
     :param with_outputs: whether to record what the layer returns
+    :param with_block_outputs: whether to record what its blocks return
     """
 
     def __init__(
@@ -44,14 +47,19 @@ class Recording:
         offload_device: torch.device,
         *,
         with_outputs: bool,
+        with_block_outputs: bool = False,
     ) -> None:
         self.inputs = LayerInputs(layer, offload_device)
         self.outputs: list[Tensor] = []
         self._with_outputs = with_outputs
-        modules = {operator.module for operator in operators}
-        blocks = [child for child in layer.children() if modules & set(child.modules())]
+        blocks = blocks_of(layer, operators)
         self._blocks = {
-            block: LayerInputs(block, offload_device) for block in blocks[1:]
+            block: LayerInputs(block, offload_device) for block in list(blocks)[1:]
+        }
+        self._block_outputs: dict[torch.nn.Module, list[Tensor]] = {
+            block: []
+            for block, inside in blocks.items()
+            if with_block_outputs and any(one.narrows for one in inside)
         }
         self._offload_device = offload_device
 
@@ -62,11 +70,16 @@ class Recording:
         """
         for inputs in (self.inputs, *self._blocks.values()):
             yield inputs.layer, inputs.remember, "forward_pre"
+        for block, outputs in self._block_outputs.items():
+            yield block, self._append_to(outputs), "forward"
         if self._with_outputs:
-            yield self.inputs.layer, self._append_output, "forward"
+            yield self.inputs.layer, self._append_to(self.outputs), "forward"
 
-    def _append_output(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
-        self.outputs.append(first_tensor(output).to(self._offload_device))
+    def _append_to(self, outputs: list[Tensor]) -> Callable[..., None]:
+        def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+            outputs.append(first_tensor(output).to(self._offload_device))
+
+        return append
 
     @cached_property
     def real_tokens(self) -> list[Tensor | None]:
@@ -88,8 +101,11 @@ class Recording:
         whole._blocks = {
             block: inputs.gathered(ranks, to) for block, inputs in self._blocks.items()
         }
-        outputs = ranks.gather([output.cpu() for output in self.outputs], to)
-        whole.outputs = self.outputs if outputs is None else list(chain(*outputs))
+        whole.outputs = _gathered(self.outputs, ranks, to)
+        whole._block_outputs = {
+            block: _gathered(outputs, ranks, to)
+            for block, outputs in self._block_outputs.items()
+        }
         return whole
 
     def of_stage(self, stage: Stage) -> LayerInputs:
@@ -104,3 +120,22 @@ class Recording:
             if called_once_a_batch and module in block.modules():
                 return inputs
         return self.inputs
+
+    def outputs_of(self, stage: Stage) -> list[Tensor] | None:
+        """
+        :param stage: a stage of the layer
+        :return: what its operator put out, one tensor a batch, if that was recorded
+        """
+        if not stage.returned:
+            return None
+        module = stage.operators[0].module
+        for block, outputs in self._block_outputs.items():
+            if len(outputs) == len(self.inputs) and module in block.modules():
+                return outputs
+        return None
+
+
+def _gathered(outputs: list[Tensor], ranks: Ranks, to: int) -> list[Tensor]:
+    """Those of all ranks, on one of them."""
+    parts = ranks.gather([output.cpu() for output in outputs], to)
+    return outputs if parts is None else list(chain(*parts))

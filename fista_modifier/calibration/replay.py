@@ -27,7 +27,6 @@ __all__ = [
     "LayerInputs",
     "calibration_runs",
     "first_tensor",
-    "fused_attention",
     "inputs_of",
     "real_rows",
 ]
@@ -48,20 +47,6 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(disable_offloading())
         # oneshot may let all experts of a mixture see all tokens in its own passes
         stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
-        yield
-
-
-@contextmanager
-def fused_attention(model: PreTrainedModel) -> Iterator[None]:
-    """
-    Run attention by torch's fused kernels, where the model can, which is the same up to
-    rounding: eager attention holds a matrix of tokens×tokens for each head. Not for a
-    layer without a mask: those kernels would put in a causal one.
-
-    :param model: the model being calibrated
-    """
-    fused = "sdpa" if model._supports_sdpa else model.config._attn_implementation
-    with patch_attr(model.config, "_attn_implementation", fused):
         yield
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.operators import Operator, trainable
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.operators import Operator, blocks_of, trainable
+from fista_modifier.calibration.replay import LayerCall, first_tensor
 from fista_modifier.distributed import Ranks
 
 __all__ = ["Stage", "agreed", "find_stages", "waves"]
@@ -31,12 +32,15 @@ class Stage:
     :param wave: 0 if no other operator of the layer comes before them, otherwise one
         more than the highest wave of those whose output their input depends on
     :param routed: whether they are given a choice of the tokens only, as an expert is
+    :param returned: whether there is one operator, called once, whose output is what
+        the block that it is in returns (a child of the layer, such as the MLP)
     """
 
     operators: list[Operator]
     calls: int = 1
     wave: int = 0
     routed: bool = False
+    returned: bool = False
 
 
 def waves(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
@@ -92,19 +96,14 @@ def agreed(
         return list(stages)
     by_name = {operator.name: operator for operator in operators}
     described = [
-        (
-            [operator.name for operator in stage.operators],
-            stage.calls,
-            stage.wave,
-            stage.routed,
-        )
+        ([operator.name for operator in stage.operators], replace(stage, operators=[]))
         for stage in stages
     ]
     agreed: list[Stage] = []
-    for names, calls, wave, routed in chain(*ranks.all(described)):
+    for names, stage in chain(*ranks.all(described)):
         new = [by_name.pop(name) for name in names if name in by_name]
         if new:
-            agreed.append(Stage(new, calls, wave, routed))
+            agreed.append(replace(stage, operators=new))
     return agreed
 
 
@@ -125,6 +124,8 @@ def _watch(
 ) -> list[Stage]:
     """The stages among ``unseen`` that one run of the layer shows."""
     inputs: dict[Operator, _Seen] = {}
+    returned: list[Tensor] = []
+    outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
 
     def record(operator: Operator) -> RemovableHandle:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -135,11 +136,24 @@ def _watch(
 
         return operator.module.register_forward_pre_hook(hook)
 
+    def record_output(operator: Operator) -> RemovableHandle:
+        return operator.module.register_forward_hook(
+            lambda _module, _args, output: outputs[operator].append(output)
+        )
+
+    def record_returned(block: torch.nn.Module) -> RemovableHandle:
+        return block.register_forward_hook(
+            lambda _module, _args, output: returned.append(first_tensor(output))
+        )
+
     with ExitStack() as hooks:
         hooks.enter_context(trainable(call.layer, operators))
         hooks.enter_context(torch.enable_grad())
         for operator in operators:
             hooks.enter_context(record(operator))
+            hooks.enter_context(record_output(operator))
+        for block in blocks_of(call.layer, operators):
+            hooks.enter_context(record_returned(block))
         output = call.run()
 
     tokens = call.hidden_states.shape[:-1].numel()
@@ -161,6 +175,9 @@ def _watch(
             stages.append(stage)
         wave_of[operator] = stage.wave
     for stage in stages:
+        if len(stage.operators) == 1:
+            put_out = outputs[stage.operators[0]]
+            stage.returned = any(_same([one], put_out) for one in returned)
         stage.operators = [one for one in stage.operators if one in unseen]
     return [stage for stage in stages if stage.operators]
 

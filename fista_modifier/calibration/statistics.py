@@ -28,14 +28,15 @@ def wave_statistics(
     pruned_inputs: LayerInputs,
     pruned: dict[Operator, Tensor],
     real_tokens: Sequence[Tensor | None],
+    dense_outputs: Sequence[Tensor] | None = None,
     on_batch: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> list[GramStatistics]:
     """
     Sum the Gram matrices of stages over all batches, padding left out. Each batch is
     run through the layer, or the block that the stages are in, as far as the stages:
-    with dense weights for X, and, where that can make a difference, with what has been
-    pruned so far for X*.
+    with what has been pruned so far for X*, and, where that can make a difference and
+    the outputs do not tell as much, with dense weights for X.
 
     :param wave: stages none of which disturbs the input of another
     :param dense_inputs: the layer's or block's inputs in the dense model
@@ -43,6 +44,8 @@ def wave_statistics(
     :param pruned: out×in weights, in the model's dtype, of the operators of the layer
         that are pruned already
     :param real_tokens: of each batch, what is not padding
+    :param dense_outputs: what the wave's only operator puts out in the dense model, one
+        tensor a batch; None if that is not known, or if there are more of them
     :param on_batch: called after each batch, for a progress bar
     :param ranks: that hold the other batches
     :return: statistics of each stage, on the device that executes it
@@ -50,16 +53,18 @@ def wave_statistics(
     """
     gathered = [_empty(stage) for stage in wave]
     same_inputs = not pruned and pruned_inputs is dense_inputs
-    for dense_call, pruned_call, real in zip(
-        dense_inputs, pruned_inputs, real_tokens, strict=True
-    ):
-        dense = _tokens(wave, dense_call, real)
+    for batch, real in enumerate(real_tokens):
+        with replaced_weights(pruned):
+            partly_pruned = _tokens(wave, pruned_inputs[batch], real)
         if same_inputs:
-            for statistics, tokens in zip(gathered, dense, strict=True):
+            for statistics, tokens in zip(gathered, partly_pruned, strict=True):
                 statistics.accumulate(tokens)
+        elif dense_outputs is not None and gathered[0].weight is not None:
+            outputs = _without_bias(wave[0], real_rows(dense_outputs[batch], real))
+            _check_same_tokens(wave[0], partly_pruned[0], outputs)
+            gathered[0].accumulate(partly_pruned[0], outputs=outputs)
         else:
-            with replaced_weights(pruned):
-                partly_pruned = _tokens(wave, pruned_call, real)
+            dense = _tokens(wave, dense_inputs[batch], real)
             for stage, statistics, tokens, before in zip(
                 wave, gathered, partly_pruned, dense, strict=True
             ):
@@ -104,8 +109,13 @@ def _tokens(
     ]
 
 
+def _without_bias(stage: Stage, outputs: Tensor) -> Tensor:
+    bias = stage.operators[0].module.bias
+    return outputs if bias is None else outputs.float() - bias.float()
+
+
 def _check_same_tokens(stage: Stage, pruned: Tensor, dense: Tensor) -> None:
-    if pruned.shape != dense.shape:
+    if len(pruned) != len(dense):
         raise ValueError(
             f"{_names(stage)}: {dense.shape[0]} tokens reach the operator in the dense "
             f"layer and {pruned.shape[0]} in the partly pruned one; use "

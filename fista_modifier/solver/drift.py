@@ -18,7 +18,8 @@ class Drift(Protocol):
 
     def accumulate(self, drift: Tensor, pruned: Tensor) -> None:
         """
-        :param drift: Δᵀ of a batch, float32 tokens×n
+        :param drift: of the inputs, Δᵀ of a batch, float32 tokens×n; or of the outputs,
+            (W Δ)ᵀ, tokens×m
         :param pruned: X*ᵀ of the same tokens, float32 tokens×n
         """
         ...
@@ -45,7 +46,7 @@ class Drift(Protocol):
 @dataclass
 class FeatureDrift:
     """
-    For any weight: both sums are over products of features.
+    For any weight, from the drift of the inputs: sums over products of features.
 
     :param cross: Δ X*ᵀ, float32 n×n
     :param gram: Δ Δᵀ, float32 n×n
@@ -73,8 +74,8 @@ class FeatureDrift:
 @dataclass
 class OutputDrift:
     """
-    For one operator with fewer outputs than inputs, such as a down projection: less
-    work and memory than the products of features.
+    For one operator with no more outputs than inputs, such as a down projection, from
+    the drift of its outputs: less work and memory than the products of features.
 
     :param weight: W, float32 m×n
     :param cross: W Δ X*ᵀ, float32 m×n
@@ -86,9 +87,8 @@ class OutputDrift:
     power: Tensor
 
     def accumulate(self, drift: Tensor, pruned: Tensor) -> None:
-        outputs = drift @ self.weight.T
-        self.cross.addmm_(outputs.T, pruned)
-        self.power += torch.linalg.vecdot(outputs, outputs).sum(dtype=torch.float64)
+        self.cross.addmm_(drift.T, pruned)
+        self.power += torch.linalg.vecdot(drift, drift).sum(dtype=torch.float64)
 
     def scaled(self, scale: Tensor) -> OutputDrift:
         return OutputDrift(self.weight * scale, self.cross / scale, self.power)

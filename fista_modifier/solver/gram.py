@@ -48,11 +48,11 @@ class GramStatistics:
         :param features: n, the operators' input width
         :param device: device on which the sums are kept
         :param weights: of all operators that will use the statistics, out×in; if there
-            is one with fewer rows than columns, the statistics are for it alone
+            is one with no more rows than columns, the statistics are for it alone
         :return: statistics of zero tokens
         """
         single = None
-        if len(weights) == 1 and weights[0].shape[0] < features:
+        if len(weights) == 1 and weights[0].shape[0] <= features:
             single = weights[0].to(device, torch.float32)
         return cls(torch.zeros(features, features, device=device), weight=single)
 
@@ -66,20 +66,34 @@ class GramStatistics:
         """bool n: features that no calibration token excites (G_jj = 0)"""
         return self.gram.diagonal() == 0
 
-    def accumulate(self, pruned: Tensor, dense: Tensor | None = None) -> None:
+    def accumulate(
+        self,
+        pruned: Tensor,
+        dense: Tensor | None = None,
+        outputs: Tensor | None = None,
+    ) -> None:
         """
         Add the tokens of one batch. Products and sums are float32 whatever the dtype
         of the activations, so the result depends on the batch size only by rounding.
+        Where X* = X, neither ``dense`` nor ``outputs`` is given.
 
         :param pruned: X*ᵀ of the batch, tokens×n
-        :param dense: Xᵀ of the same tokens, tokens×n; None where X* = X
+        :param dense: Xᵀ of the same tokens, tokens×n
+        :param outputs: (W X)ᵀ of the same tokens, tokens×m, which does for X where
+            these are the statistics of a single ``weight``
         """
         pruned = pruned.to(self.gram.device, torch.float32)
         add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
-        if dense is None:
+        if outputs is not None:
+            assert self.weight is not None, "the weight whose outputs they are"
+            drift = pruned @ self.weight.T - outputs.to(pruned.device, torch.float32)
+        elif dense is not None:
+            drift = pruned - dense.to(pruned.device, torch.float32)
+            if self.weight is not None:
+                drift = drift @ self.weight.T
+        else:
             return
-        drift = pruned - dense.to(pruned.device, torch.float32)
         if self.drift is None:
             self.drift = self._no_drift()
         self.drift.accumulate(drift, pruned)

@@ -131,6 +131,7 @@ def check_inputs(
     hundred roundings in float32, about 1e-5, and a product of two by twice that.
     """
     model = tiny_model(family)
+    model.set_attn_implementation("eager")  # others leave out Gemma 2's soft caps
     modifier = prune(
         tiny_model(family),
         error_correction=correction,
@@ -290,6 +291,24 @@ def test_a_layer_that_the_toolkit_runs_without_mask_is_refused(family, monkeypat
         assert torch.equal(weight, dense[name]), name
 
 
+@pytest.mark.parametrize("family, fused", [("llama", True), ("gemma2", False)])
+def test_attention_is_fused_only_where_it_is_the_same(family, fused, solver):
+    """transformers' fused attention leaves out Gemma 2's soft caps."""
+    implementations = set()
+
+    def look(module: torch.nn.Module, _args: Any) -> None:
+        implementations.add(module.config._attn_implementation)
+
+    model = tiny_model(family)
+    last = model.model.layers[-1].self_attn
+    last.register_forward_pre_hook(look)
+    own = model.config._attn_implementation
+    prune(model)
+    assert model.config._attn_implementation == own
+    # one look, at the causal mask, is before the choice holds
+    assert implementations == ({"sdpa"} if fused else {"eager"})
+
+
 class Mean(torch.nn.Module):
     """Adds to each token the mean of all, or of those up to it."""
 
@@ -317,7 +336,7 @@ def test_only_a_look_at_later_tokens_is_refused(length):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_calibration_takes_less_than_three_passes(family):
+def test_calibration_takes_little_more_than_two_passes(family):
     """Multiplications in the layers' operators, the toolkit's pass included."""
     # OPT's MLP is no module of its own; it is as wide as in the real ones
     changes = {"ffn_dim": 128} if family == "opt" else {}
@@ -332,5 +351,5 @@ def test_calibration_takes_less_than_three_passes(family):
         size += operator.weight.numel()
         operator.register_forward_hook(count)
     prune(model, reconstruction_epochs=0, oneshot_arguments={"propagate_error": False})
-    # and a look at the first batch, for the stages and for the causal mask
-    assert work <= 3 * len(samples()) * size + 3 * size
+    # and looks at the first batch: two at attention, two at its mask, one at stages
+    assert work <= 2.1 * len(samples()) * size + 5 * size

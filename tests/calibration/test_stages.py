@@ -42,6 +42,10 @@ def test_stages_follow_the_execution_and_share_an_input(family):
             {f"{layer.name}.{name}" for name in operators} for operators in expected
         ]
         assert all(stage.calls == 1 for stage in stages)
+        # OPT's MLP is no module of its own: its operators are blocks themselves
+        assert [stage.returned for stage in stages] == (
+            [False, True, family == "opt", True]
+        )
 
 
 class Layer(torch.nn.Module):

@@ -119,14 +119,18 @@ def test_broken_activations_are_not_finite(broken, where):
     assert not gram_statistics(pruned, dense).is_finite()
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_single_narrow_operators_drift_is_summed_in_its_outputs(scaled):
+def test_a_single_narrow_operators_drift_is_summed_in_its_outputs(scaled, recorded):
     weight = normal(ROWS, FEATURES)
     assert ROWS < FEATURES
     pruned, dense = inputs(TOKENS, FEATURES), inputs(TOKENS, FEATURES, seed=5)
     narrow = GramStatistics.empty(FEATURES, weights=[weight])
     for one, other in zip(pruned.split(7), dense.split(7), strict=True):
-        narrow.accumulate(one, other)
+        if recorded:
+            narrow.accumulate(one, outputs=other @ weight.T)
+        else:
+            narrow.accumulate(one, other)
     assert isinstance(narrow.drift, OutputDrift)
     any_weight = gram_statistics(pruned, dense)
     assert isinstance(any_weight.drift, FeatureDrift)
