@@ -86,7 +86,11 @@ class Ranks:
         return [cast(Value, done) for done, _ in outcomes]
 
     def in_turn(self, work: Callable[[], object]) -> None:
-        """:param work: done by one rank after the other, as on files that they share"""
+        """
+        :param work: done by one rank after the other, as on weights that they share,
+            once all have come here: until then some may still read what it changes
+        """
+        self.all(None)
         for rank in range(self.size):
             if rank == self.rank:
                 work()
