@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from fista_modifier.calibration.operators import find_operators
+from fista_modifier.calibration.operators import blocks_of, find_operators
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.reconstruction import MEASURED_EVERY, Reconstruction
@@ -169,9 +169,7 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         call.run()
-    blocks = [
-        {id(module) for module in child.modules()} for child in call.layer.children()
-    ]
+    blocks = blocks_of(call.layer, own).values()
     stages = tuple(
         StageShape(
             columns=stage.operators[0].weight.shape[1],
@@ -179,8 +177,8 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
             wave=stage.wave,
             block=next(
                 number
-                for number, block in enumerate(blocks)
-                if id(stage.operators[0].module) in block
+                for number, inside in enumerate(blocks)
+                if stage.operators[0] in inside
             ),
             returned=stage.returned,
         )

@@ -1,4 +1,4 @@
-"""Attention in the toolkit's pipeline: masks kept and checked, faster kernels."""
+"""Attention in the toolkit's pipeline, and what its tracer does to it and to memory."""
 
 from __future__ import annotations
 

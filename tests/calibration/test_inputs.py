@@ -292,7 +292,7 @@ def test_a_layer_that_the_toolkit_runs_without_mask_is_refused(family, monkeypat
 
 
 @pytest.mark.parametrize("family, fused", [("llama", True), ("gemma2", False)])
-def test_attention_is_fused_only_where_it_is_the_same(family, fused, solver):
+def test_attention_is_fused_only_where_it_is_the_same(family, fused):
     """transformers' fused attention leaves out Gemma 2's soft caps."""
     implementations = set()
 
@@ -305,7 +305,6 @@ def test_attention_is_fused_only_where_it_is_the_same(family, fused, solver):
     own = model.config._attn_implementation
     prune(model)
     assert model.config._attn_implementation == own
-    # one look, at the causal mask, is before the choice holds
     assert implementations == ({"sdpa"} if fused else {"eager"})
 
 
