@@ -196,7 +196,14 @@ def finish(
     :param storage_format: of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
-    report = PruningReport(model, data, run.seconds, run.results, run.reconstructions)
+    report = PruningReport(
+        model,
+        data,
+        run.seconds,
+        run.results,
+        run.reconstructions,
+        recipe=run.recipe,
+    )
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
     if run.results:
         console.print(operator_table(run.results))

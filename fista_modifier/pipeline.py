@@ -46,12 +46,14 @@ class PruningRun:
     :param results: what became of each operator
     :param reconstructions: what became of each reconstructed layer, by its name
     :param seconds: wall time of calibration and pruning
+    :param recipe: what was applied, as YAML
     """
 
     model: PreTrainedModel
     results: Sequence[OperatorResult]
     reconstructions: dict[str, ReconstructionResult]
     seconds: float
+    recipe: str
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -151,7 +153,7 @@ def prune(
             results += modifier.results
             reconstructions |= modifier.reconstructions
     seconds = time.perf_counter() - started
-    return PruningRun(model, results, reconstructions, seconds)
+    return PruningRun(model, results, reconstructions, seconds, recipe.yaml())
 
 
 def save(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
@@ -51,6 +52,7 @@ class PruningReport:
     :param layers: what became of each reconstructed decoder layer, by its name
     :param storage_format: how the operators' weights are stored
     :param stored_share: bytes of these weights, as a share of those of dense ones
+    :param recipe: what was applied, as YAML; reports of older versions have none
     :param versions: of this package and of those that its result depends on
     """
 
@@ -61,6 +63,7 @@ class PruningReport:
     layers: dict[str, ReconstructionResult] = field(default_factory=dict)
     storage_format: str = "dense"
     stored_share: float = 1.0
+    recipe: str = ""
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in PACKAGES}
     )
@@ -78,22 +81,10 @@ class PruningReport:
         :param folder: of the checkpoint
         :return: its report
         :raises FileNotFoundError: if it has none
-        :raises ValueError: if the file is not such a report
+        :raises ValueError: if the file is not such a report, naming the field
         """
         file = folder / REPORT_NAME
         try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            operators = [
-                OperatorResult(**operator | {"shape": tuple(operator["shape"])})
-                for operator in content.pop("operators")
-            ]
-            layers = {
-                name: ReconstructionResult(**result)
-                for name, result in content.pop("layers").items()
-            }
-            calibration = Calibration(**content.pop("calibration"))
-            return cls(
-                operators=operators, layers=layers, calibration=calibration, **content
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is not a pruning report: {error!r}") from error
+            return TypeAdapter(cls).validate_json(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is not a pruning report: {error}") from error
