@@ -60,6 +60,8 @@ class DemoSize:
 QUICK = DemoSize(8, 256, 4096, {"preset": "fast"})
 FULL = DemoSize(32, 512, 16384, {})
 
+PAGE_NAME = "pruning_report.html"
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -196,7 +198,7 @@ def finish(
     :param storage_format: of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
-    report = PruningReport(
+    described = PruningReport(
         model,
         data,
         run.seconds,
@@ -204,7 +206,7 @@ def finish(
         run.reconstructions,
         recipe=run.recipe,
     )
-    pipeline.save(run.model, tokenizer, folder, report, storage_format)
+    pipeline.save(run.model, tokenizer, folder, described, storage_format)
     if run.results:
         console.print(operator_table(run.results))
         if run.reconstructions:
@@ -284,6 +286,31 @@ def parsed(pattern: str) -> SparsityPattern:
     """
     given = pattern_fields(pattern)
     return parse_pattern(given.get("mask_structure", "0:0"), given.get("sparsity"))
+
+
+@app.command()
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help=f"HTML file (default: {PAGE_NAME} in CHECKPOINT)"
+        ),
+    ] = None,
+) -> None:
+    """
+    Render the pruning report of CHECKPOINT as one HTML page, which needs no network.
+    """
+    with errors_as_messages():
+        try:
+            from fista_modifier.report import write_page
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                f"the page needs {error.name}: pip install 'fista-modifier[report]'"
+            ) from error
+        target = output or checkpoint / PAGE_NAME
+        write_page(checkpoint, target)
+        console.print(f"Wrote [bold]{target}[/].")
 
 
 @app.command()
