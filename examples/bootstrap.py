@@ -30,7 +30,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "installed.json"
 
-EXTRAS = {"demo": ["demo"], "test": ["demo", "test"]}
+EXTRAS = {"demo": ["demo"], "test": ["demo", "report", "test"]}
 MODULES = {"demo": ["fista_modifier.cli", "demo"], "test": ["pytest"]}
 GPU_LIBRARY = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
 

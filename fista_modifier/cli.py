@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
+from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
@@ -417,6 +418,8 @@ def demo(
         pruned = output / "SmolLM2-135M-Instruct-2of4"
         finish(dense, run, tokenizer, data, pruned)
         measure("2:4, FISTAPruner", str(pruned))
+        perplexities = {"news": measured[-1][1]}
+        write_model_card(pruned, PruningReport.load(pruned), perplexities)
         console.print(perplexity_table(measured, "news"))
 
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.shards import new_folder
 from fista_modifier.checkpoint.storage import StorageFormat, convert
@@ -170,7 +171,7 @@ def save(
     :param model: what to save
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
-    :param report: what was done to the model, saved with it
+    :param report: what was done to the model, saved with it and a model card
     :param storage_format: of the operators in the report
     :raises OSError: if the disk is full, naming the folder; what was there stays
     """
@@ -181,9 +182,11 @@ def save(
             if report:
                 operators = [operator.name for operator in report.operators]
                 share = convert(unfinished, operators, storage_format)
-                replace(report, storage_format=storage_format, stored_share=share).save(
-                    unfinished
+                report = replace(
+                    report, storage_format=storage_format, stored_share=share
                 )
+                report.save(unfinished)
+                write_model_card(unfinished, report)
         except Exception as error:
             raise OSError(
                 f"could not write the checkpoint {folder}: {error}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, checkpoint
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
@@ -89,6 +90,8 @@ def test_a_pruned_checkpoint_passes_verification_until_it_is_damaged(
         FAMILIES["llama"].operators
     )
     assert report.calibration == Calibration(str(text), 4, 16, 0)
+    assert "mask_structure: '2:4'" in report.recipe
+    assert ModelCard.load(output / "README.md").data.sparsity == 0.5
     for arguments in ([], ["--pattern", "2:4"], ["--pattern", "0.5"]):
         result = run("verify", output, *arguments)
         assert result.exit_code == 0, result.output
@@ -114,6 +117,9 @@ def test_a_packed_checkpoint_unpacks_to_the_dense_one(
     assert 0.5 < report.stored_share < 0.8  # float32, and very small matrices
     assert run("verify", packed).exit_code == 0
     assert run("unpack", packed, "-o", again).exit_code == 0
+    assert "fista-prune unpack" in (packed / "README.md").read_text()
+    assert "vllm serve again" in (again / "README.md").read_text()
+    assert PruningReport.load(again).storage_format == "dense"
     one = AutoModelForCausalLM.from_pretrained(dense).state_dict()
     other = AutoModelForCausalLM.from_pretrained(again).state_dict()
     assert one.keys() == other.keys()
@@ -240,5 +246,5 @@ def test_eval_prints_the_perplexity_of_each_model(
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("prune", "verify", "eval", "demo"):
+    for command in ("prune", "verify", "report", "unpack", "eval", "demo"):
         assert command in result.output
