@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import typer
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
@@ -72,7 +73,9 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False
+        )
         raise typer.Exit(1) from error
 
 
@@ -306,8 +309,9 @@ def report(
         try:
             from fista_modifier.report import write_page
         except ModuleNotFoundError as error:
+            library = str(error.name).partition(".")[0]
             raise RuntimeError(
-                f"the page needs {error.name}: pip install 'fista-modifier[report]'"
+                f"the page needs {library}: pip install 'fista-modifier[report]'"
             ) from error
         target = output or checkpoint / PAGE_NAME
         write_page(checkpoint, target)

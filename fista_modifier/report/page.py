@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fista_modifier.checkpoint.report import PruningReport
+from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.layer import OperatorResult
 from fista_modifier.report.figures import (
     error_lines,
@@ -33,6 +33,11 @@ def write_page(folder: Path, output: Path) -> None:
     :raises FileNotFoundError: if the checkpoint has no report
     :raises ValueError: if its report is damaged, or tells of no pruned operator
     """
+    if not (folder / REPORT_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {REPORT_NAME}: name a folder that 'fista-prune prune' "
+            "wrote"
+        )
     page = render(PruningReport.load(folder))
     output.write_text(page, encoding="utf-8")
 

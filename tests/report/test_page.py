@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,6 +15,8 @@ from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.cli import app
 from fista_modifier.report import render
 from fista_modifier.report.grid import OperatorGrid
+
+PACKAGE = "fista_modifier.report"
 
 
 @pytest.mark.parametrize("preset", ["paper", "default", "fast"])
@@ -109,10 +112,21 @@ def test_the_command_writes_the_page_beside_the_report_or_where_asked(
     assert elsewhere.read_text() == (tmp_path / "pruning_report.html").read_text()
 
 
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert "needs matplotlib: pip install 'fista-modifier[report]'" in result.output
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (None, "pruning_report.json"),
+        (None, "has no pruning_report.json"),
         ("{", "not a pruning report"),
         ({"operators": [{"name": "q_proj"}]}, "operators.0.shape"),
         ({"operators": []}, "no pruned operator"),
