@@ -17,6 +17,7 @@ from rich.markup import escape
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
+from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
@@ -85,6 +86,8 @@ SequenceLength = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="seed of the choice of sequences")]
+
+PAGE_NAME = "pruning_report.html"
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -245,7 +248,14 @@ def finish(
     :param storage_format: of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
-    report = PruningReport(model, data, run.seconds, run.results, run.reconstructions)
+    report = PruningReport(
+        model,
+        data,
+        run.seconds,
+        run.results,
+        run.reconstructions,
+        recipe=run.recipe,
+    )
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
     if current_ranks().rank:
         return
@@ -329,6 +339,32 @@ def parsed(pattern: str) -> SparsityPattern:
     """
     given = pattern_fields(pattern)
     return parse_pattern(given.get("mask_structure", "0:0"), given.get("sparsity"))
+
+
+@app.command("report")
+def draw_report(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help=f"HTML file (default: {PAGE_NAME} in CHECKPOINT)"
+        ),
+    ] = None,
+) -> None:
+    """
+    Render the pruning report of CHECKPOINT as one HTML page, which needs no network.
+    """
+    with errors_as_messages():
+        try:
+            from fista_modifier.report import write_page
+        except ModuleNotFoundError as error:
+            library = str(error.name).partition(".")[0]
+            raise RuntimeError(
+                f"the page needs {library}: pip install 'fista-modifier[report]'"
+            ) from error
+        target = output or checkpoint / PAGE_NAME
+        write_page(checkpoint, target)
+        console.print(f"Wrote [bold]{escape(str(target))}[/].")
 
 
 @app.command()
@@ -579,6 +615,8 @@ def demo(
         pruned = output / "SmolLM2-135M-Instruct-2of4"
         finish(dense, run, tokenizer, data, pruned)
         measure("2:4, FISTAPruner", str(pruned))
+        perplexities = {"news": measured[-1][1]}
+        write_model_card(pruned, PruningReport.load(pruned), perplexities)
         console.print(perplexity_table(measured, "news"))
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from loguru import logger
 from torch import Tensor
@@ -33,9 +33,29 @@ from fista_modifier.solver import (
     prune_weight,
 )
 
-__all__ = ["ErrorCorrection", "OperatorResult", "PrunedLayer", "prune_layer"]
+__all__ = [
+    "ErrorCorrection",
+    "OperatorResult",
+    "PrunedLayer",
+    "SearchStep",
+    "prune_layer",
+]
 
 ErrorCorrection = Literal["none", "intra", "full"]
+
+
+class SearchStep(NamedTuple):
+    """
+    One value of λ that was tried; errors are relative, as in :class:`OperatorResult`.
+
+    :param penalty: λ, in units of ``lambda_unit``
+    :param error: of the weight that it led to
+    :param best_error: lowest so far, the warm start's included
+    """
+
+    penalty: float
+    error: float
+    best_error: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,7 @@ class OperatorResult:
     :param seconds: wall time of the solver: of its stage, shared out by rows
     :param reconstructed_error: where its layer was reconstructed, the error of the
         weight as it is stored, over every sixteenth batch
+    :param search: the values of λ, in the order in which they were tried
     """
 
     name: str
@@ -73,6 +94,14 @@ class OperatorResult:
     tokens: int
     seconds: float
     reconstructed_error: float | None = None
+    search: tuple[SearchStep, ...] = ()
+
+    @property
+    def stored_error(self) -> float:
+        """of the weight as it is stored"""
+        if self.reconstructed_error is None:
+            return self.relative_error
+        return self.reconstructed_error
 
     @property
     def sparsity(self) -> float:
@@ -336,4 +365,12 @@ def _result(
         iterations=sum(trial.iterations for trial in solution.trials),
         tokens=tokens,
         seconds=seconds,
+        search=tuple(
+            SearchStep(
+                trial.penalty,
+                solution.relative(trial.error),
+                solution.relative(trial.best_error),
+            )
+            for trial in solution.trials
+        ),
     )

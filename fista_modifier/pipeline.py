@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fista_modifier.checkpoint.model_card import CARD_NAME, model_card
+from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.shards import new_folder
 from fista_modifier.checkpoint.storage import StorageFormat, convert
@@ -50,6 +50,7 @@ class PruningRun:
     :param results: what became of each operator
     :param reconstructions: what became of each reconstructed layer, by its name
     :param seconds: wall time of calibration and pruning
+    :param recipe: what was applied, as YAML; empty if there was none
     :param unfinished: layers that are left to other runs
     """
 
@@ -57,6 +58,7 @@ class PruningRun:
     results: Sequence[OperatorResult]
     reconstructions: dict[str, ReconstructionResult]
     seconds: float
+    recipe: str = ""
     unfinished: Sequence[str] = ()
 
 
@@ -174,7 +176,9 @@ def prune(
             reconstructions |= modifier.reconstructions
             unfinished += modifier.unfinished
     seconds = time.perf_counter() - started
-    return PruningRun(model, results, reconstructions, seconds, unfinished)
+    return PruningRun(
+        model, results, reconstructions, seconds, recipe.yaml(), unfinished
+    )
 
 
 def save(
@@ -191,7 +195,7 @@ def save(
     :param model: what to save
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
-    :param report: what was done to the model, saved with it
+    :param report: what was done to the model, saved with it and a model card
     :param storage_format: of the operators in the report
     :raises OSError: if the disk is full, naming the folder; what was there stays
     """
@@ -209,9 +213,7 @@ def save(
                     report, storage_format=storage_format, stored_share=share
                 )
                 report.save(unfinished)
-                if report.operators:
-                    card = model_card(report, folder.name)
-                    (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
+                write_model_card(unfinished, report)
         except Exception as error:
             raise OSError(
                 f"could not write the checkpoint {folder}: {error}"

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +31,14 @@ SHOWN = 3
 """how many differences a message names"""
 
 Fingerprint = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What a layer's file says beside its weights."""
+
+    operators: list[OperatorResult]
+    reconstruction: ReconstructionResult | None
 
 
 class TensorDigest:
@@ -164,11 +173,8 @@ class FinishedLayers:
         """
         on_cpu = pruned.on_cpu().weights
         weights = {name: weight.contiguous() for name, weight in on_cpu.items()}
-        about = {
-            "operators": [asdict(result) for result in pruned.operators],
-            "reconstruction": pruned.reconstruction and asdict(pruned.reconstruction),
-        }
-        metadata = {"results": json.dumps(about)}
+        results = _Results(pruned.operators, pruned.reconstruction)
+        metadata = {"results": json.dumps(asdict(results))}
         self._write(self._file(layer), lambda file: save_file(weights, file, metadata))
 
     def load(self, layer: DecoderLayer) -> PrunedLayer:
@@ -180,19 +186,14 @@ class FinishedLayers:
         file = self._file(layer)
         try:
             with safe_open(file, "pt") as opened:
-                about = json.loads(opened.metadata()["results"])
+                results = TypeAdapter(_Results).validate_json(
+                    opened.metadata()["results"]
+                )
                 weights = {
                     operator.name: opened.get_tensor(operator.name)
                     for operator in layer.operators
                 }
-            results = [
-                OperatorResult(**result | {"shape": tuple(result["shape"])})
-                for result in about["operators"]
-            ]
-            trained = about["reconstruction"]
-            return PrunedLayer(
-                weights, results, trained and ReconstructionResult(**trained)
-            )
+            return PrunedLayer(weights, results.operators, results.reconstruction)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): delete it to prune {layer.name} anew"

@@ -75,6 +75,8 @@ def test_a_pruned_checkpoint_passes_verification_until_it_is_damaged(
         FAMILIES["llama"].operators
     )
     assert report.calibration == Calibration(str(text), 4, 16, 0)
+    assert "mask_structure: '2:4'" in report.recipe
+    assert ModelCard.load(output / "README.md").data.sparsity == 0.5
     for arguments in ([], ["--pattern", "2:4"], ["--pattern", "0.5"]):
         result = run("verify", output, *arguments)
         assert result.exit_code == 0, result.output
@@ -100,6 +102,9 @@ def test_a_packed_checkpoint_unpacks_to_the_dense_one(
     assert 0.5 < report.stored_share < 0.8  # float32, and very small matrices
     assert run("verify", packed).exit_code == 0
     assert run("unpack", packed, "-o", again).exit_code == 0
+    assert "fista-prune unpack" in (packed / "README.md").read_text()
+    assert "vllm serve again" in (again / "README.md").read_text()
+    assert PruningReport.load(again).storage_format == "dense"
     one = AutoModelForCausalLM.from_pretrained(dense).state_dict()
     other = AutoModelForCausalLM.from_pretrained(again).state_dict()
     assert one.keys() == other.keys()
@@ -226,7 +231,8 @@ def test_eval_prints_the_perplexity_of_each_model(
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("prune", "verify", "eval", "compare", "demo"):
+    names = "prune verify report unpack plan eval compare demo"
+    for command in names.split():
         assert command in result.output
 
 
@@ -264,18 +270,3 @@ def test_torchrun_shares_the_layers_out(
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "one")
     ]
     assert weights[0] == weights[1]
-
-
-def test_a_model_card_lies_beside_the_checkpoint(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    result = prune(model, text, tmp_path / "tiny-2of4", "--pattern", "2:4")
-    assert result.exit_code == 0, result.output
-    card = ModelCard.load(tmp_path / "tiny-2of4" / "README.md")
-    assert card.data.library_name == "transformers"
-    assert "sparse" in card.data.tags
-    assert "base_model" not in card.data.to_dict()  # it is a folder here
-    assert "# tiny-2of4" in card.text
-    assert "| pattern | 2:4 |" in card.text
-    assert "| zeros in them | 50.00 % |" in card.text
-    assert "| calibration | 4 × 16 tokens of text.txt, seed 0 |" in card.text

@@ -1,82 +1,106 @@
-"""The model card beside a pruned checkpoint: README.md, as the hub reads it."""
+"""``README.md`` of a checkpoint: its model card for the hub."""
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
-from statistics import fmean
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fista_modifier.checkpoint.report import PruningReport
+from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
+from fista_modifier.data import LOCAL_SUFFIXES
+from fista_modifier.evaluation.perplexity import Perplexity
 
-__all__ = ["CARD_NAME", "model_card"]
+__all__ = ["model_card", "write_model_card"]
 
 CARD_NAME = "README.md"
-LOADING = {
-    "dense": "It loads like any dense checkpoint, in transformers and in vLLM.",
-    "dense-legacy": "Its configuration is for engines of 2025; `fista-prune unpack` "
-    "makes it one for those of today.",
-    "sparse-bitmask": "Its weights are packed: `fista-prune unpack` makes them dense; "
-    "vLLM with the fista_modifier plugin reads them with `--load-format "
-    "sparse-bitmask`.",
-}
-LOADING["sparse-24-bitmask"] = LOADING["sparse-bitmask"]
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 
-def model_card(report: PruningReport, name: str) -> str:
+def write_model_card(
+    folder: Path,
+    report: PruningReport,
+    perplexities: Mapping[str, Perplexity] | None = None,
+) -> None:
     """
-    :param report: what was done to the model
+    :param folder: of the checkpoint; a card that is there is replaced
+    :param report: what was done to it
+    :param perplexities: of the checkpoint, by the names of the texts
+    """
+    card = model_card(folder.name, report, perplexities or {})
+    (folder / CARD_NAME).write_text(f"{card}\n", encoding="utf-8")
+
+
+def model_card(
+    name: str, report: PruningReport, perplexities: Mapping[str, Perplexity]
+) -> ModelCard:
+    """
+    What the card says of local files is their name, not where they lie; and only what
+    has an id on the hub is linked as base model or data set.
+
     :param name: of the checkpoint
-    :return: Markdown with the hub's YAML metadata: base model, library, tags
+    :param report: what was done to it
+    :param perplexities: of the checkpoint, by the names of the texts
+    :return: the card
     """
-    pattern = ", ".join(sorted({operator.pattern for operator in report.operators}))
-    data = report.calibration
-    versions = [f"{package} {one}" for package, one in report.versions.items()]
-    facts = {
-        "pruned operators": len(report.operators),
-        "pattern": pattern,
-        "zeros in them": f"{100 * _sparsity(report):.2f} %",
-        "mean ‖W\\*X\\* − WX‖ / ‖WX‖ of the solver": f"{_error(report):.4f}",
-        "calibration": f"{data.samples} × {data.seq_len} tokens of "
-        f"{Path(data.dataset).name}, seed {data.seed}",
-        "made with": ", ".join(versions),
-    }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    base = Path(report.model)
-    return f"""---
-{_metadata(report).to_yaml()}
----
-
-# {name}
-
-`{base.name}`, pruned by FISTAPruner (Zhao et al., EMNLP 2025) with fista_modifier, a
-plugin of llm-compressor. It has seen the calibration text and no other training.
-
-| | |
-|---|---|
-{rows}
-
-{LOADING[report.storage_format]} `pruning_report.json`
-has the errors of every operator, and `fista-prune verify` checks that all zeros are in
-place.
-"""
-
-
-def _metadata(report: PruningReport) -> ModelCardData:
-    on_disk = Path(report.model).exists()  # a folder is no model of the hub
-    return ModelCardData(
-        base_model=None if on_disk else report.model,
+    operators = report.operators
+    patterns = sorted({operator.pattern for operator in operators})
+    weights = sum(operator.shape[0] * operator.shape[1] for operator in operators)
+    zeros = sum(operator.zeros for operator in operators)
+    sparsity = zeros / weights if weights else 0.0
+    dataset = report.calibration.dataset
+    data = ModelCardData(
+        base_model=_hub_id(report.model),
+        datasets=_hub_id(dataset.partition(":")[0]),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparse", "pruned", "fista-pruner", "llm-compressor"],
+        tags=["llm-compressor", *_tags(patterns)],
+        model_name=name,
+        eval_results=[_result(*item) for item in perplexities.items()] or None,
+        sparsity=round(sparsity, 4),
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        base=_hub_id(report.model) or Path(report.model).name,
+        dataset=dataset if _hub_id(dataset.partition(":")[0]) else Path(dataset).name,
+        patterns=", ".join(patterns),
+        sparsity=sparsity,
+        weights=weights,
+        errors=[operator.stored_error for operator in operators],
+        perplexities=perplexities,
+        report=report,
+        report_name=REPORT_NAME,
     )
 
 
-def _sparsity(report: PruningReport) -> float:
-    zeros = sum(operator.zeros for operator in report.operators)
-    return zeros / sum(math.prod(operator.shape) for operator in report.operators)
+def _hub_id(source: str) -> str | None:
+    """A model or data set by its id, unless it is a file or a folder."""
+    path = Path(source)
+    if path.exists() or path.suffix.lower() in LOCAL_SUFFIXES:
+        return None
+    return source if HUB_ID.fullmatch(source) else None
 
 
-def _error(report: PruningReport) -> float:
-    return fmean(operator.relative_error for operator in report.operators)
+def _tags(patterns: Sequence[str]) -> list[str]:
+    if not patterns:
+        return []
+    kinds = (
+        pattern.replace(":", "of") if ":" in pattern else "unstructured-sparsity"
+        for pattern in patterns
+    )
+    return ["fistapruner", "pruned", *dict.fromkeys(kinds)]
+
+
+def _result(text: str, perplexity: Perplexity) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="text",
+        dataset_name=text,
+        metric_type="perplexity",
+        metric_value=round(perplexity.value, 4),
+    )

@@ -52,6 +52,7 @@ class PruningReport:
     :param layers: what became of each reconstructed decoder layer, by its name
     :param storage_format: how the operators' weights are stored
     :param stored_share: bytes of these weights, as a share of those of dense ones
+    :param recipe: what was applied, as YAML; reports of older versions have none
     :param versions: of this package and of those that its result depends on
     """
 
@@ -62,6 +63,7 @@ class PruningReport:
     layers: dict[str, ReconstructionResult] = field(default_factory=dict)
     storage_format: str = "dense"
     stored_share: float = 1.0
+    recipe: str = ""
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in PACKAGES}
     )
@@ -79,7 +81,7 @@ class PruningReport:
         :param folder: of the checkpoint
         :return: its report
         :raises FileNotFoundError: if it has none
-        :raises ValueError: if the file is not such a report
+        :raises ValueError: if the file is not such a report, naming the field
         """
         file = folder / REPORT_NAME
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.packing import PackedFormat, pack, parts_of
+from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import locate, new_folder, read, rewrite
 from fista_modifier.checkpoint.sparsity_config import (
     restore_sparsity,
@@ -86,6 +89,11 @@ def unpack_checkpoint(folder: Path, output: Path) -> int:
             if file.is_file() and file not in weights:
                 shutil.copy2(file, unfinished)
         restore_sparsity(unfinished)
+        if (unfinished / REPORT_NAME).is_file():
+            report = PruningReport.load(unfinished)
+            report = replace(report, storage_format="dense", stored_share=1.0)
+            report.save(unfinished)
+            write_model_card(unfinished, report)
         rewrite(read(files, problems), unfinished)
         _check(folder, problems)
     return len(operators)

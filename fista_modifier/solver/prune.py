@@ -131,12 +131,19 @@ class PrunedWeight:
     @property
     def relative_error(self) -> float:
         """error / ‖WX‖_F; 0 where the operator puts nothing out"""
-        return self.error / self.output_norm if self.output_norm else 0.0
+        return self.relative(self.error)
 
     @property
     def relative_start_error(self) -> float:
         """start_error / ‖WX‖_F"""
-        return self.start_error / self.output_norm if self.output_norm else 0.0
+        return self.relative(self.start_error)
+
+    def relative(self, error: float) -> float:
+        """
+        :param error: such as that of a trial
+        :return: error / ‖WX‖_F; 0 where the operator puts nothing out
+        """
+        return error / self.output_norm if self.output_norm else 0.0
 
     def moved_to(self, device: torch.device | str) -> PrunedWeight:
         """:return: the same, with the weight on a device"""

@@ -1,0 +1,91 @@
+"""The operators of a report, by layer and kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from fista_modifier.layer import OperatorResult
+
+__all__ = ["OperatorGrid"]
+
+
+@dataclass(frozen=True)
+class OperatorGrid:
+    """
+    :param layers: names of the layers, such as "model.layers.0", in the order of
+        pruning; that of operators outside any layer is empty
+    :param kinds: names of the operators within their layer, such as "self_attn.q_proj"
+    :param cells: the operators of each layer and kind: one, or all experts
+    """
+
+    layers: Sequence[str]
+    kinds: Sequence[str]
+    cells: dict[tuple[str, str], list[OperatorResult]]
+
+    @classmethod
+    def of(cls, operators: Sequence[OperatorResult]) -> OperatorGrid:
+        """
+        :param operators: in the order of pruning
+        :return: the same, by layer and kind
+        """
+        cells: dict[tuple[str, str], list[OperatorResult]] = {}
+        for operator in operators:
+            cells.setdefault(_place(operator.name), []).append(operator)
+        layers = dict.fromkeys(layer for layer, _ in cells)
+        kinds = dict.fromkeys(kind for _, kind in cells)
+        return cls(list(layers), list(kinds), cells)
+
+    @property
+    def layer_labels(self) -> list[str]:
+        """the layers' numbers, or their names where numbers would be ambiguous"""
+        return _shortest(self.layers)
+
+    @property
+    def kind_labels(self) -> list[str]:
+        """the last parts of the kinds, or all of them, likewise"""
+        return _shortest(self.kinds)
+
+    def of_kind(self, kind: str) -> list[OperatorResult]:
+        """
+        :param kind: one of ``kinds``
+        :return: its operators in all layers
+        """
+        return [
+            operator
+            for layer in self.layers
+            for operator in self.cells.get((layer, kind), [])
+        ]
+
+    def along_layers(
+        self, kind: str, measure: Callable[[OperatorResult], float]
+    ) -> list[float]:
+        """
+        :param kind: one of ``kinds``
+        :param measure: what to take of an operator
+        :return: its mean for each layer, NaN where the layer has no such operator
+        """
+        return [
+            fmean(map(measure, cell)) if cell else math.nan
+            for cell in (self.cells.get((layer, kind)) for layer in self.layers)
+        ]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """
+    Layer and kind by the first number in a name, as in every model with a list of
+    layers. Later numbers, those of experts, are left out of the kind.
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if number is None:
+        return "", name
+    kind = [part for part in parts[number + 1 :] if not part.isdecimal()]
+    return ".".join(parts[: number + 1]), ".".join(kind)
+
+
+def _shortest(names: Sequence[str]) -> list[str]:
+    last = [name.rpartition(".")[2] for name in names]
+    return last if len(set(last)) == len(last) else list(names)

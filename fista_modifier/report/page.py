@@ -1,0 +1,109 @@
+"""One HTML file that opens anywhere: no script, no network, nothing beside it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
+from fista_modifier.layer import OperatorResult
+from fista_modifier.report.figures import (
+    error_lines,
+    error_map,
+    search_paths,
+    sparsity_map,
+    times,
+)
+from fista_modifier.report.grid import OperatorGrid
+
+__all__ = ["render", "write_page"]
+
+TEMPLATE = files("fista_modifier.report") / "page.html.jinja"
+
+
+def write_page(folder: Path, output: Path) -> None:
+    """
+    :param folder: of a checkpoint with a report
+    :param output: the HTML file to write
+    :raises FileNotFoundError: if the checkpoint has no report
+    :raises ValueError: if its report is damaged, or tells of no pruned operator
+    """
+    if not (folder / REPORT_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {REPORT_NAME}: name a folder that 'fista-prune prune' "
+            "wrote"
+        )
+    page = render(PruningReport.load(folder))
+    output.write_text(page, encoding="utf-8")
+
+
+def render(report: PruningReport) -> str:
+    """
+    :param report: of a pruned model
+    :return: the page; whatever the report says is text in it, never markup
+    :raises ValueError: if there is nothing to draw
+    """
+    operators = report.operators
+    if not operators:
+        raise ValueError(f"the report of {report.model} tells of no pruned operator")
+    grid = OperatorGrid.of(operators)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "seconds": _seconds}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    searched = any(operator.search for operator in operators)
+    return template.render(
+        report=report,
+        name=Path(report.model).name or report.model,
+        patterns=", ".join(sorted({operator.pattern for operator in operators})),
+        total=_summary(operators),
+        kinds=[
+            (label, _summary(grid.of_kind(kind)))
+            for kind, label in zip(grid.kinds, grid.kind_labels, strict=True)
+        ],
+        errors=Markup(error_lines(report, grid)),
+        error_map=Markup(error_map(grid)),
+        search=Markup(search_paths(grid)) if searched else None,
+        sparsity=Markup(sparsity_map(grid)),
+        times=Markup(times(report, grid)),
+    )
+
+
+def _summary(operators: list[OperatorResult] | Any) -> dict[str, Any]:
+    """Sums and means over operators."""
+    weights = sum(operator.shape[0] * operator.shape[1] for operator in operators)
+    return {
+        "count": len(operators),
+        "weights": weights,
+        "sparsity": sum(operator.zeros for operator in operators) / weights,
+        "start": fmean(operator.relative_start_error for operator in operators),
+        "solver": fmean(operator.relative_error for operator in operators),
+        "stored": fmean(operator.stored_error for operator in operators),
+        "trials": fmean(operator.trials for operator in operators),
+        "improved": fmean(operator.penalty > 0 for operator in operators),
+        "seconds": sum(operator.seconds for operator in operators),
+    }
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _seconds(seconds: float) -> str:
+    """For people: the two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
