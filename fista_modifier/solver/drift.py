@@ -112,9 +112,8 @@ def add_gram(gram: Tensor, tokens: Tensor) -> None:
     width = -(-features // 4)
     for start in range(0, features, width):
         end = min(start + width, features)
-        block = tokens[:, start:end].T @ tokens[:, start:]
-        gram[start:end, start:] += block
-        gram[end:, start:end] += block[:, width:].T
+        gram[start:end, start:].addmm_(tokens[:, start:end].T, tokens[:, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
 
 
 def inner(a: Tensor, b: Tensor) -> float:
