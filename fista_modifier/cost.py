@@ -7,7 +7,8 @@ multiplication and an addition; what is done elementwise is left out. See docs/c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class Cost:
     @property
     def total(self) -> float:
         """of all phases"""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return math.fsum(astuple(self))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ def current_ranks() -> Ranks:
 @cache
 def _objects(_world: dist.ProcessGroup) -> dist.ProcessGroup:
     """One group for all runs in the same world: each costs connections."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group
 
 
 def shared_out(costs: list[int], ranks: Ranks) -> list[int]:

@@ -52,7 +52,7 @@ PRESETS: dict[Preset, tuple[SolverOptions, Reconstruction]] = {
 }
 
 
-class FISTAPruningModifier(Modifier):
+class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     """
     Prunes linear operators by FISTAPruner (Zhao et al., EMNLP 2025): each by an
     ℓ1-regularised least squares problem, solved by FISTA, with λ tuned until the

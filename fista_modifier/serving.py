@@ -37,7 +37,7 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    class BitmaskLoader(DefaultModelLoader):
+    class BitmaskLoader(DefaultModelLoader):  # type: ignore[misc]
         """Finds and reads files as for safetensors."""
 
         def __init__(self, load_config: Any) -> None:
@@ -50,7 +50,9 @@ def register() -> None:
         ) -> Iterator[tuple[str, Tensor]]:
             yield from unpacked(super().get_all_weights(*args, **kwargs))
 
-    class BitmaskConfig(compressed_tensors.CompressedTensorsConfig):
+    class BitmaskConfig(
+        compressed_tensors.CompressedTensorsConfig  # type: ignore[misc]
+    ):
         """Knows no sparsity once the weights are unpacked."""
 
         @classmethod

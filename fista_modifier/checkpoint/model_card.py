@@ -62,7 +62,7 @@ def model_card(
         eval_results=[_result(*item) for item in perplexities.items()] or None,
         sparsity=round(sparsity, 4),
     )
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
@@ -76,6 +76,7 @@ def model_card(
         report=report,
         report_name=REPORT_NAME,
     )
+    return card
 
 
 def _hub_id(source: str) -> str | None:

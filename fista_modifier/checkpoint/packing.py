@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, get_args
 
 import numpy as np
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from fista_modifier.solver import NofM
 
-__all__ = ["PackedFormat", "is_complete", "pack", "parts_of", "unpack"]
+__all__ = [
+    "PackedFormat",
+    "is_complete",
+    "pack",
+    "parts_of",
+    "stored_twice",
+    "unpack",
+]
 
 PackedFormat = Literal["sparse-bitmask", "sparse-24-bitmask"]
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -98,6 +106,19 @@ def parts_of(name: str) -> tuple[str, str] | None:
     """
     operator, _, part = name.rpartition(".")
     return (operator, part) if operator and part in PARTS else None
+
+
+def stored_twice(names: Collection[str]) -> list[str]:
+    """
+    :param names: of the tensors of a checkpoint
+    :return: a complaint for each weight that is there both packed and dense
+    """
+    packed = {found[0] for name in names if (found := parts_of(name))}
+    return [
+        f"{operator}.weight is stored both packed and dense"
+        for operator in sorted(packed)
+        if f"{operator}.weight" in names
+    ]
 
 
 def is_complete(parts: dict[str, Tensor]) -> bool:

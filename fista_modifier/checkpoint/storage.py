@@ -11,7 +11,12 @@ from typing import Literal
 from torch import Tensor
 
 from fista_modifier.checkpoint.model_card import write_model_card
-from fista_modifier.checkpoint.packing import PackedFormat, pack, parts_of
+from fista_modifier.checkpoint.packing import (
+    PackedFormat,
+    pack,
+    parts_of,
+    stored_twice,
+)
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import locate, new_folder, read, rewrite
 from fista_modifier.checkpoint.sparsity_config import (
@@ -83,6 +88,7 @@ def unpack_checkpoint(folder: Path, output: Path) -> int:
     operators = {found[0] for name in files if (found := parts_of(name))}
     if not operators:
         raise ValueError(f"{folder} has no packed weights")
+    _check(folder, stored_twice(files))
     weights = set(files.values())
     with new_folder(output) as unfinished:
         for file in folder.iterdir():

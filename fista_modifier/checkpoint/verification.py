@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from fista_modifier.calibration.operators import Operator, find_operators
-from fista_modifier.checkpoint.packing import parts_of
+from fista_modifier.checkpoint.packing import parts_of, stored_twice
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
 from fista_modifier.solver import SparsityPattern, parse_pattern
@@ -108,6 +108,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         return _verify_quantised(folder, pattern, problems)
     expected = _expectations(folder, model, pattern)
     parameters = model.state_dict(keep_vars=True)
+    problems += stored_twice(files)
     problems += _disagreements(parameters, {_dense_name(name) for name in files})
     checks = []
     first_of: dict[int, tuple[str, Tensor]] = {}

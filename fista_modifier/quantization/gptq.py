@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["MaskedGPTQModifier", "quantize_kept"]
 
 
-class MaskedGPTQModifier(GPTQModifier):
+class MaskedGPTQModifier(GPTQModifier):  # type: ignore[misc]
     """
     The toolkit's ``GPTQModifier``, with all of its fields, for a model that was pruned
     before: weights that are zero stay zero (llm-compressor 0.13 and later let GPTQ's

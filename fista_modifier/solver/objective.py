@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -67,7 +68,7 @@ class LayerObjective:
         squared = self._form(self.weight) + self._drift_error
         if self._drift is not None:
             squared -= 2 * inner(self.weight, self._drift)
-        return max(squared, 0.0) ** 0.5
+        return math.sqrt(max(squared, 0.0))
 
     def gradient(self, candidate: Tensor) -> Tensor:
         """
@@ -85,7 +86,7 @@ class LayerObjective:
         squared = self._form(difference) + self._drift_error
         if self._drift is not None:
             squared += 2 * inner(difference, self._drift)
-        return max(squared, 0.0) ** 0.5
+        return math.sqrt(max(squared, 0.0))
 
     def _form(self, weight: Tensor) -> float:
         """⟨V, V G⟩ with the undamped G"""

@@ -56,7 +56,8 @@ def refit(
 
 def _row_products(one: Tensor, other: Tensor) -> Tensor:
     """The inner product of each row with the other's, m×1."""
-    return torch.linalg.vecdot(one, other).unsqueeze(1)
+    products: Tensor = torch.linalg.vecdot(one, other)
+    return products.unsqueeze(1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -307,9 +307,18 @@ def index_of(shard: str) -> Callable[[Path], object]:
     return lie
 
 
+def twice(folder: Path) -> None:
+    """A dense weight beside the packed one."""
+    stored = tensors(folder)
+    rows, columns = stored[f"{LAST}.shape"].tolist()
+    stored[f"{LAST}.weight"] = torch.zeros(rows, columns)
+    save_file(stored, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "lie",
     [
+        twice,
         huge_shape,
         index_of("../outside.safetensors"),
         index_of("/etc/hostname"),
