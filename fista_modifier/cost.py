@@ -20,6 +20,7 @@ from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.reconstruction import MEASURED_EVERY, Reconstruction
 from fista_modifier.solver import SolverOptions
+from fista_modifier.solver.blocks import BLOCK
 
 __all__ = [
     "DEVICES",
@@ -311,18 +312,23 @@ def _solver(stage: StageShape, options: SolverOptions) -> float:
     return products * product + inverses * stage.columns**3 + lanczos
 
 
-def peak_device_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
+def peak_device_memory(
+    shape: LayerShape, weight_bytes: int = 2, *, offload_hessians: bool = False
+) -> float:
     """
     :param shape: of the model's layers
     :param weight_bytes: of a stored weight
+    :param offload_hessians: the modifier's field
     :return: bytes on the device: one layer and its pruned copy, and the most that a
         stage needs, while tokens are summed or while it is solved
     """
     layer = 2 * weight_bytes * shape.weights
 
     def stage_bytes(stage: StageShape) -> float:
-        square = FLOAT32 * stage.columns**2
-        return 5 * square + 8 * FLOAT32 * stage.weights
+        squares = 5 * stage.columns**2
+        if offload_hessians:  # a block, and a product with it
+            squares = 2 * stage.columns * min(stage.columns, BLOCK)
+        return FLOAT32 * (squares + 8 * stage.weights)
 
     return layer + max(map(stage_bytes, shape.stages))
 

@@ -46,9 +46,10 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> None:
-        """:param tensor: replaced by the sum over all ranks"""
+        """:param tensor: replaced by the sum over all ranks, on whichever device"""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            on_cpu = tensor.device.type == "cpu"
+            dist.all_reduce(tensor, group=self.group if on_cpu else None)
 
     def all(self, value: Value) -> list[Value]:
         """

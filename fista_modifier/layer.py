@@ -145,6 +145,7 @@ def prune_layer(
     on_batch: Callable[[], object] = lambda: None,
     on_operator: Callable[[OperatorResult], object] = lambda _: None,
     ranks: Ranks = ALONE,
+    offload: bool = False,
 ) -> PrunedLayer:
     """
     Prune the operators of one decoder layer in the order in which they run, then train
@@ -164,6 +165,7 @@ def prune_layer(
     :param on_operator: called with the result of each operator, as soon as it is known
     :param ranks: that prune this layer together, each with batches of its own: sums go
         over all of them, operators are shared out, and rank 0 reconstructs
+    :param offload: keep n×n matrices in main memory
     :return: weights, and what became of the operators and the layer, alike on all ranks
     :raises ValueError: if an activation is NaN or infinite
     """
@@ -189,6 +191,7 @@ def prune_layer(
             recording.outputs_of(wave[0]) if len(wave) == 1 else None,
             on_batch,
             ranks,
+            offload,
         )
         for operator, solution, tokens, seconds in _solve(
             wave, statistics, pattern, options, ranks

@@ -40,7 +40,7 @@ from fista_modifier.solver import (
 
 __all__ = ["FISTAPruningModifier", "Preset"]
 
-HOW_TO_RUN = {"resume_dir", "layers", "distribute"}
+HOW_TO_RUN = {"offload_hessians", "resume_dir", "layers", "distribute"}
 """fields on which the result does not depend"""
 
 Preset = Literal["default", "fast", "paper"]
@@ -130,6 +130,9 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         its operators are pruned; may be a fraction, 0 is none
     :param reconstruction_rate: highest learning rate of this, as a share of an
         operator's mean kept |W_ij|
+    :param offload_hessians: keep Gram matrices in main memory, as in the toolkit's
+        modifiers, for operators so wide that the device has no room for them; products
+        take them block by block, and factorisations are done by the CPU
     :param resume_dir: folder in which every finished layer is kept; a run that was
         interrupted goes on from there and gives the same weights, bit for bit
     :param layers: numbers of the decoder layers to prune, such as "0-9" or "0-3,30".
@@ -163,6 +166,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     block_size: int | None = Field(default=None, ge=1)
     reconstruction_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     reconstruction_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    offload_hessians: bool = False
     resume_dir: str | None = None
     layers: str | None = None
     distribute: Distribution | None = None
@@ -191,7 +195,13 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             epochs=self.reconstruction_epochs,
             rate=self.reconstruction_rate,
         )
-        self._method = Method(pattern, options, reconstruction, self.error_correction)
+        self._method = Method(
+            pattern,
+            options,
+            reconstruction,
+            self.error_correction,
+            self.offload_hessians,
+        )
         if self.layers is not None and self.resume_dir is None:
             raise ValueError(
                 f"layers: '{self.layers}' needs a resume_dir, where the pruned layers "

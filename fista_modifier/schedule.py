@@ -43,12 +43,14 @@ class Method:
     :param options: of the solver
     :param reconstruction: of a layer, once its operators are pruned
     :param error_correction: what X* is
+    :param offload_hessians: whether Gram matrices stay in main memory
     """
 
     pattern: SparsityPattern
     options: SolverOptions
     reconstruction: Reconstruction
     error_correction: ErrorCorrection
+    offload_hessians: bool = False
 
 
 class Schedule:
@@ -236,6 +238,7 @@ class Schedule:
                 on_batch=progress.on_batch,
                 on_operator=progress.on_operator,
                 ranks=self._by_data,
+                offload=self._method.offload_hessians,
             )
             if pruned.reconstruction:
                 progress.on_reconstruction(pruned.reconstruction)

@@ -173,6 +173,9 @@ def memory_sentence(shape: LayerShape, samples: int, device: Device) -> str:
     """
     on_device = peak_device_memory(shape)
     fits = "which fits" if on_device < device.memory else "which does [bold]not[/] fit"
+    less = peak_device_memory(shape, offload_hessians=True)
+    if on_device >= device.memory > less:
+        fits += f" ({less / 1e9:.1f} GB with offload_hessians: true, which does)"
     return (
         f"About {on_device / 1e9:.1f} GB on a device of {device.memory / 1e9:.0f} GB, "
         f"{fits}, and {peak_host_memory(shape, samples) / 1e9:.1f} GB of main memory, "

@@ -11,6 +11,8 @@ from families import checkpoint, tiny_model
 from runs import prune, weights
 from transformers import AutoModelForCausalLM
 
+from fista_modifier.solver import blocks
+
 
 @pytest.mark.parametrize(
     "fields", [{}, {"error_correction": "full"}, {"preset": "paper"}], ids=str
@@ -39,3 +41,18 @@ def test_layers_on_disk_end_with_the_same_weights(
     expected = weights(in_memory)
     for name, weight in weights(saved).items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_matrices_in_main_memory_end_with_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = tiny_model("llama")
+    prune(whole)
+    monkeypatch.setattr(blocks, "BLOCK", 24)  # of 32 to 64 features
+    in_blocks = tiny_model("llama")
+    modifier = prune(in_blocks, offload_hessians=True)
+    assert modifier.offload_hessians
+    expected = weights(whole)
+    for name, weight in weights(in_blocks).items():
+        assert torch.equal(weight == 0, expected[name] == 0), name
+        assert torch.allclose(weight, expected[name], rtol=1e-3, atol=1e-4), name

@@ -68,6 +68,7 @@ LIKELY: dict[str, list[Any]] = {
     "ignore": [[], ["lm_head"]],
     "patience": [0, 1],
     "refit": [True, False],
+    "offload_hessians": [True, False],
     "reconstruction_epochs": [0, 0.5],
 }
 

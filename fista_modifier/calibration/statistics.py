@@ -31,6 +31,7 @@ def wave_statistics(
     dense_outputs: Sequence[Tensor] | None = None,
     on_batch: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
+    offload: bool = False,
 ) -> list[GramStatistics]:
     """
     Sum the Gram matrices of stages over all batches, padding left out. Each batch is
@@ -48,10 +49,11 @@ def wave_statistics(
         tensor a batch; None if that is not known, or if there are more of them
     :param on_batch: called after each batch, for a progress bar
     :param ranks: that hold the other batches
+    :param offload: keep n×n matrices in main memory
     :return: statistics of each stage, on the device that executes it
     :raises ValueError: if an activation is NaN or infinite, naming the operators
     """
-    gathered = [_empty(stage) for stage in wave]
+    gathered = [_empty(stage, offload) for stage in wave]
     same_inputs = not pruned and pruned_inputs is dense_inputs
     for batch, real in enumerate(real_tokens):
         with replaced_weights(pruned):
@@ -89,10 +91,10 @@ def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
     statistics.tokens = sum(ranks.all(statistics.tokens))
 
 
-def _empty(stage: Stage) -> GramStatistics:
+def _empty(stage: Stage, offload: bool) -> GramStatistics:
     weights = [operator.weight for operator in stage.operators]
     device = get_execution_device(stage.operators[0].module)
-    return GramStatistics.empty(weights[0].shape[1], device, weights)
+    return GramStatistics.empty(weights[0].shape[1], device, weights, offload)
 
 
 def _tokens(

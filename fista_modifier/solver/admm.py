@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.blocks import times
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern, project
 
@@ -45,7 +46,7 @@ def admm(
     quadratic = objectives[0].quadratic
     rounds = -(-steps // STEPS_PER_PENALTY)
     growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / max(rounds - 1, 1))
-    penalty = FIRST_PENALTY * (float(quadratic.gram.diagonal().mean()) or 1.0)
+    penalty = FIRST_PENALTY * (float(quadratic.diagonal.mean()) or 1.0)
     sparse = [project(objective.weight, pattern) for objective in objectives]
     multipliers = [torch.zeros_like(objective.weight) for objective in objectives]
     for _ in range(rounds):
@@ -54,7 +55,7 @@ def admm(
             multiplier = multipliers[index]
             for _ in range(STEPS_PER_PENALTY):
                 pull = (sparse[index] - multiplier).mul_(penalty).add_(objective.target)
-                multiplier.addmm_(pull, resolvent, alpha=RELAXATION)
+                multiplier.add_(times(pull, resolvent), alpha=RELAXATION)
                 multiplier.add_(sparse[index], alpha=1 - RELAXATION)
                 sparse[index] = project(multiplier, pattern)
                 multiplier.sub_(sparse[index])

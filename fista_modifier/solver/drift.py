@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Drift", "FeatureDrift", "OutputDrift", "add_gram", "inner"]
+from fista_modifier.solver.blocks import add_gram, add_product, times
+
+__all__ = ["Drift", "FeatureDrift", "OutputDrift", "inner"]
 
 
 class Drift(Protocol):
@@ -48,15 +50,15 @@ class FeatureDrift:
     """
     For any weight, from the drift of the inputs: sums over products of features.
 
-    :param cross: Δ X*ᵀ, float32 n×n
-    :param gram: Δ Δᵀ, float32 n×n
+    :param cross: Δ X*ᵀ, float32 n×n, where G is
+    :param gram: Δ Δᵀ, float32 n×n, where G is
     """
 
     cross: Tensor
     gram: Tensor
 
     def accumulate(self, drift: Tensor, pruned: Tensor) -> None:
-        self.cross.addmm_(drift.T, pruned)
+        add_product(self.cross, drift, pruned)
         add_gram(self.gram, drift)
 
     def scaled(self, scale: Tensor) -> FeatureDrift:
@@ -65,7 +67,7 @@ class FeatureDrift:
         )
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
-        return weight @ self.cross, inner(weight, weight @ self.gram)
+        return times(weight, self.cross), inner(weight, times(weight, self.gram))
 
     def sums(self) -> list[Tensor]:
         return [self.cross, self.gram]
@@ -87,10 +89,11 @@ class OutputDrift:
     power: Tensor
 
     def accumulate(self, drift: Tensor, pruned: Tensor) -> None:
-        self.cross.addmm_(drift.T, pruned)
+        add_product(self.cross, drift, pruned)
         self.power += torch.linalg.vecdot(drift, drift).sum(dtype=torch.float64)
 
     def scaled(self, scale: Tensor) -> OutputDrift:
+        scale = scale.to(self.weight.device)
         return OutputDrift(self.weight * scale, self.cross / scale, self.power)
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
@@ -98,22 +101,6 @@ class OutputDrift:
 
     def sums(self) -> list[Tensor]:
         return [self.cross, self.power]
-
-
-def add_gram(gram: Tensor, tokens: Tensor) -> None:
-    """
-    Add XᵀX of tokens×n to a symmetric sum: only blocks on and above the diagonal are
-    computed (10/16 of the work with four blocks a side), the others are their copies.
-
-    :param gram: float32 n×n, updated in place
-    :param tokens: Xᵀ, float32 tokens×n
-    """
-    features = gram.shape[0]
-    width = -(-features // 4)
-    for start in range(0, features, width):
-        end = min(start + width, features)
-        gram[start:end, start:].addmm_(tokens[:, start:end].T, tokens[:, start:])
-        gram[end:, start:end] = gram[start:end, end:].T
 
 
 def inner(a: Tensor, b: Tensor) -> float:

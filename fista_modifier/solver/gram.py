@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift, add_gram
+from fista_modifier.solver.blocks import add_gram
+from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift
 
 __all__ = ["GramStatistics"]
 
@@ -25,17 +26,20 @@ class GramStatistics:
     pruned operator is not lost in the difference of two large sums, and where X* = X
     the drift is exactly zero (nothing is then stored of it).
 
-    :param gram: G = X* X*ᵀ, float32 n×n
+    :param gram: G = X* X*ᵀ, float32 n×n; may lie on another device than that which
+        executes the operators
     :param drift: sums of Δ, or None where X* = X
     :param tokens: p, the number of tokens summed so far
     :param weight: W, float32 m×n, if these are the inputs of a single operator whose
         drift is better summed in its outputs
+    :param device: that executes the operators, if it is not G's
     """
 
     gram: Tensor
     drift: Drift | None = None
     tokens: int = 0
     weight: Tensor | None = None
+    device: torch.device | None = None
 
     @classmethod
     def empty(
@@ -43,18 +47,21 @@ class GramStatistics:
         features: int,
         device: torch.device | None = None,
         weights: Sequence[Tensor] = (),
+        offload: bool = False,
     ) -> GramStatistics:
         """
         :param features: n, the operators' input width
-        :param device: device on which the sums are kept
+        :param device: that executes the operators, and keeps the sums
         :param weights: of all operators that will use the statistics, out×in; if there
             is one with no more rows than columns, the statistics are for it alone
+        :param offload: keep n×n matrices in main memory instead
         :return: statistics of zero tokens
         """
         single = None
         if len(weights) == 1 and weights[0].shape[0] <= features:
             single = weights[0].to(device, torch.float32)
-        return cls(torch.zeros(features, features, device=device), weight=single)
+        gram = torch.zeros(features, features, device="cpu" if offload else device)
+        return cls(gram, weight=single, device=device)
 
     @property
     def features(self) -> int:
@@ -82,7 +89,7 @@ class GramStatistics:
         :param outputs: (W X)ᵀ of the same tokens, tokens×m, which does for X where
             these are the statistics of a single ``weight``
         """
-        pruned = pruned.to(self.gram.device, torch.float32)
+        pruned = pruned.to(self.device or self.gram.device, torch.float32)
         add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
         if outputs is not None:
@@ -103,7 +110,7 @@ class GramStatistics:
             return FeatureDrift(
                 torch.zeros_like(self.gram), torch.zeros_like(self.gram)
             )
-        power = self.gram.new_zeros((), dtype=torch.float64)
+        power = self.weight.new_zeros((), dtype=torch.float64)
         return OutputDrift(self.weight, torch.zeros_like(self.weight), power)
 
     def sums(self) -> list[Tensor]:
@@ -135,6 +142,7 @@ class GramStatistics:
             self.gram / scale / scale[:, None],
             self.drift.scaled(scale) if self.drift else None,
             self.tokens,
+            device=self.device,
         )
 
     def is_finite(self) -> bool:

@@ -34,13 +34,8 @@ class LayerObjective:
     """
 
     def __init__(self, weight: Tensor, quadratic: Quadratic) -> None:
-        self.weight = weight.to(quadratic.gram.device, torch.float32)
+        self.weight = weight.to(quadratic.device, torch.float32)
         self.quadratic = quadratic
-
-    @property
-    def gram(self) -> Tensor:
-        """G, n×n, with its damping"""
-        return self.quadratic.gram
 
     @cached_property
     def _drifts(self) -> tuple[Tensor | None, float]:
@@ -59,7 +54,7 @@ class LayerObjective:
     @cached_property
     def target(self) -> Tensor:
         """B = W X X*ᵀ, m×n: the linear term of f"""
-        product = self.weight @ self.gram
+        product = self.quadratic.times_gram(self.weight)
         return product if self._drift is None else product.sub_(self._drift)
 
     @cached_property
@@ -75,7 +70,7 @@ class LayerObjective:
         :param candidate: V, m×n
         :return: ∇f(V) = V G − B, m×n
         """
-        return torch.addmm(self.target, candidate, self.gram, beta=-1)
+        return self.quadratic.times_gram(candidate).sub_(self.target)
 
     def error(self, candidate: Tensor) -> float:
         """
@@ -90,7 +85,7 @@ class LayerObjective:
 
     def _form(self, weight: Tensor) -> float:
         """⟨V, V G⟩ with the undamped G"""
-        squared = inner(weight, weight @ self.gram)
+        squared = inner(weight, self.quadratic.times_gram(weight))
         damping = self.quadratic.damping
         if damping is not None:
             squared -= inner(weight, weight * damping)

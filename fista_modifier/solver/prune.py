@@ -197,7 +197,7 @@ class StageSolver:
         pattern.check_columns(statistics.features)
         self.pattern = pattern
         self.options = options
-        self._device = statistics.gram.device
+        self._device = statistics.device or statistics.gram.device
         # one-shot methods have a damping of their own; nothing else needs it unscaled
         one_shot = options.start in get_args(OneShot)
         self._raw_gram = statistics.gram if one_shot else None
@@ -210,6 +210,7 @@ class StageSolver:
             self._scale = statistics.column_scale(damping)
             statistics = statistics.scaled(self._scale)
             damping = None if damping is None else damping / self._scale.square()
+            self._scale = self._scale.to(self._device)
         self._quadratic = Quadratic(statistics, damping)
 
     def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
@@ -313,7 +314,7 @@ class StageSolver:
                 warm_start(
                     kind,
                     self._unscaled(objective.weight),
-                    self._raw_gram,
+                    self._raw_gram.to(self._device),
                     self.pattern,
                     block_size=self.options.block_size,
                     dampening_frac=self.options.dampening_frac,

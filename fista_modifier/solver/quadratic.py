@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.blocks import times
 from fista_modifier.solver.gram import GramStatistics
 
 __all__ = ["Quadratic", "unit_of"]
@@ -19,6 +20,9 @@ class Quadratic:
 
     With damping δ, G stands for X* X*ᵀ + diag(δ): see :class:`LayerObjective`.
 
+    Products with n×n matrices are those of :func:`~fista_modifier.solver.blocks.times`,
+    so that these may stay in main memory.
+
     :param statistics: Gram matrices of the shared input, each n×n
     :param damping: δ ≥ 0 of each feature, n, in the units of G; None is zero
     """
@@ -27,10 +31,23 @@ class Quadratic:
         self, statistics: GramStatistics, damping: Tensor | None = None
     ) -> None:
         self.statistics = statistics
-        self.damping = damping
         self.gram = statistics.gram
         if damping is not None:
             self.gram = _with_diagonal_raised(self.gram, damping)
+        self.device = statistics.device or self.gram.device
+        self.damping = None if damping is None else damping.to(self.device)
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """diag(G), n, where the weights are"""
+        return self.gram.diagonal().to(self.device)
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        """
+        :param weight: V, m×n
+        :return: V G, m×n
+        """
+        return times(weight, self.gram)
 
     @cached_property
     def lipschitz(self) -> float:
@@ -40,7 +57,7 @@ class Quadratic:
     def resolvent(self, penalty: float) -> Tensor:
         """
         :param penalty: ρ > 0
-        :return: (G + ρ I)⁻¹, n×n
+        :return: (G + ρ I)⁻¹, n×n, where G is
         """
         shifted = _with_diagonal_raised(self.gram, penalty)
         return torch.cholesky_inverse(torch.linalg.cholesky(shifted))

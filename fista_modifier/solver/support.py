@@ -32,7 +32,8 @@ def refit(
     :param tolerance: the last step is one that lowers f by less than this
     :return: m×n, equal to V off ``free``
     """
-    diagonal = objective.gram.diagonal()
+    quadratic = objective.quadratic
+    diagonal = quadratic.diagonal
     # as numbers: a product with booleans takes 16 times as long on a CPU
     mask = free.to(weight.dtype)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0) * mask
@@ -42,7 +43,7 @@ def refit(
     direction = scaled.clone()
     power = _row_products(residual, scaled)
     for _ in range(iterations):
-        curved = (direction @ objective.gram).mul_(mask)
+        curved = quadratic.times_gram(direction).mul_(mask)
         length = _ratio(power, _row_products(direction, curved))
         solution.addcmul_(direction, length)
         if float((power * length).sum()) < 2 * tolerance:
@@ -82,7 +83,7 @@ def fill_support(
     zero = weight == 0
     if not (pattern.support(weight.abs()) & zero).any():
         return weight  # every entry that the pattern keeps is in use
-    diagonal = objective.gram.diagonal().expand_as(weight)
+    diagonal = objective.quadratic.diagonal.expand_as(weight)
     dead = diagonal <= 0
     gradient = objective.gradient(weight)
     gain = gradient * (gradient / diagonal)  # its square might overflow

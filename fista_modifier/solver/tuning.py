@@ -23,7 +23,7 @@ def lambda_unit(objective: LayerObjective) -> float:
     :return: mean|W_ij| · mean(G_jj), in the units of ∇f
     """
     weights = objective.weight.abs().mean(dtype=torch.float64)
-    return float(weights * objective.gram.diagonal().mean(dtype=torch.float64))
+    return float(weights * objective.quadratic.diagonal.mean(dtype=torch.float64))
 
 
 @dataclass

@@ -2,7 +2,7 @@ import pytest
 import torch
 from problems import FLOAT32, gram_statistics, inputs, normal, true_error
 
-from fista_modifier.solver import GramStatistics
+from fista_modifier.solver import GramStatistics, blocks
 from fista_modifier.solver.drift import FeatureDrift, OutputDrift
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.quadratic import Quadratic
@@ -117,6 +117,14 @@ def test_broken_activations_are_not_finite(broken, where):
     assert gram_statistics(pruned, dense).is_finite()
     {"pruned": pruned, "dense": dense}[where][5, 2] = broken
     assert not gram_statistics(pruned, dense).is_finite()
+
+
+@pytest.mark.parametrize("block", [5, FEATURES])
+def test_a_product_in_blocks_is_the_product(block, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    left, matrix = inputs(TOKENS, FEATURES), inputs(FEATURES, FEATURES, seed=5)
+    difference = blocks.times(left, matrix) - left @ matrix
+    assert difference.abs().max() <= FEATURES * FLOAT32 * matrix.abs().max() * 4
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -1,0 +1,61 @@
+"""Products with square matrices that may lie on another device than the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_gram", "add_product", "times"]
+
+BLOCK = 8192
+"""columns of a matrix that are on the device of a product at once"""
+
+
+def times(left: Tensor, matrix: Tensor) -> Tensor:
+    """
+    :param left: A, m×n
+    :param matrix: B, n×k; if it lies on another device, block after block of its
+        columns comes to that of A
+    :return: A B, m×k, where A is
+    """
+    if matrix.shape[1] <= BLOCK:
+        return left @ matrix.to(left.device)
+    product = left.new_empty(left.shape[0], matrix.shape[1])
+    blocks = zip(
+        torch.split(product, BLOCK, 1), torch.split(matrix, BLOCK, 1), strict=True
+    )
+    for result, block in blocks:
+        result.copy_(left @ block.to(left.device))
+    return product
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """
+    Add AᵀB of tokens×m and tokens×n to a sum.
+
+    :param total: m×n, updated in place, maybe on another device
+    :param left: A
+    :param right: B
+    """
+    if total.device == left.device:
+        total.addmm_(left.T, right)
+        return
+    blocks = zip(torch.split(total, BLOCK), torch.split(left, BLOCK, 1), strict=True)
+    for sums, block in blocks:
+        sums += (block.T @ right).to(total.device)
+
+
+def add_gram(gram: Tensor, tokens: Tensor) -> None:
+    """
+    Add XᵀX of tokens×n to a symmetric sum: only blocks on and above the diagonal are
+    computed (10/16 of the work with four blocks a side), the others are their copies.
+
+    :param gram: float32 n×n, updated in place, maybe on another device
+    :param tokens: Xᵀ, float32 tokens×n
+    """
+    features = gram.shape[0]
+    width = -(-features // 4)
+    for start in range(0, features, width):
+        end = min(start + width, features)
+        add_product(gram[start:end, start:], tokens[:, start:end], tokens[:, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
