@@ -21,6 +21,7 @@ from fista_modifier.calibration.stages import find_stages
 from fista_modifier.reconstruction import MEASURED_EVERY, Reconstruction
 from fista_modifier.solver import SolverOptions
 from fista_modifier.solver.blocks import BLOCK
+from fista_modifier.solver.drift import narrows
 
 __all__ = [
     "DEVICES",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 SYMMETRIC = 10 / 16
-"""of a product with its own transpose that is computed: solver/drift.py"""
+"""of a product with its own transpose that is computed: solver/blocks.py"""
 ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS, LANCZOS = 6, 3, 2, 50
 """products with an n×n matrix; a refit may take 20 steps, and mostly takes two"""
 CHECKS = 5
@@ -65,7 +66,7 @@ class StageShape:
     @property
     def narrow(self) -> bool:
         """whether its drift is summed in the outputs of its only operator"""
-        return len(self.rows) == 1 and self.rows[0] <= self.columns
+        return len(self.rows) == 1 and narrows(self.rows[0], self.columns)
 
     @property
     def recorded(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fista_modifier.solver.drift import narrows
 from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
@@ -49,10 +50,11 @@ class Operator:
 
     @property
     def narrows(self) -> bool:
-        """whether it has no more outputs than inputs; known without onloading"""
+        """whether alone in its stage it would have an ``OutputDrift``; known without
+        onloading"""
         if isinstance(self.module, Conv1D):
-            return bool(self.module.nf <= self.module.nx)
-        return self.module.out_features <= self.module.in_features
+            return narrows(self.module.nf, self.module.nx)
+        return narrows(self.module.out_features, self.module.in_features)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fista_modifier.distributed import Ranks
 
 __all__ = ["Recording"]
 
+Recorded = TypeVar("Recorded", LayerInputs, list[Tensor])
 Hook = tuple[torch.nn.Module, Callable[..., None], Literal["forward_pre", "forward"]]
 
 
@@ -114,24 +115,24 @@ class Recording:
         :return: the inputs of the block that it is in, or of the layer: what to run,
             and with what, to see the stage's inputs
         """
-        module = stage.operators[0].module
-        for block, inputs in self._blocks.items():
-            called_once_a_batch = len(inputs) == len(self.inputs)
-            if called_once_a_batch and module in block.modules():
-                return inputs
-        return self.inputs
+        inputs = self._around(stage, self._blocks)
+        return self.inputs if inputs is None else inputs
 
     def outputs_of(self, stage: Stage) -> list[Tensor] | None:
         """
         :param stage: a stage of the layer
         :return: what its operator put out, one tensor a batch, if that was recorded
         """
-        if not stage.returned:
-            return None
+        return self._around(stage, self._block_outputs) if stage.returned else None
+
+    def _around(
+        self, stage: Stage, recorded: dict[torch.nn.Module, Recorded]
+    ) -> Recorded | None:
+        """Of the block that a stage is in, if that is called once a batch."""
         module = stage.operators[0].module
-        for block, outputs in self._block_outputs.items():
-            if len(outputs) == len(self.inputs) and module in block.modules():
-                return outputs
+        for block, batches in recorded.items():
+            if len(batches) == len(self.inputs) and module in block.modules():
+                return batches
         return None
 
 

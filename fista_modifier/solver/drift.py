@@ -10,7 +10,17 @@ from torch import Tensor
 
 from fista_modifier.solver.blocks import add_gram, add_product, times
 
-__all__ = ["Drift", "FeatureDrift", "OutputDrift", "inner"]
+__all__ = ["Drift", "FeatureDrift", "OutputDrift", "inner", "narrows"]
+
+
+def narrows(rows: int, columns: int) -> bool:
+    """
+    :param rows: m
+    :param columns: n
+    :return: whether the drift of a lone operator of this shape is better summed in its
+        outputs (:class:`OutputDrift`) than in its inputs (:class:`FeatureDrift`)
+    """
+    return rows <= columns
 
 
 class Drift(Protocol):

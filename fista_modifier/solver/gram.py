@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fista_modifier.solver.blocks import add_gram
-from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift
+from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift, narrows
 
 __all__ = ["GramStatistics"]
 
@@ -58,7 +58,7 @@ class GramStatistics:
         :return: statistics of zero tokens
         """
         single = None
-        if len(weights) == 1 and weights[0].shape[0] <= features:
+        if len(weights) == 1 and narrows(weights[0].shape[0], features):
             single = weights[0].to(device, torch.float32)
         gram = torch.zeros(features, features, device="cpu" if offload else device)
         return cls(gram, weight=single, device=device)
