@@ -42,6 +42,8 @@ def test_every_block_has_a_language_that_is_tested() -> None:
         for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))
     }
     assert found == {"bash", "python", "yaml"}
+    indented = re.compile(r"^ {4}(fista-prune|torchrun|pip|python3?|vllm) ", re.M)
+    assert not [page.name for page in PAGES if indented.search(page.read_text())]
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"))
@@ -102,7 +104,8 @@ def adapted(words: list[str]) -> list[str]:
         words = without(words, "--dataset", "--samples")
         words += SMALL
     if words[0] == "prune":
-        words = ["0" if word == "0-39" else word for word in words] + ["--overwrite"]
+        halves = {"0-39": "0", "40-79": "1"}
+        words = [halves.get(word, word) for word in words] + ["--overwrite"]
     if words[0] == "compare":  # each method takes a process of its own
         words = without(words, "--pattern")
         words += [
