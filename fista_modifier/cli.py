@@ -615,8 +615,8 @@ def demo(
         pruned = output / "SmolLM2-135M-Instruct-2of4"
         finish(dense, run, tokenizer, data, pruned)
         measure("2:4, FISTAPruner", str(pruned))
-        perplexities = {"news": measured[-1][1]}
-        write_model_card(pruned, PruningReport.load(pruned), perplexities)
+        measured_on = {"news": measured[-1][1].value}
+        write_model_card(pruned, PruningReport.load(pruned), measured_on)
         console.print(perplexity_table(measured, "news"))
 
 

@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.data import LOCAL_SUFFIXES
-from fista_modifier.evaluation.perplexity import Perplexity
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -23,7 +22,7 @@ TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 def write_model_card(
     folder: Path,
     report: PruningReport,
-    perplexities: Mapping[str, Perplexity] | None = None,
+    perplexities: Mapping[str, float] | None = None,
 ) -> None:
     """
     :param folder: of the checkpoint; a card that is there is replaced
@@ -35,7 +34,7 @@ def write_model_card(
 
 
 def model_card(
-    name: str, report: PruningReport, perplexities: Mapping[str, Perplexity]
+    name: str, report: PruningReport, perplexities: Mapping[str, float]
 ) -> ModelCard:
     """
     What the card says of local files is their name, not where they lie; and only what
@@ -97,11 +96,11 @@ def _tags(patterns: Sequence[str]) -> list[str]:
     return ["fistapruner", "pruned", *dict.fromkeys(kinds)]
 
 
-def _result(text: str, perplexity: Perplexity) -> EvalResult:
+def _result(text: str, perplexity: float) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type="text",
         dataset_name=text,
         metric_type="perplexity",
-        metric_value=round(perplexity.value, 4),
+        metric_value=round(perplexity, 4),
     )
