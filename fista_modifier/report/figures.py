@@ -148,7 +148,7 @@ def search_paths(grid: OperatorGrid) -> str:
             upper.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             upper.yaxis.set_minor_locator(NullLocator())
             lower.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            lower.yaxis.set_major_formatter(PercentFormatter(1))
             lower.set_xlabel("round")
         above[0].set_ylabel("λ, in its unit")
         below[0].set_ylabel("error / warm start’s")
