@@ -345,8 +345,9 @@ def peak_host_memory(
     :return: bytes in main memory: the model, and the hidden states that are recorded
     """
     blocks = len({stage.block for stage in shape.stages})
-    # the pipeline's, in, out; what blocks return; their inputs, dense and pruned
-    states = 3 + blocks + 2 * (blocks - 1)
+    # the pipeline's, in, out; of the blocks that are not done yet what they return and
+    # are called with, and the pruned inputs of the one at work
+    states = 3 + 2 * blocks - 1
     tokens = samples * shape.seq_len
     return (
         weight_bytes * shape.parameters

@@ -188,7 +188,7 @@ def prune_layer(
             inputs,
             corrected,
             recording.real_tokens,
-            recording.outputs_of(wave[0]) if len(wave) == 1 else None,
+            recording.take_outputs(wave[0]) if len(wave) == 1 else None,
             on_batch,
             ranks,
             offload,
@@ -239,27 +239,37 @@ def _with_inputs(
     in the dense model: from those of the pruned one other experts would get the tokens,
     and X and X* be those of different tokens. Inside an expert, X* still follows from
     what was pruned before.
+
+    What a block was called with is forgotten when its last wave is done.
     """
-    source = {id(stage): recording.of_stage(stage) for stage in stages}
-    waves_of: Counter[int] = Counter()
-    for wave in waves(stages):
-        waves_of.update({id(source[id(stage)]) for stage in wave})
-    routed = {id(source[id(stage)]) for stage in stages if stage.routed}
+    runs = [
+        (dense_inputs, list(group))
+        for wave in waves(stages)
+        for dense_inputs, group in groupby(wave, recording.of_stage)
+    ]
+    left = Counter(id(dense_inputs) for dense_inputs, _ in runs)
+    routed = {id(source) for source, group in runs for one in group if one.routed}
     of_block: dict[int, LayerInputs] = {}
-    for wave in waves(stages):
-        for dense_inputs, group in groupby(wave, lambda stage: source[id(stage)]):
-            block = id(dense_inputs)
-            inputs = pruned_inputs
-            if block in routed and dense_inputs is not recording.inputs:
-                inputs = dense_inputs
-            elif not pruned and pruned_inputs is recording.inputs:
-                inputs = dense_inputs
-            elif dense_inputs is not recording.inputs and waves_of[block] > 1:
-                if block not in of_block:
-                    with replaced_weights(pruned):
-                        of_block[block] = pruned_inputs.of_block(dense_inputs.layer)
-                inputs = of_block[block]
-            yield list(group), dense_inputs, inputs
+    for dense_inputs, group in runs:
+        block = id(dense_inputs)
+        in_layer = dense_inputs is recording.inputs
+        inputs = pruned_inputs
+        if block in routed and not in_layer:
+            inputs = dense_inputs
+        elif not pruned and pruned_inputs is recording.inputs:
+            inputs = dense_inputs
+        elif block in of_block:
+            inputs = of_block[block]
+        elif not in_layer and left[block] > 1:
+            with replaced_weights(pruned):
+                inputs = pruned_inputs.of_block(dense_inputs.layer)
+            of_block[block] = inputs
+        yield group, dense_inputs, inputs
+        left[block] -= 1
+        if not left[block] and not in_layer:
+            for done in (dense_inputs, inputs):
+                if done is not pruned_inputs:
+                    done.clear()
 
 
 def _solve(

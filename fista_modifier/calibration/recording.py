@@ -118,12 +118,18 @@ class Recording:
         inputs = self._around(stage, self._blocks)
         return self.inputs if inputs is None else inputs
 
-    def outputs_of(self, stage: Stage) -> list[Tensor] | None:
+    def take_outputs(self, stage: Stage) -> list[Tensor] | None:
         """
         :param stage: a stage of the layer
-        :return: what its operator put out, one tensor a batch, if that was recorded
+        :return: what its operator put out, one tensor a batch, if that was recorded; it
+            is not kept any longer
         """
-        return self._around(stage, self._block_outputs) if stage.returned else None
+        outputs = self._around(stage, self._block_outputs) if stage.returned else None
+        if outputs is None:
+            return None
+        taken = list(outputs)
+        outputs.clear()
+        return taken
 
     def _around(
         self, stage: Stage, recorded: dict[torch.nn.Module, Recorded]

@@ -67,6 +67,10 @@ class LayerInputs:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._calls = IntermediatesCache(None, self._calls.offload_device)
+
     def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember one call of the layer, by what its forward names the arguments."""
         call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
