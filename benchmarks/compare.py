@@ -11,8 +11,9 @@ is not measured again.
 
 Methods run with their own defaults. "fista-paper" is Algorithm 1 as published,
 "fista-operators" the default without reconstruction of layers, "fista-dense" that from
-dense weights, "fista-3-epochs" the default with four times the reconstruction. "alps" and
-"boza" are the solvers of peers.py in the place of this project's, without reconstruction.
+dense weights, "fista-3-epochs" the default with four times the reconstruction. "alps"
+and "boza" are the solvers of peers.py in the place of this project's, without
+reconstruction.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -24,7 +25,8 @@ from fista_modifier.calibration.layers import (
     group_by_layer,
 )
 from fista_modifier.calibration.operators import check_prunable, find_operators
-from fista_modifier.checkpoint.sparsity_config import record_sparsity
+from fista_modifier.checkpoint.on_save import describe_on_save
+from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.layer import ErrorCorrection, OperatorResult
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
@@ -177,6 +179,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         default_factory=dict
     )
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _seconds: float = PrivateAttr(default=0.0)
 
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
@@ -264,6 +267,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._seconds = -time.perf_counter()
         modifiers = active_session().lifecycle.recipe.modifiers
         others = [type(other).__name__ for other in modifiers if other is not self]
         with self._undone_on_error() as schedule:
@@ -293,6 +297,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._undone_on_error() as schedule:
             schedule.store()
+        self._seconds += time.perf_counter()
         self.remove_hooks()
         if self.unfinished:
             logger.warning(
@@ -303,7 +308,15 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if results := self.results:
-            record_sparsity(state.model, results, self._method.pattern)
+            report = PruningReport(
+                state.model.name_or_path,
+                None,
+                self._seconds,
+                results,
+                self.reconstructions,
+                recipe=active_session().lifecycle.recipe.yaml(),
+            )
+            describe_on_save(state.model, report)
             error = fmean(result.relative_error for result in results)
             logger.info(
                 f"Pruned {len(results)} operators to {self._method.pattern}; mean of "

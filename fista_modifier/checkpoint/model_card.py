@@ -12,11 +12,22 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.data import LOCAL_SUFFIXES
 
-__all__ = ["model_card", "write_model_card"]
+__all__ = ["has_own_card", "model_card", "write_model_card"]
 
 CARD_NAME = "README.md"
+MARK = "fista-prune"
+"""what every card of ours speaks of"""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
+
+
+def has_own_card(folder: Path) -> bool:
+    """
+    :param folder: of a checkpoint
+    :return: whether somebody else's card is there
+    """
+    card = folder / CARD_NAME
+    return card.exists() and MARK not in card.read_text(encoding="utf-8")
 
 
 def write_model_card(
@@ -50,10 +61,11 @@ def model_card(
     weights = sum(operator.shape[0] * operator.shape[1] for operator in operators)
     zeros = sum(operator.zeros for operator in operators)
     sparsity = zeros / weights if weights else 0.0
-    dataset = report.calibration.dataset
+    dataset = report.calibration.dataset if report.calibration else ""
+    on_hub = _hub_id(dataset.partition(":")[0])
     data = ModelCardData(
         base_model=_hub_id(report.model),
-        datasets=_hub_id(dataset.partition(":")[0]),
+        datasets=on_hub,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llm-compressor", *_tags(patterns)],
@@ -66,7 +78,7 @@ def model_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
         base=_hub_id(report.model) or Path(report.model).name,
-        dataset=dataset if _hub_id(dataset.partition(":")[0]) else Path(dataset).name,
+        dataset=dataset if on_hub else Path(dataset).name,
         patterns=", ".join(patterns),
         sparsity=sparsity,
         weights=weights,

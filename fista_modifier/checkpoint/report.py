@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,7 +46,8 @@ class Calibration:
 class PruningReport:
     """
     :param model: what was pruned, a folder or a hub id
-    :param calibration: what it was calibrated on
+    :param calibration: what it was calibrated on; None if the caller of ``oneshot()``
+        alone knows
     :param seconds: wall time of calibration and pruning
     :param operators: what became of each operator, in the order of pruning
     :param layers: what became of each reconstructed decoder layer, by its name
@@ -57,7 +58,7 @@ class PruningReport:
     """
 
     model: str
-    calibration: Calibration
+    calibration: Calibration | None
     seconds: float
     operators: Sequence[OperatorResult]
     layers: dict[str, ReconstructionResult] = field(default_factory=dict)
@@ -67,6 +68,25 @@ class PruningReport:
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in PACKAGES}
     )
+
+    @property
+    def tokens(self) -> int:
+        """of the calibration data, padding left out"""
+        return max((operator.tokens for operator in self.operators), default=0)
+
+    def followed_by(self, later: PruningReport) -> PruningReport:
+        """
+        :param later: of what was done to the same model afterwards
+        :return: a report of both
+        """
+        return replace(
+            later,
+            model=self.model,
+            calibration=self.calibration or later.calibration,
+            seconds=self.seconds + later.seconds,
+            operators=[*self.operators, *later.operators],
+            layers=self.layers | later.layers,
+        )
 
     def save(self, folder: Path) -> None:
         """

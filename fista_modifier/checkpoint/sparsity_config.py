@@ -4,76 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
-from compressed_tensors.offload.dist_utils import is_source_process
-from transformers import PreTrainedModel
 
 from fista_modifier.layer import OperatorResult
-from fista_modifier.solver import NofM, SparsityPattern
 
-__all__ = ["record_sparsity", "restore_sparsity", "write_legacy_sparsity"]
+__all__ = ["restore_sparsity", "write_legacy_sparsity", "write_sparsity"]
 
 KEY, QUANTIZATION = "sparsity_config", "quantization_config"
-Record = dict[str, tuple[int, str]]
-"""zeros and structure of each pruned operator, by its name"""
 UNSTRUCTURED = SparsityStructure.UNSTRUCTURED.value
 
 
-def record_sparsity(
-    model: PreTrainedModel, results: Sequence[OperatorResult], pattern: SparsityPattern
+def write_sparsity(
+    folder: Path, operators: Sequence[OperatorResult], entries: int
 ) -> None:
     """
-    Have the model's ``save_pretrained`` write a ``sparsity_config`` into
-    ``config.json``. At its top level it is read by nobody who does not look for it:
-    inside ``quantization_config``, transformers would insist on compressed-tensors, and
-    with targets vLLM (since 0.22) on a format that it no longer has. The toolkit wraps
-    ``save_pretrained`` as well, and restores the original file: setting an attribute of
-    ``model.config`` would not do.
+    Write ``sparsity_config`` into ``config.json``. At its top level it is read by
+    nobody who does not look for it: inside ``quantization_config``, transformers would
+    insist on compressed-tensors, and with targets vLLM (since 0.22) on a format that it
+    no longer has.
 
-    :param model: that was pruned
-    :param results: what became of its operators
-    :param pattern: the pattern that they have
+    :param folder: of the checkpoint
+    :param operators: what became of the pruned ones
+    :param entries: of all parameters of the model
     """
-    structure = str(pattern) if isinstance(pattern, NofM) else UNSTRUCTURED
-    record: Record | None = getattr(model.save_pretrained, "pruned_operators", None)
-    if record is None:
-        record = {}
-        _write_on_save(model, record)
-    record |= {result.name: (result.zeros, structure) for result in results}
-
-
-def _write_on_save(model: PreTrainedModel, record: Record) -> None:
-    """:param record: of the pruned operators, as it is when it comes to saving"""
-    save = model.save_pretrained
-    # quantised weights are packed by then
-    entries = sum(parameter.numel() for parameter in model.parameters())
-
-    @wraps(save)
-    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save(save_directory, *args, **kwargs)
-        if is_source_process():
-            file, content = _read(Path(save_directory))
-            content[KEY] = _config(record, entries).model_dump()
-            _write(file, content)
-
-    save_pretrained.pruned_operators = record  # type: ignore[attr-defined]
-    model.save_pretrained = save_pretrained
-
-
-def _config(record: Record, entries: int) -> SparsityCompressionConfig:
-    zeros = sum(zeros for zeros, _ in record.values())
-    structures = {structure for _, structure in record.values()}
-    return SparsityCompressionConfig(
+    structures = {
+        operator.pattern if ":" in operator.pattern else UNSTRUCTURED
+        for operator in operators
+    }
+    file, content = _read(folder)
+    content[KEY] = SparsityCompressionConfig(
         format="dense",
         targets=[],
         ignore=[],
-        global_sparsity=round(zeros / entries, 6),
+        global_sparsity=round(sum(one.zeros for one in operators) / entries, 6),
         sparsity_structure=structures.pop() if len(structures) == 1 else UNSTRUCTURED,
-    )
+    ).model_dump()
+    _write(file, content)
 
 
 def write_legacy_sparsity(

@@ -29,6 +29,12 @@ def test_the_page_has_the_figures_that_the_report_has_data_for(
     assert ("mean layer error" in page) == (preset == "default")
 
 
+def test_calibration_data_may_be_unknown(report: PruningReport) -> None:
+    page = render(replace(report, calibration=None))
+    assert f"{report.tokens:,}<small>tokens</small>" in page
+    assert "data set" in render(report) and "data set" not in page
+
+
 def test_every_operator_is_in_the_table_and_on_the_map(report: PruningReport) -> None:
     page = render(report)
     for operator in report.operators:

@@ -1,0 +1,56 @@
+"""What a pruned model's ``save_pretrained`` writes beside its weights."""
+
+from __future__ import annotations
+
+from functools import reduce, wraps
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.offload.dist_utils import is_source_process
+from transformers import PreTrainedModel
+
+from fista_modifier.checkpoint.model_card import has_own_card, write_model_card
+from fista_modifier.checkpoint.report import PruningReport
+from fista_modifier.checkpoint.sparsity_config import write_sparsity
+
+__all__ = ["describe_on_save"]
+
+
+def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
+    """
+    Have the model's ``save_pretrained`` write a ``sparsity_config`` into
+    ``config.json``, a report and a model card (unless there is one that somebody else
+    wrote). The toolkit wraps ``save_pretrained`` as well, and restores the original
+    ``config.json``: setting an attribute of ``model.config`` would not do.
+
+    :param model: that was pruned
+    :param report: what was done to it; added to what was done before
+    """
+    reports: list[PruningReport] | None = getattr(
+        model.save_pretrained, "pruning_reports", None
+    )
+    if reports is None:
+        reports = []
+        _write_on_save(model, reports)
+    reports.append(report)
+
+
+def _write_on_save(model: PreTrainedModel, reports: list[PruningReport]) -> None:
+    """:param reports: in order, as they are when it comes to saving"""
+    save = model.save_pretrained
+    # quantised weights are packed by then
+    entries = sum(parameter.numel() for parameter in model.parameters())
+
+    @wraps(save)
+    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        save(save_directory, *args, **kwargs)
+        if is_source_process():
+            folder = Path(save_directory)
+            report = reduce(PruningReport.followed_by, reports)
+            write_sparsity(folder, report.operators, entries)
+            report.save(folder)
+            if not has_own_card(folder):
+                write_model_card(folder, report)
+
+    save_pretrained.pruning_reports = reports  # type: ignore[attr-defined]
+    model.save_pretrained = save_pretrained
