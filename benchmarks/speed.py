@@ -1,11 +1,11 @@
 """
 Time of the presets beside SparseGPT's, and of two processes beside one.
 
-Only the first layers of the model are pruned, as all layers take alike. Each process
-has one thread. Processor time is what a run takes of a machine that others use too;
-wall time means something only on an idle one.
+Only the first layers of the model are pruned, as all layers take alike. Methods have
+two threads; the default is run with one as well, in one process and in two, which share
+the layers out. Wall time means something only on an idle machine.
 
-    python benchmarks/speed.py --model DIR --calibration FILE.txt --layers 4 \\
+    python benchmarks/speed.py --model DIR --calibration FILE.txt --layers 6 \\
         --samples 128 --seq-len 512 --out benchmarks/results/speed.md
 """
 
@@ -29,12 +29,14 @@ from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.methods import recipe
 from fista_modifier.solver import NofM
 
-METHODS = ("sparsegpt", "wanda", "fista-fast", "fista", "fista-paper")
+METHODS = ("sparsegpt", "wanda", "fista-fast", "fista")
 
 
-def run(args: argparse.Namespace, method: str, rank: int, size: int) -> None:
+def run(
+    args: argparse.Namespace, method: str, rank: int, size: int, threads: int
+) -> None:
     """One rank's part, and what the first of them found in ``args.found``."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     config = AutoConfig.from_pretrained(args.model)
     config.num_hidden_layers = args.layers
     model = AutoModelForCausalLM.from_pretrained(
@@ -51,20 +53,20 @@ def run(args: argparse.Namespace, method: str, rank: int, size: int) -> None:
     pipeline.prune(model, tokenizer, data, recipe(method, NofM(2, 4)))
     if rank == 0:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        args.found[method, size] = (
+        args.found[method, size, threads] = (
             time.perf_counter() - started,
             time.process_time() - processor,
             peak / 2**20,
         )
 
 
-def measure(args: argparse.Namespace, method: str, size: int = 1) -> None:
+def measure(args: argparse.Namespace, method: str, size: int, threads: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         args.port = free.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
     ranks = [
-        spawn.Process(target=run, args=(args, method, rank, size))
+        spawn.Process(target=run, args=(args, method, rank, size, threads))
         for rank in range(size)
     ]
     for rank in ranks:
@@ -74,13 +76,14 @@ def measure(args: argparse.Namespace, method: str, size: int = 1) -> None:
 
 
 def table(found: Any) -> str:
-    reference = found["sparsegpt", 1]
-    lines = ["| method | processes | wall, s | ratio | processor, s | ratio | GiB |"]
+    reference, _, _ = found["sparsegpt", 1, 2]
+    lines = ["| method | processes | threads of each | wall, s | ratio | processor, s "]
+    lines[0] += "of the first | GiB of the first |"
     lines.append("|---|---|---|---|---|---|---|")
-    for (method, size), (wall, processor, memory) in found.items():
+    for (method, size, threads), (wall, processor, memory) in found.items():
         lines.append(
-            f"| {method} | {size} | {wall:.0f} | {wall / reference[0]:.2f} "
-            f"| {processor:.0f} | {processor / reference[1]:.2f} | {memory:.2f} |"
+            f"| {method} | {size} | {threads} | {wall:.1f} | {wall / reference:.2f} "
+            f"| {processor:.1f} | {memory:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -89,17 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with multiprocessing.Manager() as manager:
         args.found = manager.dict()
-        jobs = [(method, 1) for method in ("sparsegpt", *args.methods)]
-        for method, size in dict.fromkeys([*jobs, ("fista", 2)]):
-            measure(args, method, size)
+        jobs = [(method, 1, 2) for method in METHODS]
+        for job in [*jobs, ("fista", 1, 1), ("fista", 2, 1)]:
+            measure(args, *job)
             args.out.write_text(table(dict(args.found)), encoding="utf-8")
             print(args.out.read_text(), flush=True)
 

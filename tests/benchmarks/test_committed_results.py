@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from fista_modifier.evaluation.comparison import comparison_table
 from fista_modifier.evaluation.results import Results
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-def test_the_comparison_is_continued_where_it_ended() -> None:
-    file = RESULTS / "compare.json"
+@pytest.mark.parametrize(("name", "seeds"), [("compare", 3), ("compare-32", 1)])
+def test_a_comparison_is_continued_where_it_ended(name: str, seeds: int) -> None:
+    file = RESULTS / f"{name}.json"
     setup = json.loads(file.read_text())["setup"]
     results = Results.resume(file, setup)
-    found = results.find(method="fista", pattern="2:4", seed=0)
-    assert found is not None
-    value = found["perplexity"]["wikitext2-raw-test"]
-    assert f"| 2:4 | fista | {value:.2f} |" in comparison_table(results)
+    for seed in range(seeds):
+        for method in ("sparsegpt", "fista"):
+            assert results.find(method=method, pattern="2:4", seed=seed)
+    assert file.with_suffix(".md").read_text() == comparison_table(results)
