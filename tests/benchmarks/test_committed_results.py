@@ -13,12 +13,16 @@ from fista_modifier.evaluation.results import Results
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("compare", 3), ("compare-32", 1)])
-def test_a_comparison_is_continued_where_it_ended(name: str, seeds: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "pattern", "seeds"), [("compare", "2:4", 3), ("compare-32", "4:8", 1)]
+)
+def test_a_comparison_is_continued_where_it_ended(
+    name: str, pattern: str, seeds: int
+) -> None:
     file = RESULTS / f"{name}.json"
     setup = json.loads(file.read_text())["setup"]
     results = Results.resume(file, setup)
     for seed in range(seeds):
         for method in ("sparsegpt", "fista"):
-            assert results.find(method=method, pattern="2:4", seed=seed)
+            assert results.find(method=method, pattern=pattern, seed=seed)
     assert file.with_suffix(".md").read_text() == comparison_table(results)
