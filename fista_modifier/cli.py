@@ -17,8 +17,8 @@ from rich.markup import escape
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
-from fista_modifier.checkpoint.model_card import write_model_card
-from fista_modifier.checkpoint.report import Calibration, PruningReport
+from fista_modifier.checkpoint.model_card import has_own_card, write_model_card
+from fista_modifier.checkpoint.report import REPORT_NAME, Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
@@ -28,7 +28,11 @@ from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.distributed import current_ranks, join_ranks
 from fista_modifier.evaluation.comparison import Comparison, Trial, comparison_table
 from fista_modifier.evaluation.engines import Backend
-from fista_modifier.evaluation.evaluate import Evaluation, evaluation_table
+from fista_modifier.evaluation.evaluate import (
+    Evaluation,
+    evaluation_table,
+    perplexities,
+)
 from fista_modifier.evaluation.methods import METHODS
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.evaluation.results import write_whole
@@ -464,6 +468,12 @@ def evaluate(
     markdown: Annotated[
         Path | None, typer.Option(help="write the table here, too")
     ] = None,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card", help="write perplexities into the model cards of MODELS, too"
+        ),
+    ] = False,
 ) -> None:
     """
     Measure the perplexity of MODELS on texts, and their accuracy on tasks.
@@ -474,6 +484,7 @@ def evaluate(
     with errors_as_messages():
         if text is None and tasks is None:
             text, tasks = list(PAPER_TEXTS), "paper"
+        described = {one: report_for_card(Path(one)) for one in models if card}
         names = PAPER_TASKS if tasks == "paper" else comma_separated(tasks or "")
         if task_path and not names:
             raise ValueError("--task-path needs the names of its tasks: --tasks")
@@ -488,6 +499,30 @@ def evaluate(
         )
         results = evaluation.run(models, json_file)
         show(evaluation_table(results), markdown)
+        for checkpoint, report in described.items():
+            write_model_card(
+                Path(checkpoint), report, perplexities(results, checkpoint)
+            )
+
+
+def report_for_card(checkpoint: Path) -> PruningReport:
+    """
+    :param checkpoint: whose model card is to be written
+    :return: its report
+    :raises FileNotFoundError: if it has none
+    :raises ValueError: if it has a model card of somebody else's
+    """
+    if has_own_card(checkpoint):
+        raise ValueError(
+            f"{checkpoint} has a model card that fista-prune did not write: move it "
+            "away, or leave out --card"
+        )
+    if not (checkpoint / REPORT_NAME).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no {REPORT_NAME}, which a model card is made from: "
+            "leave out --card"
+        )
+    return PruningReport.load(checkpoint)
 
 
 def comma_separated(names: str) -> list[str]:

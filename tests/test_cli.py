@@ -228,6 +228,22 @@ def test_eval_prints_the_perplexity_of_each_model(
     assert len(re.findall(rf"{expected.value:.3f}", result.output)) == 2
 
 
+def test_eval_writes_the_model_card(model: Path, text: Path, tmp_path: Path) -> None:
+    pruned = tmp_path / "pruned"
+    assert prune(model, text, pruned, "--pattern", "2:4").exit_code == 0
+    arguments = ("--text", text, "--seq-len", 16, "--card")
+    result = run("eval", model, "--json", tmp_path / "never", *arguments)
+    assert result.exit_code == 1 and "has no pruning_report.json" in result.output
+    result = run("eval", pruned, *arguments)
+    assert result.exit_code == 0, result.output
+    (found,) = ModelCard.load(pruned / "README.md").data.eval_results
+    assert (found.metric_type, found.dataset_name) == ("perplexity", text.stem)
+    assert f"{found.metric_value:.3f}" in result.output
+    (pruned / "README.md").write_text("# Mine\n")
+    result = run("eval", pruned, *arguments)
+    assert result.exit_code == 1 and "did not write" in result.output
+
+
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0

@@ -28,7 +28,7 @@ from fista_modifier.evaluation.results import (
 from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 
-__all__ = ["Evaluation", "evaluation_table"]
+__all__ = ["Evaluation", "evaluation_table", "perplexities"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,19 @@ def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
     own = row.get("tokens_digest")
     asked = samples.get(row.get("text", ""), own)
     return bool(row["checkpoint"] == checkpoint and own == asked)
+
+
+def perplexities(results: Results, model: str) -> dict[str, float]:
+    """
+    :param results: of an evaluation
+    :param model: one of those that were measured
+    :return: its perplexity on each text, by the text's name
+    """
+    return {
+        row["text"]: row["value"]
+        for row in results.rows
+        if row["model"] == model and "text" in row
+    }
 
 
 def evaluation_table(results: Results) -> str:
