@@ -90,6 +90,15 @@ SequenceLength = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="seed of the choice of sequences")]
+# options of the commands that evaluate
+TokenLimit = Annotated[
+    int | None, typer.Option(min=1, help="use only so many tokens of each text")
+]
+ResultsFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="keep results here, and continue what is there"),
+]
+TableFile = Annotated[Path | None, typer.Option(help="write the table here, too")]
 
 PAGE_NAME = "pruning_report.html"
 
@@ -452,22 +461,15 @@ def evaluate(
             help="tokens in a block (default: the model's maximum, at most 2048)"
         ),
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="use only so many tokens of each text")
-    ] = None,
+    max_tokens: TokenLimit = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="sequences in a forward pass")
     ] = 1,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load the weights in")
     ] = "auto",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="keep results here, and continue what is there"),
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="write the table here, too")
-    ] = None,
+    json_file: ResultsFile = None,
+    markdown: TableFile = None,
     card: Annotated[
         bool,
         typer.Option(
@@ -567,19 +569,12 @@ def compare(
         int | None,
         typer.Option(help="tokens in a block of the texts (default: as --seq-len)"),
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="use only so many tokens of each text")
-    ] = None,
+    max_tokens: TokenLimit = None,
     dtype: Annotated[
         Precision, typer.Option(help="dtype to load the weights in")
     ] = "auto",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="keep results here, and continue what is there"),
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="write the table here, too")
-    ] = None,
+    json_file: ResultsFile = None,
+    markdown: TableFile = None,
 ) -> None:
     """
     Prune MODEL by several methods on the same tokens and compare what is left of it.
