@@ -38,10 +38,9 @@ from fista_modifier.solver import (
 )
 
 DEFAULT = SolverOptions()
-REFITTED = "paper + scaling + refit"
 VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
     "paper": (StageSolver, PAPER),
-    REFITTED: (StageSolver, replace(DEFAULT, start="sparsegpt")),
+    "paper + scaling + refit": (StageSolver, replace(DEFAULT, start="sparsegpt")),
     "the same from dense weights": (StageSolver, replace(DEFAULT, start="dense")),
     "default (from ADMM)": (StageSolver, DEFAULT),
     "default, damping 0.01": (StageSolver, replace(DEFAULT, dampening_frac=0.01)),

@@ -17,7 +17,7 @@ from rich.markup import escape
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
-from fista_modifier.checkpoint.model_card import has_own_card, write_model_card
+from fista_modifier.checkpoint.model_card import has_foreign_card, write_model_card
 from fista_modifier.checkpoint.report import REPORT_NAME, Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
@@ -514,7 +514,7 @@ def report_for_card(checkpoint: Path) -> PruningReport:
     :raises FileNotFoundError: if it has none
     :raises ValueError: if it has a model card of somebody else's
     """
-    if has_own_card(checkpoint):
+    if has_foreign_card(checkpoint):
         raise ValueError(
             f"{checkpoint} has a model card that fista-prune did not write: move it "
             "away, or leave out --card"

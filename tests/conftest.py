@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import checkpoint
+from llmcompressor.pipelines.cache import IntermediatesCache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -54,6 +55,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def awq_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the toolkit's AWQ run where there is no accelerator."""
+    if not torch.accelerator.is_available():
+        # AWQ of llm-compressor 0.14 pins memory whether or not there is a need to
+        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_: None)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_model
-from llmcompressor.pipelines.cache import IntermediatesCache
 from runs import calibration, run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -46,11 +45,8 @@ def test_there_are_chains():
 
 @pytest.mark.parametrize("recipe", CHAINS, ids=lambda path: path.stem)
 def test_what_pruning_set_to_zero_is_zero_in_the_loaded_checkpoint(
-    recipe, pruned, tiny_tokenizer, tmp_path, monkeypatch
+    recipe, pruned, tiny_tokenizer, tmp_path, awq_on_cpu
 ):
-    if not torch.accelerator.is_available():
-        # AWQ of llm-compressor 0.14 pins memory whether or not there is a need to
-        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_: None)
     run(
         tiny_model("llama", **WIDE),
         str(recipe),

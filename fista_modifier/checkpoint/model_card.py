@@ -12,22 +12,31 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.data import LOCAL_SUFFIXES
 
-__all__ = ["has_own_card", "model_card", "write_model_card"]
+__all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 
 CARD_NAME = "README.md"
-MARK = "fista-prune"
+MARK = b"fista-prune"
 """what every card of ours speaks of"""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 
-def has_own_card(folder: Path) -> bool:
+def has_foreign_card(folder: Path) -> bool:
     """
     :param folder: of a checkpoint
     :return: whether somebody else's card is there
     """
     card = folder / CARD_NAME
-    return card.exists() and MARK not in card.read_text(encoding="utf-8")
+    return card.exists() and MARK not in card.read_bytes()
+
+
+def update_model_card(folder: Path, report: PruningReport) -> None:
+    """
+    :param folder: of the checkpoint; a card of somebody else's stays
+    :param report: what was done to it
+    """
+    if not has_foreign_card(folder):
+        write_model_card(folder, report)
 
 
 def write_model_card(

@@ -9,7 +9,7 @@ from typing import Any
 from compressed_tensors.offload.dist_utils import is_source_process
 from transformers import PreTrainedModel
 
-from fista_modifier.checkpoint.model_card import has_own_card, write_model_card
+from fista_modifier.checkpoint.model_card import update_model_card
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.sparsity_config import write_sparsity
 
@@ -49,8 +49,7 @@ def _write_on_save(model: PreTrainedModel, reports: list[PruningReport]) -> None
             report = reduce(PruningReport.followed_by, reports)
             write_sparsity(folder, report.operators, entries)
             report.save(folder)
-            if not has_own_card(folder):
-                write_model_card(folder, report)
+            update_model_card(folder, report)
 
     save_pretrained.pruning_reports = reports  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained

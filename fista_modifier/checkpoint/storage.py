@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fista_modifier.checkpoint.model_card import has_own_card, write_model_card
+from fista_modifier.checkpoint.model_card import update_model_card
 from fista_modifier.checkpoint.packing import (
     PackedFormat,
     pack,
@@ -99,8 +99,7 @@ def unpack_checkpoint(folder: Path, output: Path) -> int:
             report = PruningReport.load(unfinished)
             report = replace(report, storage_format="dense", stored_share=1.0)
             report.save(unfinished)
-            if not has_own_card(unfinished):
-                write_model_card(unfinished, report)
+            update_model_card(unfinished, report)
         rewrite(read(files, problems), unfinished)
         _check(folder, problems)
     return len(operators)

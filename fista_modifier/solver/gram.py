@@ -64,6 +64,11 @@ class GramStatistics:
         return cls(gram, weight=single, device=device)
 
     @property
+    def execution_device(self) -> torch.device:
+        """where tokens come from and weights are"""
+        return self.device or self.gram.device
+
+    @property
     def features(self) -> int:
         """n, the operator's input width"""
         return self.gram.shape[0]
@@ -89,7 +94,7 @@ class GramStatistics:
         :param outputs: (W X)ᵀ of the same tokens, tokens×m, which does for X where
             these are the statistics of a single ``weight``
         """
-        pruned = pruned.to(self.device or self.gram.device, torch.float32)
+        pruned = pruned.to(self.execution_device, torch.float32)
         add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
         if outputs is not None:

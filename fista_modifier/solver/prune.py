@@ -197,7 +197,7 @@ class StageSolver:
         pattern.check_columns(statistics.features)
         self.pattern = pattern
         self.options = options
-        self._device = statistics.device or statistics.gram.device
+        self._device = statistics.execution_device
         # one-shot methods have a damping of their own; nothing else needs it unscaled
         one_shot = options.start in get_args(OneShot)
         self._raw_gram = statistics.gram if one_shot else None

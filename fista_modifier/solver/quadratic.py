@@ -34,7 +34,7 @@ class Quadratic:
         self.gram = statistics.gram
         if damping is not None:
             self.gram = _with_diagonal_raised(self.gram, damping)
-        self.device = statistics.device or self.gram.device
+        self.device = statistics.execution_device
         self.damping = None if damping is None else damping.to(self.device)
 
     @cached_property

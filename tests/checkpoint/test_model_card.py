@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from operator_results import operator_result
 
 from fista_modifier.checkpoint.model_card import model_card, write_model_card
 from fista_modifier.checkpoint.report import Calibration, PruningReport
-from fista_modifier.layer import OperatorResult
 
-OPERATOR = OperatorResult(
-    name="model.layers.0.self_attn.q_proj",
-    shape=(32, 32),
-    pattern="2:4",
-    zeros=512,
-    relative_error=0.125,
-    relative_start_error=0.2,
-    penalty=0.0,
-    trials=0,
-    iterations=0,
-    tokens=8,
-    seconds=0.1,
-)
+OPERATOR = operator_result("model.layers.0.self_attn.q_proj", zeros=512)
 REPORT = PruningReport(
     "org/model",
     Calibration("allenai/c4", 128, 2048, 7),

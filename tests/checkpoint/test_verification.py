@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, checkpoint
+from operator_results import operator_result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +26,6 @@ from fista_modifier.checkpoint.verification import (
     Verification,
     verify,
 )
-from fista_modifier.layer import OperatorResult
 from fista_modifier.solver import NofM, Unstructured
 from fista_modifier.solver.patterns import SparsityPattern, project
 from fista_modifier.tables import verification_table
@@ -60,19 +60,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
 
 def report(zeros: int) -> PruningReport:
     """A report that knows one operator."""
-    result = OperatorResult(
-        name=Q_PROJ,
-        shape=(32, 32),
-        pattern="2:4",
-        zeros=zeros,
-        relative_error=0.1,
-        relative_start_error=0.2,
-        penalty=0.0,
-        trials=0,
-        iterations=0,
-        tokens=8,
-        seconds=0.1,
-    )
+    result = operator_result(Q_PROJ, zeros)
     return PruningReport("model", Calibration("text.txt", 2, 4, 0), 1.0, [result])
 
 

@@ -18,7 +18,6 @@ import httpx
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_model
-from llmcompressor.pipelines.cache import IntermediatesCache
 from runs import calibration, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -79,12 +78,9 @@ def smollm2_pruned(
 def tiny(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    awq_on_cpu: None,
 ) -> Callable[[str], Path]:
     """A tiny model to which a recipe was applied."""
-    if not torch.accelerator.is_available():
-        # AWQ of llm-compressor 0.14 pins memory whether or not there is a need to
-        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_: None)
     tokens = torch.randint(
         2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1)
     )
