@@ -3,7 +3,9 @@ Time of the presets beside SparseGPT's, and of two processes beside one.
 
 Only the first layers of the model are pruned, as all layers take alike. Methods have
 two threads; the default is run with one as well, in one process and in two, which share
-the layers out. Wall time means something only on an idle machine.
+the layers out, and with its recorded activations on disk. Wall time means something
+only on an idle machine. Memory is anonymous memory, looked at 20 times a second: pages
+of files, which the system takes back when it needs them, do not count.
 
     python benchmarks/speed.py --model DIR --calibration FILE.txt --layers 6 \\
         --samples 128 --seq-len 512 --out benchmarks/results/speed.md
@@ -14,9 +16,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
+import re
 import socket
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,27 @@ from fista_modifier.evaluation.methods import recipe
 from fista_modifier.solver import NofM
 
 METHODS = ("sparsegpt", "wanda", "fista-fast", "fista")
+ON_DISK = ", activations on disk"
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """:return: the most anonymous memory of this process so far, in GiB"""
+    peak, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            status = Path("/proc/self/status").read_text()
+            used = int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0])
+            peak[0] = max(peak[0], used / 2**20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def run(
@@ -49,14 +76,21 @@ def run(
     if size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
         dist.init_process_group("gloo", rank=rank, world_size=size)
+    modifier = recipe(method.removesuffix(ON_DISK), NofM(2, 4))
     started, processor = time.perf_counter(), time.process_time()
-    pipeline.prune(model, tokenizer, data, recipe(method, NofM(2, 4)))
+    with (
+        tempfile.TemporaryDirectory(dir=args.out.parent) as folder,
+        peak_memory() as peak,
+    ):
+        if method.endswith(ON_DISK):
+            fields = modifier.model_dump(exclude_unset=True)
+            modifier = type(modifier)(**fields, activations_dir=folder)
+        pipeline.prune(model, tokenizer, data, modifier)
     if rank == 0:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         args.found[method, size, threads] = (
             time.perf_counter() - started,
             time.process_time() - processor,
-            peak / 2**20,
+            peak[0],
         )
 
 
@@ -99,7 +133,8 @@ def main() -> None:
     args = parser.parse_args()
     with multiprocessing.Manager() as manager:
         args.found = manager.dict()
-        jobs = [(method, 1, 2) for method in METHODS]
+        methods = [*METHODS, *(f"{one}{ON_DISK}" for one in METHODS if "fista" in one)]
+        jobs = [(method, 1, 2) for method in methods]
         for job in [*jobs, ("fista", 1, 1), ("fista", 2, 1)]:
             measure(args, *job)
             args.out.write_text(table(dict(args.found)), encoding="utf-8")

@@ -172,6 +172,13 @@ def prune(
             "folder; write the checkpoint when all are there"
         ),
     ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder on a fast disk where recorded activations wait instead of in "
+            "main memory"
+        ),
+    ] = None,
 ) -> None:
     """
     Prune MODEL and write a checkpoint.
@@ -192,10 +199,10 @@ def prune(
                 f"sparse-24-bitmask stores 2:4 weights, not {pattern}: use "
                 "--format sparse-bitmask"
             )
-        if recipe is not None and (resume or layers):
+        if recipe is not None and (resume or layers or activations):
             raise ValueError(
-                "--resume and --layers go with --pattern; in a recipe they are the "
-                "fields resume_dir and layers"
+                "--resume, --layers and --activations go with --pattern; in a recipe "
+                "they are the fields resume_dir, layers and activations_dir"
             )
         modifier = None
         if pattern is not None:
@@ -207,6 +214,7 @@ def prune(
                 warm_start=warm_start,
                 resume_dir=resume and str(resume),
                 layers=layers,
+                activations_dir=activations and str(activations),
             )
         tokenizer = pipeline.load_tokenizer(model)
         dense = pipeline.load_model(model, dtype)

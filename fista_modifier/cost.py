@@ -8,10 +8,16 @@ multiplication and an addition; what is done elementwise is left out. See docs/c
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -50,6 +56,7 @@ class StageShape:
     :param wave: when its turn comes
     :param block: number of the block of the layer that it is in
     :param returned: whether the block returns what its only operator puts out
+    :param share: of the tokens that reach it; below 1 for an expert of a mixture
     """
 
     columns: int
@@ -57,11 +64,17 @@ class StageShape:
     wave: int
     block: int
     returned: bool
+    share: float = 1.0
 
     @property
     def weights(self) -> int:
         """entries of all operators"""
         return self.columns * sum(self.rows)
+
+    @property
+    def products(self) -> float:
+        """operations of a run, for one token of the layer"""
+        return 2 * self.weights * self.share
 
     @property
     def narrow(self) -> bool:
@@ -79,7 +92,7 @@ class LayerShape:
     """
     :param layers: how many the model has
     :param hidden: features of the hidden state
-    :param stages: of one layer
+    :param stages: of one layer, in the order of execution
     :param attention: operations of attention itself, for one sequence
     :param seq_len: tokens of a sequence
     :param parameters: of the whole model
@@ -100,7 +113,32 @@ class LayerShape:
     @property
     def forward(self) -> float:
         """operations of a run of the layer over one sequence"""
+        products = math.fsum(stage.products for stage in self.stages)
+        return products * self.seq_len + self.attention
+
+    @property
+    def toolkit_forward(self) -> float:
+        """the same in the toolkit's pass, in which all experts see all tokens"""
         return 2 * self.weights * self.seq_len + self.attention
+
+    def routed(self, block: int) -> bool:
+        """
+        :param block: number of a block
+        :return: whether it gives tokens to experts: it then runs from its dense inputs
+        """
+        return any(stage.share < 1 for stage in self.stages if stage.block == block)
+
+    def drifts(self, stage: StageShape) -> bool:
+        """
+        :param stage: of the layer
+        :return: whether its inputs follow from operators that were pruned before
+        """
+        if not self.routed(stage.block):
+            return stage.wave > 0
+        return any(
+            other.block == stage.block and other.wave < stage.wave
+            for other in self.stages
+        )
 
 
 @dataclass(frozen=True)
@@ -150,30 +188,38 @@ DEVICES = {
 
 def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     """
-    Build the model without weights and watch its first decoder layer.
+    Build the model without weights and watch its largest decoder layer. Each expert of
+    a mixture is given its average share of the tokens.
 
     :param config: of the model
     :param seq_len: tokens of a calibration sequence
     :return: the shape of its layers, which are taken to be alike
-    :raises ValueError: for a mixture of experts, whose operators the toolkit makes
     """
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if any(getattr(config.get_text_config(), name, None) for name in experts):
-        raise ValueError(
-            f"{config.model_type} is a mixture of experts, whose operators the toolkit "
-            "makes; plan knows dense models only"
-        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        # linearize_moe would copy the weights, of which there are none
+        for name, fused in get_non_linearized_moes(model):
+            linear = LinearExperts2D.get_linear_experts_cls(type(fused))
+            model.set_submodule(name, linear(getattr(fused, "config", model.config)))
     operators = find_operators(model, ["Linear"], [])
-    call = _first_call(model, operators[0].name, seq_len)
-    inside = {id(module) for module in call.layer.modules()}
-    own = [operator for operator in operators if id(operator.module) in inside]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        call.run()
-    blocks = blocks_of(call.layer, own).values()
-    stages = tuple(
+    tokens: dict[torch.nn.Module, int] = {}
+
+    def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        tokens[module] = args[0][..., 0].numel()
+
+    with ExitStack() as stack:
+        stack.enter_context(patch_attr(LinearExperts2D, "forward", _evenly_routed))
+        call = _call_of_largest_layer(model, operators[0].name, seq_len)
+        inside = {id(module) for module in call.layer.modules()}
+        own = [operator for operator in operators if id(operator.module) in inside]
+        for operator in own:
+            stack.enter_context(operator.module.register_forward_pre_hook(count))
+        stages = find_stages(own, [call])
+        with torch.no_grad(), counter:
+            call.run()
+    blocks = list(blocks_of(call.layer, own).values())
+    shapes = tuple(
         StageShape(
             columns=stage.operators[0].weight.shape[1],
             rows=tuple(operator.weight.shape[0] for operator in stage.operators),
@@ -184,32 +230,48 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
                 if stage.operators[0] in inside
             ),
             returned=stage.returned,
+            share=tokens[stage.operators[0].module] / seq_len,
         )
-        for stage in find_stages(own, [call])
+        for stage in stages
     )
-    products = 2 * seq_len * sum(stage.weights for stage in stages)
+    products = seq_len * math.fsum(shape.products for shape in shapes)
     return LayerShape(
         layers=config.get_text_config().num_hidden_layers,
         hidden=call.hidden_states.shape[-1],
-        stages=stages,
+        stages=shapes,
         attention=counter.get_total_flops() - products,
         seq_len=seq_len,
         parameters=model.num_parameters(),
     )
 
 
+def _evenly_routed(
+    experts: LinearExperts2D, hidden_states: Tensor, chosen: Tensor, _weights: Tensor
+) -> Tensor:
+    """What the experts of a mixture compute, if all are chosen equally often."""
+    count = math.ceil(chosen.numel() / experts.num_experts)
+    positions = torch.arange(count, device=hidden_states.device)
+    outputs = torch.zeros_like(hidden_states)
+    for index in range(experts.num_experts):
+        outputs = outputs.index_add(0, positions, experts[index](hidden_states[:count]))
+    return outputs
+
+
 class _Seen(Exception):
     """Carries a call of the first decoder layer out of the model."""
 
 
-def _first_call(model: torch.nn.Module, operator: str, seq_len: int) -> LayerCall:
-    """The decoder layer that an operator is in: the first child of a list around it."""
-    name = ""
-    for part in operator.split("."):
-        name = f"{name}.{part}".lstrip(".")
-        if part.isdigit():
-            break
-    layer = model.get_submodule(name)
+def _call_of_largest_layer(
+    model: torch.nn.Module, operator: str, seq_len: int
+) -> LayerCall:
+    """Decoder layers are the children of the first list around an operator."""
+    parts = operator.split(".")
+    number = next(index for index, part in enumerate(parts) if part.isdigit())
+    layers = model.get_submodule(".".join(parts[:number]))
+    layer = max(
+        layers.children(),
+        key=lambda one: sum(weight.numel() for weight in one.parameters()),
+    )
 
     def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise _Seen(LayerCall(module, args, kwargs))
@@ -228,7 +290,7 @@ def _first_call(model: torch.nn.Module, operator: str, seq_len: int) -> LayerCal
         except _Seen as seen:
             call: LayerCall = seen.args[0]
             return call
-    raise ValueError(f"{name} is not called in a run of the model")
+    raise ValueError(f"{'.'.join(parts[:number])} are not run by the model")
 
 
 def layer_cost(
@@ -248,9 +310,11 @@ def layer_cost(
         reconstruction.epochs * 3 + 3 / MEASURED_EVERY if reconstruction.epochs else 0
     )
     return Cost(
-        recording=(samples + CHECKS) * shape.forward,
+        recording=samples * shape.toolkit_forward + CHECKS * shape.forward,
         replays=samples * _replays(shape),
-        gram=samples * shape.seq_len * sum(map(_gram, shape.stages)),
+        gram=samples
+        * shape.seq_len
+        * math.fsum(_gram(shape, stage) for stage in shape.stages),
         solver=sum(_solver(stage, options) for stage in shape.stages),
         reconstruction=samples * runs * shape.forward,
     )
@@ -259,43 +323,37 @@ def layer_cost(
 def _replays(shape: LayerShape) -> float:
     """Dense and partly pruned runs for one sequence: see layer.py"""
     total = 0.0
-    first_block = min(stage.block for stage in shape.stages)
+    first_block = shape.stages[0].block
     for block in sorted({stage.block for stage in shape.stages}):
-        inside = [stage for stage in shape.stages if stage.block == block]
-        waves = sorted({stage.wave for stage in inside})
-        for wave in waves:
-            here = [stage for stage in inside if stage.wave == wave]
-            only_pruned = wave == 0 or (len(here) == 1 and here[0].recorded)
-            total += (1 if only_pruned else 2) * _before(shape, block, wave)
-        if block != first_block:  # the pruned layer once, as far as the block
-            total += _before(shape, block, waves[0], of_layer=True)
+        numbers: defaultdict[int, list[int]] = defaultdict(list)
+        for number, stage in enumerate(shape.stages):
+            if stage.block == block:
+                numbers[stage.wave].append(number)
+        for here in numbers.values():
+            stage = shape.stages[here[0]]
+            known = len(here) == 1 and stage.recorded
+            only_pruned = known or not shape.drifts(stage)
+            total += (1 if only_pruned else 2) * _before(shape, max(here), block)
+        if block != first_block and not shape.routed(block):
+            # the pruned layer once, as far as the block
+            total += _before(shape, min(min(here) for here in numbers.values()))
     return total
 
 
-def _before(
-    shape: LayerShape, block: int, wave: int, *, of_layer: bool = False
-) -> float:
-    """What runs before a wave, in its block or in the whole layer; attention is in the
-    first block, behind its first wave."""
-    earlier = [
-        stage
-        for stage in shape.stages
-        if stage.wave < wave and (of_layer or stage.block == block)
-    ]
-    products = 2 * shape.seq_len * sum(stage.weights for stage in earlier)
-    first_block = min(stage.block for stage in shape.stages)
-    attended = any(stage.block == first_block for stage in earlier)
+def _before(shape: LayerShape, stop: int, block: int | None = None) -> float:
+    """What runs before a stage, in its block or in the whole layer; attention is in the
+    first block, behind its first stage."""
+    earlier = [stage for stage in shape.stages[:stop] if block in (None, stage.block)]
+    products = shape.seq_len * math.fsum(stage.products for stage in earlier)
+    attended = any(stage.block == shape.stages[0].block for stage in earlier)
     return products + (shape.attention if attended else 0)
 
 
-def _gram(stage: StageShape) -> float:
-    """For one token: G, and the drift where there is one"""
+def _gram(shape: LayerShape, stage: StageShape) -> float:
+    """For one token of the layer: G, and the drift where there is one"""
     own = 2 * SYMMETRIC * stage.columns**2
-    if stage.wave == 0:
-        return own
-    if stage.narrow:
-        return own + 4 * stage.weights
-    return 2 * own + 2 * stage.columns**2
+    drift = 4.0 * stage.weights if stage.narrow else own + 2 * stage.columns**2
+    return stage.share * (own + drift if shape.drifts(stage) else own)
 
 
 def _solver(stage: StageShape, options: SolverOptions) -> float:
@@ -321,38 +379,56 @@ def peak_device_memory(
     :param weight_bytes: of a stored weight
     :param offload_hessians: the modifier's field
     :return: bytes on the device: one layer and its pruned copy, and the most that a
-        stage needs, while tokens are summed or while it is solved
+        stage needs while it is solved, beside the sums of the others of its wave
     """
     layer = 2 * weight_bytes * shape.weights
 
-    def stage_bytes(stage: StageShape) -> float:
+    def solver(stage: StageShape) -> float:
         squares = 5 * stage.columns**2
         if offload_hessians:  # a block, and a product with it
             squares = 2 * stage.columns * min(stage.columns, BLOCK)
-        return FLOAT32 * (squares + 8 * stage.weights)
+        return squares + 8 * stage.weights
 
-    return layer + max(map(stage_bytes, shape.stages))
+    def sums(stage: StageShape) -> float:
+        square = 0 if offload_hessians else stage.columns**2
+        if not shape.drifts(stage):
+            return square
+        return square + (stage.weights if stage.narrow else 2 * square)
+
+    def wave(number: int) -> float:
+        stages = [stage for stage in shape.stages if stage.wave == number]
+        first = max(solver(stage) - sums(stage) for stage in stages)
+        return first + math.fsum(map(sums, stages))
+
+    waves = {stage.wave for stage in shape.stages}
+    return layer + FLOAT32 * max(map(wave, waves))
 
 
-def peak_host_memory(
-    shape: LayerShape, samples: int, activation_bytes: int = 2, weight_bytes: int = 2
+def recorded_memory(
+    shape: LayerShape, samples: int, activation_bytes: int = 2
 ) -> float:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
     :param activation_bytes: of a recorded activation
-    :param weight_bytes: of a stored weight
-    :return: bytes in main memory: the model, and the hidden states that are recorded
+    :return: bytes of the hidden states that wait in main memory, or on disk
     """
     blocks = len({stage.block for stage in shape.stages})
     # the pipeline's, in, out; of the blocks that are not done yet what they return and
     # are called with, and the pruned inputs of the one at work
     states = 3 + 2 * blocks - 1
-    tokens = samples * shape.seq_len
-    return (
-        weight_bytes * shape.parameters
-        + states * tokens * shape.hidden * activation_bytes
-    )
+    return states * samples * shape.seq_len * shape.hidden * activation_bytes
+
+
+def peak_host_memory(shape: LayerShape, samples: int, weight_bytes: int = 2) -> float:
+    """
+    :param shape: of the model's layers
+    :param samples: calibration sequences
+    :param weight_bytes: of a stored weight or activation
+    :return: bytes in main memory: the model, and the hidden states that are recorded
+    """
+    recorded = recorded_memory(shape, samples, weight_bytes)
+    return weight_bytes * shape.parameters + recorded
 
 
 def seconds(cost: Cost, shape: LayerShape, device: Device, devices: int = 1) -> float:

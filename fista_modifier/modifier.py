@@ -25,6 +25,7 @@ from fista_modifier.calibration.layers import (
     group_by_layer,
 )
 from fista_modifier.calibration.operators import check_prunable, find_operators
+from fista_modifier.calibration.storage import ActivationStorage
 from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks
@@ -42,7 +43,13 @@ from fista_modifier.solver import (
 
 __all__ = ["FISTAPruningModifier", "Preset"]
 
-HOW_TO_RUN = {"offload_hessians", "resume_dir", "layers", "distribute"}
+HOW_TO_RUN = {
+    "offload_hessians",
+    "activations_dir",
+    "resume_dir",
+    "layers",
+    "distribute",
+}
 """fields on which the result does not depend"""
 
 Preset = Literal["default", "fast", "paper"]
@@ -135,6 +142,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     :param offload_hessians: keep Gram matrices in main memory, as in the toolkit's
         modifiers, for operators so wide that the device has no room for them; products
         take them block by block, and factorisations are done by the CPU
+    :param activations_dir: folder in whose disk recorded activations wait instead of
+        in main memory; it stays empty, as the files have no names
     :param resume_dir: folder in which every finished layer is kept; a run that was
         interrupted goes on from there and gives the same weights, bit for bit
     :param layers: numbers of the decoder layers to prune, such as "0-9" or "0-3,30".
@@ -169,6 +178,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     reconstruction_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     reconstruction_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     offload_hessians: bool = False
+    activations_dir: str | None = None
     resume_dir: str | None = None
     layers: str | None = None
     distribute: Distribution | None = None
@@ -204,6 +214,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             reconstruction,
             self.error_correction,
             self.offload_hessians,
+            ActivationStorage(_folder(self.activations_dir)),
         )
         if self.layers is not None and self.resume_dir is None:
             raise ValueError(
@@ -238,6 +249,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         """
         Find the operators and refuse what cannot be pruned, before any long work.
 
+        :raises OSError: if there can be no ``activations_dir``
         :raises ValueError: if there is no calibration data, if targets match nothing,
             if an operator cannot have the pattern or is not finite, if the model does
             not have the ``layers``, or if ``resume_dir`` belongs to another run
@@ -247,6 +259,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             raise ValueError(
                 "FISTAPruningModifier needs calibration data: pass dataset=… to oneshot"
             )
+        if self._method.storage.folder is not None:
+            self._method.storage.folder.mkdir(parents=True, exist_ok=True)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         operators = find_operators(model, targets, self.ignore)
         for operator in operators:
@@ -296,7 +310,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._undone_on_error() as schedule:
-            schedule.store()
+            schedule.finish()
         self._seconds += time.perf_counter()
         self.remove_hooks()
         if self.unfinished:
@@ -348,6 +362,10 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
 def _distribution(error_correction: ErrorCorrection) -> Distribution:
     """Layers that depend on one another cannot be shared out."""
     return "data" if error_correction == "full" else "layers"
+
+
+def _folder(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _overridden(preset: Options, **given: Any) -> Options:

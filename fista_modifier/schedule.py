@@ -16,6 +16,7 @@ from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Hook, Recording
 from fista_modifier.calibration.replay import calibration_runs
+from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
 from fista_modifier.layer import (
@@ -31,8 +32,6 @@ from fista_modifier.solver import SolverOptions, SparsityPattern
 
 __all__ = ["Method", "Schedule"]
 
-OFFLOAD_DEVICE = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class Method:
@@ -44,6 +43,7 @@ class Method:
     :param reconstruction: of a layer, once its operators are pruned
     :param error_correction: what X* is
     :param offload_hessians: whether Gram matrices stay in main memory
+    :param storage: where activations wait between the passes
     """
 
     pattern: SparsityPattern
@@ -51,6 +51,7 @@ class Method:
     reconstruction: Reconstruction
     error_correction: ErrorCorrection
     offload_hessians: bool = False
+    storage: ActivationStorage = MAIN_MEMORY
 
 
 class Schedule:
@@ -95,7 +96,7 @@ class Schedule:
         self._on_disk: set[DecoderLayer] = set()
         self._data: CallDigest | None = None
         self._stream = (
-            PrunedStream(OFFLOAD_DEVICE) if method.error_correction == "full" else None
+            PrunedStream(method.storage) if method.error_correction == "full" else None
         )
         self._attention = FusedAttention(model)
         self._progress = RunProgress(0)
@@ -134,7 +135,7 @@ class Schedule:
                 layer.recording = Recording(
                     layer.module,
                     layer.operators,
-                    OFFLOAD_DEVICE,
+                    self._method.storage,
                     with_outputs=layer in self._open and self._reconstructs(layer),
                     with_block_outputs=layer in self._open
                     and self._method.error_correction != "none",
@@ -259,6 +260,11 @@ class Schedule:
             pruned_inputs = self._stream.inputs_of(inputs, layer.name)
             self._stream.advance(inputs, pruned_inputs, weights)
         layer.recording = None
+
+    def finish(self) -> None:
+        """To be called when the pipeline has run all of the model."""
+        self.store()
+        self._stream = None  # the user may keep the modifier, not the activations
 
     def store(self) -> None:
         """Store the layers that the pipeline has left: it no longer runs them."""

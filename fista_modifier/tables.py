@@ -16,6 +16,7 @@ from fista_modifier.cost import (
     LayerShape,
     peak_device_memory,
     peak_host_memory,
+    recorded_memory,
     seconds,
 )
 from fista_modifier.evaluation.formatting import with_error
@@ -178,6 +179,7 @@ def memory_sentence(shape: LayerShape, samples: int, device: Device) -> str:
         fits += f" ({less / 1e9:.1f} GB with offload_hessians: true, which does)"
     return (
         f"About {on_device / 1e9:.1f} GB on a device of {device.memory / 1e9:.0f} GB, "
-        f"{fits}, and {peak_host_memory(shape, samples) / 1e9:.1f} GB of main memory, "
-        "weights and activations being 16 bits wide."
+        f"{fits}, and {peak_host_memory(shape, samples) / 1e9:.1f} GB of main memory "
+        f"({recorded_memory(shape, samples) / 1e9:.1f} GB of it activations, which "
+        "activations_dir keeps on disk), weights and activations being 16 bits wide."
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from families import checkpoint, tiny_model
 from runs import prune, weights
 from transformers import AutoModelForCausalLM
 
+from fista_modifier.calibration import storage
 from fista_modifier.solver import blocks
 
 
@@ -56,3 +60,69 @@ def test_matrices_in_main_memory_end_with_the_same_weights(
     for name, weight in weights(in_blocks).items():
         assert torch.equal(weight == 0, expected[name] == 0), name
         assert torch.allclose(weight, expected[name], rtol=1e-3, atol=1e-4), name
+
+
+def mapped_files() -> set[str]:
+    """What this process has mapped into its memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split(maxsplit=5)[5] for line in lines if len(line.split()) > 5}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {}),
+        ("llama", {"error_correction": "full"}),
+        ("opt", {"preset": "fast"}),
+        ("mixtral", {}),
+    ],
+)
+def test_activations_on_disk_end_with_the_same_weights(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    fields: dict[str, Any],
+) -> None:
+    in_memory = tiny_model(family)
+    prune(in_memory, **fields)
+    monkeypatch.setattr(storage, "SMALLEST", 1)
+    seen: set[str] = set()
+    on_disk = tiny_model(family)
+    for name, module in on_disk.named_modules():
+        if name.endswith(("fc2", "o_proj")):
+            module.register_forward_hook(lambda *_: seen.update(mapped_files()))
+    folder = tmp_path / "new" / "activations"
+    prune(on_disk, activations_dir=str(folder), **fields)
+    assert any(name.startswith(f"{folder}/") for name in seen)
+    assert list(folder.iterdir()) == []
+    assert not any(name.startswith(f"{folder}/") for name in mapped_files())
+    expected = weights(in_memory)
+    for name, weight in weights(on_disk).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+FULL_DISK = """
+import resource
+from families import tiny_model
+from fista_modifier.calibration import storage
+from runs import prune
+storage.SMALLEST = 1
+model = tiny_model("llama")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+prune(model, activations_dir={folder!r})
+"""
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", FULL_DISK.format(folder=str(tmp_path))],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert f"could not keep activations in {tmp_path}: " in process.stderr
+    assert "name another activations_dir" in process.stderr
+    assert list(tmp_path.iterdir()) == []

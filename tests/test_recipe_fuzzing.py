@@ -61,6 +61,7 @@ LIKELY: dict[str, list[Any]] = {
     "warm_start": ["dense", "admm", "wanda"],
     "distribute": ["layers", "data"],
     "layers": ["0", "0-1"],
+    "activations_dir": ["folder"],
     "resume_dir": ["folder"],
     "lambda_init": [1e-5, 0.1],
     "lambda_max": [100, 1e6],

@@ -45,7 +45,7 @@ class Layer(torch.nn.Module):
 
 def recorded(layer: Layer, batches: list[Tensor]) -> tuple[Recording, Operator]:
     operator = Operator("linear", layer.linear)
-    recording = Recording(layer, [operator], torch.device("cpu"), with_outputs=True)
+    recording = Recording(layer, [operator], with_outputs=True)
     for batch in batches:
         recording.inputs.append((batch,), {})
         recording.outputs.append(layer(batch).detach())

@@ -118,7 +118,7 @@ class FusedAttention:
         sets holds for the toolkit's passes until it restores the model's own.
         """
         if self._implementation is None:
-            inputs = LayerInputs(layer, torch.device("cpu"))
+            inputs = LayerInputs(layer)
             inputs.append(args, kwargs)
             same = self._model._supports_sdpa and self._agree(inputs[0])
             self._implementation = "sdpa" if same else "eager"

@@ -14,6 +14,7 @@ from torch import Tensor
 from fista_modifier.calibration.operators import Operator, blocks_of
 from fista_modifier.calibration.replay import LayerInputs, first_tensor
 from fista_modifier.calibration.stages import Stage
+from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
 from fista_modifier.distributed import Ranks
 
 __all__ = ["Recording"]
@@ -31,12 +32,11 @@ class Recording:
     layer need not be replayed for that operator at all.
 
     Per token this holds a hidden state for the layer's input and one for its output,
-    one for the output of each block and one for the input of each but the first, on the
-    offload device.
+    one for the output of each block and one for the input of each but the first.
 
     :param layer: the decoder layer, or a lone operator outside all of them
     :param operators: its operators
-    :param offload_device: where tensors wait between the passes
+    :param storage: where tensors wait between the passes
     :param with_outputs: whether to record what the layer returns
     :param with_block_outputs: whether to record what its blocks return
     """
@@ -45,24 +45,24 @@ class Recording:
         self,
         layer: torch.nn.Module,
         operators: Sequence[Operator],
-        offload_device: torch.device,
+        storage: ActivationStorage = MAIN_MEMORY,
         *,
         with_outputs: bool,
         with_block_outputs: bool = False,
     ) -> None:
-        self.inputs = LayerInputs(layer, offload_device)
+        self.inputs = LayerInputs(layer, storage)
         self.outputs: list[Tensor] = []
         self._with_outputs = with_outputs
         blocks = blocks_of(layer, operators)
         self._blocks = {
-            block: LayerInputs(block, offload_device) for block in list(blocks)[1:]
+            block: LayerInputs(block, storage) for block in list(blocks)[1:]
         }
         self._block_outputs: dict[torch.nn.Module, list[Tensor]] = {
             block: []
             for block, inside in blocks.items()
             if with_block_outputs and any(one.narrows for one in inside)
         }
-        self._offload_device = offload_device
+        self._storage = storage
 
     def hooks(self) -> Iterator[Hook]:
         """
@@ -78,7 +78,7 @@ class Recording:
 
     def _append_to(self, outputs: list[Tensor]) -> Callable[..., None]:
         def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(first_tensor(output).to(self._offload_device))
+            outputs.append(self._storage.keep(first_tensor(output)))
 
         return append
 

@@ -14,12 +14,12 @@ from compressed_tensors.offload import disable_offloading, get_execution_device
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
 from fista_modifier.distributed import Ranks
 
 __all__ = [
@@ -52,29 +52,32 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
 
 class LayerInputs:
     """
-    What a decoder layer was called with, one entry a batch. Tensors are kept on the
-    offload device.
+    What a decoder layer was called with, one entry a batch.
 
     :param layer: the decoder layer, one of its blocks (attention, MLP), or a lone
         operator outside all layers
-    :param offload_device: where tensors wait between the passes
+    :param storage: where tensors wait between the passes
     """
 
-    def __init__(self, layer: torch.nn.Module, offload_device: torch.device) -> None:
+    def __init__(
+        self, layer: torch.nn.Module, storage: ActivationStorage = MAIN_MEMORY
+    ) -> None:
         self.layer = layer
-        self._calls = IntermediatesCache(None, offload_device)
+        self._storage = storage
+        self._calls = storage.cache()
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def clear(self) -> None:
         """Forget all calls."""
-        self._calls = IntermediatesCache(None, self._calls.offload_device)
+        self._calls = self._storage.cache()
 
     def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember one call of the layer, by what its forward names the arguments."""
         call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
-        self._calls.append({"args": call.args, "kwargs": call.kwargs})
+        values = {"args": call.args, "kwargs": call.kwargs}
+        self._storage.append(self._calls, values)
 
     def remember(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,7 +107,7 @@ class LayerInputs:
         if parts is None:
             return self
         device = get_execution_device(self.layer)
-        whole = LayerInputs(self.layer, self._calls.offload_device)
+        whole = LayerInputs(self.layer, self._storage)
         for args, kwargs in chain(*parts):
             moved = tree_map_only(Tensor, lambda one: one.to(device), (args, kwargs))
             whole.append(*moved)
@@ -117,7 +120,7 @@ class LayerInputs:
         :param block: a module inside the layer, called once in each run
         :return: what it is called with
         """
-        inputs = LayerInputs(block, self._calls.offload_device)
+        inputs = LayerInputs(block, self._storage)
 
         def watch(*call: Any) -> None:
             inputs.remember(*call)
@@ -134,7 +137,7 @@ class LayerInputs:
         :param hidden_states: another input tensor for each batch
         :return: the same calls with that tensor in the place of the first argument
         """
-        other = LayerInputs(self.layer, self._calls.offload_device)
+        other = LayerInputs(self.layer, self._storage)
         for call, tensor in zip(self, hidden_states, strict=True):
             moved = tensor.to(call.hidden_states.device)
             other.append((moved, *call.args[1:]), call.kwargs)

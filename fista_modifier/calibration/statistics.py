@@ -54,7 +54,9 @@ def wave_statistics(
     :raises ValueError: if an activation is NaN or infinite, naming the operators
     """
     gathered = [_empty(stage, offload) for stage in wave]
-    same_inputs = not pruned and pruned_inputs is dense_inputs
+    inside = set(dense_inputs.layer.modules())
+    disturbed = any(operator.module in inside for operator in pruned)
+    same_inputs = pruned_inputs is dense_inputs and not disturbed
     for batch, real in enumerate(real_tokens):
         with replaced_weights(pruned):
             partly_pruned = _tokens(wave, pruned_inputs[batch], real)

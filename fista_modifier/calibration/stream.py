@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.storage import ActivationStorage
 
 __all__ = ["PrunedStream"]
 
@@ -16,11 +17,11 @@ class PrunedStream:
     Carries X* across layers for ``error_correction: full``, while the toolkit's
     pipeline carries the dense model's activations.
 
-    :param offload_device: where the hidden states wait, one tensor a batch
+    :param storage: where the hidden states wait, one tensor a batch
     """
 
-    def __init__(self, offload_device: torch.device) -> None:
-        self._offload_device = offload_device
+    def __init__(self, storage: ActivationStorage) -> None:
+        self._storage = storage
         self._hidden_states: list[Tensor] | None = None
         self._dense_output: Tensor | None = None
 
@@ -58,5 +59,5 @@ class PrunedStream:
         self._dense_output = next(iter(dense_inputs)).run()
         with replaced_weights(pruned):
             self._hidden_states = [
-                call.run().to(self._offload_device) for call in pruned_inputs
+                self._storage.keep(call.run()) for call in pruned_inputs
             ]

@@ -18,9 +18,7 @@ def called_layers(family: str) -> list[DecoderLayer]:
     operators = find_operators(model, ["Linear"], [])
     layers = group_by_layer(model, operators, infer_sequential_targets(model))
     for layer in layers:
-        layer.recording = Recording(
-            layer.module, layer.operators, torch.device("cpu"), with_outputs=False
-        )
+        layer.recording = Recording(layer.module, layer.operators, with_outputs=False)
         for module, hook, _ in layer.recording.hooks():
             module.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():

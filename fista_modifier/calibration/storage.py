@@ -1,0 +1,87 @@
+"""Where activations wait between the passes: in main memory, or in files."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+from llmcompressor.pipelines.cache import IntermediatesCache, OverrideEqMode
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["MAIN_MEMORY", "ActivationStorage"]
+
+SMALLEST = 16 * mmap.PAGESIZE
+"""bytes; what is smaller stays in main memory: a mapping has a price of its own"""
+
+
+@dataclass(frozen=True)
+class ActivationStorage:
+    """
+    Keeps tensors off the device.
+
+    In files they are mapped into memory, read from there when they are used, and given
+    up by the system when it needs the memory. A file has no name any longer once it is
+    mapped: its space is free again when its tensor is forgotten, or the process dies.
+
+    :param folder: where the files are; None for main memory
+    """
+
+    folder: Path | None = None
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """
+        :param tensor: on any device
+        :return: the same values on the CPU; one object for one tensor, in the toolkit's
+            caches too
+        :raises OSError: if the disk is full, naming the folder
+        """
+        if self.folder is None or tensor.nbytes < SMALLEST or _is_mapped(tensor):
+            return tensor.to("cpu")
+        known = IntermediatesCache.offload_values
+        with OverrideEqMode():
+            if tensor not in known:
+                known[tensor] = _mapped(tensor, self.folder)
+            mapped: Tensor = known[tensor]
+        return mapped
+
+    def cache(self) -> IntermediatesCache:
+        """:return: an empty cache of the toolkit, for :meth:`append`"""
+        return IntermediatesCache(None, torch.device("cpu"))
+
+    def append(self, cache: IntermediatesCache, values: dict[str, Any]) -> None:
+        """
+        :param cache: whose next batch these are
+        :param values: tensors and containers of tensors
+        """
+        if self.folder is not None:
+            tree_map_only(Tensor, self.keep, values)  # the cache finds them
+        cache.append(values)
+
+
+MAIN_MEMORY = ActivationStorage()
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().filename is not None
+
+
+def _mapped(tensor: Tensor, folder: Path) -> Tensor:
+    values = tensor.detach().to("cpu").contiguous()
+    try:
+        with NamedTemporaryFile(dir=folder) as file:
+            file.write(values.view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = torch.from_file(
+                file.name, shared=True, size=values.numel(), dtype=values.dtype
+            )
+    except OSError as error:
+        raise OSError(
+            f"could not keep activations in {folder}: {error}; free space there, or "
+            "name another activations_dir"
+        ) from error
+    return mapped.view(values.shape)
