@@ -42,7 +42,7 @@ class Reconstruction:
     :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
     """
 
-    epochs: float = 0.75
+    epochs: float = 1.0
     rate: float = 0.01
 
 

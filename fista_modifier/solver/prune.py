@@ -74,11 +74,11 @@ class SolverOptions:
     admm_steps: int = 20
     column_scaling: bool = True
     refit: bool = True
-    dampening_frac: float = 0.1
+    dampening_frac: float = 0.4
     block_size: int = 128
 
 
-FAST = SolverOptions(admm_steps=10, patience=0)
+FAST = SolverOptions(admm_steps=10, patience=0, dampening_frac=0.1)
 """ADMM cut short and a refit, without FISTA."""
 
 PAPER = SolverOptions(
