@@ -11,9 +11,9 @@ is not measured again.
 
 Methods run with their own defaults. "fista-paper" is Algorithm 1 as published,
 "fista-operators" the default without reconstruction of layers, "fista-dense" that from
-dense weights, "fista-3-epochs" the default with four times the reconstruction. "alps"
-and "boza" are the solvers of peers.py in the place of this project's, without
-reconstruction.
+dense weights, "fista-full" the default with X* from the model pruned so far and two
+epochs of reconstruction. "alps" and "boza" are the solvers of peers.py in the place of
+this project's, without reconstruction.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alps": {"reconstruction_epochs": 0},
     "fista-dense": {"warm_start": "dense", "reconstruction_epochs": 0},
     "fista-operators": {"reconstruction_epochs": 0},
-    "fista-3-epochs": {"reconstruction_epochs": 3},
+    "fista-full": {"error_correction": "full", "reconstruction_epochs": 2},
 }
 METHODS = ("wanda", "sparsegpt", "fista-paper", "fista-fast", "fista", *VARIANTS)
 PATTERNS = ("2:4", "0.5")
