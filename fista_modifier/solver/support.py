@@ -10,6 +10,9 @@ from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = ["fill_support", "refit"]
 
+RIDGE = 0.01
+"""a share of the mean of diag(G), SparseGPT's default damping"""
+
 
 def refit(
     objective: LayerObjective,
@@ -86,7 +89,10 @@ def fill_support(
     diagonal = objective.quadratic.diagonal.expand_as(weight)
     dead = diagonal <= 0
     gradient = objective.gradient(weight)
-    gain = gradient * (gradient / diagonal)  # its square might overflow
+    # with little data entries of many features gain alike: those of the weakest, which
+    # would take huge values, come last
+    curvature = diagonal + RIDGE * diagonal.mean()
+    gain = gradient * (gradient / curvature)  # its square might overflow
     dense = objective.weight.abs()
     # features without data come last, the largest dense weights among them first
     gain = torch.where(dead, -1 / dense, gain)
