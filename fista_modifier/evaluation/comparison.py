@@ -325,7 +325,8 @@ def _figures(
         means = [fmean(share) for share in shares]
         cells["excess"] = f"{fmean(means):.3f}"
         cells["its range"] = f"{min(means):.3f}–{max(means):.3f}"
-    if pairs:
+    # a run beside others has no time that could be compared
+    if pairs and all(row["seconds"] and peer["seconds"] for row, peer in pairs):
         ratio = fmean(row["seconds"] / peer["seconds"] for row, peer in pairs)
         cells["time"] = f"{ratio:.2f}"
     peak = max(row["peak_memory_bytes"] for row in rows)

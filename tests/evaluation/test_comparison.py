@@ -154,6 +154,9 @@ def test_excess_and_time_are_shares_of_sparsegpts() -> None:
     assert found["seeds"] == "2"
     assert found["its range"] == "0.500–0.625"
     assert found["time"] == "1.50"
+    seeds[1]["seconds"] = None  # it ran beside others
+    found = cells(Results(SETUP, [dense, *rows, *seeds], None), "fista")
+    assert (found["its range"], found["time"]) == ("0.500–0.625", "")
 
 
 def test_without_a_meaningful_reference_there_is_no_share() -> None:
