@@ -258,7 +258,7 @@ def _evenly_routed(
 
 
 class _Seen(Exception):
-    """Carries a call of the first decoder layer out of the model."""
+    """Carries a call of a decoder layer out of the model."""
 
 
 def _call_of_largest_layer(

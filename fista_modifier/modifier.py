@@ -142,8 +142,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     :param offload_hessians: keep Gram matrices in main memory, as in the toolkit's
         modifiers, for operators so wide that the device has no room for them; products
         take them block by block, and factorisations are done by the CPU
-    :param activations_dir: folder in whose disk recorded activations wait instead of
-        in main memory; it stays empty, as the files have no names
+    :param activations_dir: folder on a disk in which recorded activations wait instead
+        of in main memory; it ends empty, as the files have no names
     :param resume_dir: folder in which every finished layer is kept; a run that was
         interrupted goes on from there and gives the same weights, bit for bit
     :param layers: numbers of the decoder layers to prune, such as "0-9" or "0-3,30".
