@@ -437,7 +437,7 @@ def plan(
         options, reconstruction = PRESETS[preset]
         cost = layer_cost(shape, samples, options, reconstruction)
         console.print(cost_table(cost, shape, DEVICES[device], devices))
-        console.print(memory_sentence(shape, samples, DEVICES[device]))
+        console.print(memory_sentence(shape, samples, DEVICES[device], reconstruction))
 
 
 @app.command("eval")

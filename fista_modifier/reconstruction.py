@@ -8,11 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.operators import (
@@ -91,8 +94,9 @@ def reconstruct(
     number of batches fixes; weights and moments are float32 whatever the model's dtype.
     Because a step is a batch, the result depends on the batch size. If the layer's
     error does not fall (it is measured on every sixteenth batch), the weights are
-    returned as they came. It takes the memory of four float32 copies of the layer's
-    operators, and of the activations of one batch.
+    returned as they came. It takes the memory of three float32 copies of the layer's
+    operators and one in their own dtype, of the largest operator's gradient and of the
+    activations of one batch.
 
     :param recording: of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
@@ -114,12 +118,14 @@ def reconstruct(
     with replaced_weights(current), trainable(inputs.layer, current):
         start_error = _root_mean([errors(batch) for batch in measured])
         kept = _KeptWeights(current, options.rate, steps)
-        for batch in islice(_shuffled(batches), steps):
-            with torch.enable_grad(), _reduced_precision():
-                # in float16 the gradients of a smaller multiple would underflow
-                loss = errors(batch).sum() * recording.outputs[batch].shape[-1]
-                kept.step(loss)
-            on_batch()
+        with kept.following_gradients():
+            for batch in islice(_shuffled(batches), steps):
+                with torch.enable_grad(), _reduced_precision():
+                    loss = errors(batch).sum()
+                    # in float16 the gradients of a smaller multiple would underflow
+                    torch.autograd.backward(loss * recording.outputs[batch].shape[-1])
+                kept.end_step()
+                on_batch()
     error, operator_errors = _errors(current, recording, inputs, measured)
     if not error < start_error:
         current, steps = pruned, 0
@@ -222,7 +228,8 @@ def _reduced_precision() -> Iterator[None]:
 
 class _KeptWeights:
     """
-    Adam on the non-zero entries of weights.
+    Adam on the non-zero entries of weights. Each weight takes its step as soon as its
+    gradient is there, so that there is only ever one gradient.
 
     :param weights: out×in weights in the modules' dtype, updated in place
     :param rate: the highest learning rate, as a share of the mean kept |W_ij|
@@ -232,47 +239,55 @@ class _KeptWeights:
     def __init__(
         self, weights: dict[Operator, Tensor], rate: float, steps: int
     ) -> None:
-        self._weights = weights
-        # as numbers: a product with booleans takes 16 times as long on a CPU
-        self._supports = {
-            operator: (weight != 0).float() for operator, weight in weights.items()
-        }
+        self._steps = steps
         self._masters = {
             operator: weight.to(torch.float32) for operator, weight in weights.items()
         }
-        groups = [
-            {
-                "params": [master],
-                "lr": rate * float(master.abs().sum() / support.sum().clamp(1)),
-            }
-            for master, support in zip(
-                self._masters.values(), self._supports.values(), strict=True
+        self._weights = weights
+        self._optimizers = {
+            operator: Adam(
+                [master],
+                lr=rate * float(master.abs().sum() / master.count_nonzero().clamp(1)),
+                betas=BETAS,
+                fused=True,
             )
+            for operator, master in self._masters.items()
+        }
+        self._schedules = [
+            LambdaLR(optimizer, self._share_of_rate)
+            for optimizer in self._optimizers.values()
         ]
-        self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adam,
-            lambda step: (
-                min(1, (step + 1) / WARM_UP_STEPS)
-                * (1 + math.cos(math.pi * step / steps))
-                / 2
-            ),
-        )
 
-    def step(self, loss: Tensor) -> None:
-        """
-        :param loss: of a run of the layer with the weights as they are
-        """
-        parameters = [operator.module.weight for operator in self._weights]
-        # an expert that no token of the batch is routed to has no gradient
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for operator, gradient in zip(self._weights, gradients, strict=True):
-            master = self._masters[operator]
-            master.grad = None
-            if gradient is not None:
-                gradient = operator.oriented(gradient).to(torch.float32)
-                master.grad = gradient.mul_(self._supports[operator])
-        self._adam.step()
-        self._schedule.step()
-        for operator, weight in self._weights.items():
-            weight.copy_(self._masters[operator])
+    def _share_of_rate(self, step: int) -> float:
+        warm_up = min(1, (step + 1) / WARM_UP_STEPS)
+        return warm_up * (1 + math.cos(math.pi * step / self._steps)) / 2
+
+    @contextmanager
+    def following_gradients(self) -> Iterator[None]:
+        """Let the backward passes within take the steps."""
+        hooks = [
+            operator.module.weight.register_post_accumulate_grad_hook(
+                partial(self._step, operator)
+            )
+            for operator in self._weights
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def end_step(self) -> None:
+        """To be called after each backward pass."""
+        for schedule in self._schedules:
+            schedule.step()
+
+    def _step(self, operator: Operator, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        master = self._masters[operator]
+        gradient = operator.oriented(parameter.grad).to(torch.float32)
+        # 0 and 1 as numbers: products with booleans take much longer on a CPU
+        master.grad = gradient.mul_(master.sign().abs_())
+        self._optimizers[operator].step()
+        self._weights[operator].copy_(master)
+        master.grad = parameter.grad = None

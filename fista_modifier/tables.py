@@ -22,7 +22,7 @@ from fista_modifier.cost import (
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.layer import OperatorResult
-from fista_modifier.reconstruction import ReconstructionResult
+from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 
 __all__ = [
     "cost_table",
@@ -165,16 +165,20 @@ def cost_table(cost: Cost, shape: LayerShape, device: Device, devices: int) -> T
     return table
 
 
-def memory_sentence(shape: LayerShape, samples: int, device: Device) -> str:
+def memory_sentence(
+    shape: LayerShape, samples: int, device: Device, reconstruction: Reconstruction
+) -> str:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
     :param device: that prunes
+    :param reconstruction: of a layer
     :return: the predicted memory, and whether it is there
     """
-    on_device = peak_device_memory(shape)
+    reconstructs = reconstruction.epochs > 0
+    on_device = peak_device_memory(shape, reconstructs=reconstructs)
     fits = "which fits" if on_device < device.memory else "which does [bold]not[/] fit"
-    less = peak_device_memory(shape, offload_hessians=True)
+    less = peak_device_memory(shape, offload_hessians=True, reconstructs=reconstructs)
     if on_device >= device.memory > less:
         fits += f" ({less / 1e9:.1f} GB with offload_hessians: true, which does)"
     return (

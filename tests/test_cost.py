@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from datasets import Dataset
 from families import FAMILIES, LAYERS, MIXTURES, checkpoint, tiny_model
 from transformers import AutoConfig, LlamaConfig
 
-from fista_modifier.cost import peak_device_memory, shape_of
+from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier.cost import peak_device_memory, reconstruction_memory, shape_of
+from fista_modifier.reconstruction import reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -89,6 +93,34 @@ def test_the_widest_operator_of_a_70b_model_decides_on_the_device() -> None:
     shape = shape_of(config, 2048)
     assert math.isclose(shape.parameters / 1e9, 70.55, abs_tol=0.01)
     assert 5 * 4 * 28672**2 < peak_device_memory(shape) < 40e9
+
+
+def test_the_memory_of_a_reconstruction_is_what_torch_allocates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama", torch.bfloat16, **WIDE)
+    length = 64
+    tokens = torch.randint(2, 60, (4, length))
+    ones = torch.ones_like(tokens).tolist()
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
+    peaks: list[int] = []
+
+    def profiled(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.profile(profile_memory=True) as seen:
+            result = reconstruct(*args, **kwargs)
+        changes = [
+            (event.start_ns(), event.nbytes())
+            for event in seen.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        ]
+        peaks.append(max(accumulate(size for _, size in sorted(changes))))
+        return result
+
+    monkeypatch.setattr("fista_modifier.layer.reconstruct", profiled)
+    recipe = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
+    pipeline.prune(model, object(), data, recipe)
+    shape = shape_of(model.config, length)
+    assert max(peaks) == pytest.approx(reconstruction_memory(shape, 2), rel=0.2)
 
 
 def test_plan_prints_time_and_memory(tmp_path: Path) -> None:
