@@ -11,8 +11,7 @@ is not measured again.
 
 Methods run with their own defaults. "fista-paper" is Algorithm 1 as published,
 "fista-operators" the default without reconstruction of layers, "fista-dense" that from
-dense weights, "fista-full" the default with X* from the model pruned so far and two
-epochs of reconstruction. "alps" and "boza" are the solvers of peers.py in the place of
+dense weights. "alps" and "boza" are the solvers of peers.py in the place of
 this project's, without reconstruction.
 """
 
@@ -47,9 +46,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alps": {"reconstruction_epochs": 0},
     "fista-dense": {"warm_start": "dense", "reconstruction_epochs": 0},
     "fista-operators": {"reconstruction_epochs": 0},
-    "fista-full": {"error_correction": "full", "reconstruction_epochs": 2},
 }
-METHODS = ("wanda", "sparsegpt", "fista-paper", "fista-fast", "fista", *VARIANTS)
+METHODS = (
+    "wanda",
+    "sparsegpt",
+    "fista-paper",
+    "fista-fast",
+    "fista",
+    "fista-best",
+    *VARIANTS,
+)
 PATTERNS = ("2:4", "0.5")
 
 
@@ -82,12 +88,11 @@ def prune_by_fields(
     """The default recipe with some fields changed, and maybe another's solver."""
     layer.StageSolver = solver or layer.StageSolver
     wanted = pattern_of(pattern)
+    common = {"targets": TARGETS, "ignore": IGNORE}
     recipe = FISTAPruningModifier(
         sparsity=wanted.sparsity,
         mask_structure=pattern if ":" in pattern else "0:0",
-        targets=TARGETS,
-        ignore=IGNORE,
-        **fields,
+        **common | fields,
     )
     return pipeline.prune(model, tokenizer, calibration, recipe)
 

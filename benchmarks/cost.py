@@ -31,15 +31,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fista_modifier.layer
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.cost import layer_cost, shape_of
 from fista_modifier.data import calibration_dataset
-from fista_modifier.modifier import PRESETS
+from fista_modifier.presets import PRESETS
 from fista_modifier.solver import StageSolver
 
 PHASES = {
     "replays and sums": [
         (fista_modifier.layer, "wave_statistics"),
         (LayerInputs, "of_block"),
+        (PrunedStream, "advance"),
     ],
     "solver": [(StageSolver, "prune")],
     "reconstruction": [(fista_modifier.layer, "reconstruct")],
@@ -94,13 +96,12 @@ def counted(model: Any, tokenizer: Any, data: Dataset, preset: str) -> dict[str,
 def predicted(config: Any, samples: int, seq_len: int, preset: str) -> dict[str, float]:
     """The same by the formulas, and the output embedding, which is in no layer."""
     shape = shape_of(config, seq_len)
-    options, reconstruction = PRESETS[preset]
-    cost = layer_cost(shape, samples, options, reconstruction)
+    procedure = PRESETS[preset]
+    cost = layer_cost(shape, samples, procedure)
     inverses = layer_cost(
         replace(shape, stages=tuple(replace(one, rows=()) for one in shape.stages)),
         samples,
-        replace(options, patience=0),
-        reconstruction,
+        replace(procedure, solver=replace(procedure.solver, patience=0)),
     ).solver
     head = 2 * samples * seq_len * shape.hidden * config.vocab_size
     layers = shape.layers

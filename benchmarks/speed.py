@@ -35,7 +35,7 @@ from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.methods import recipe
 from fista_modifier.solver import NofM
 
-METHODS = ("sparsegpt", "wanda", "fista-fast", "fista")
+METHODS = ("sparsegpt", "wanda", "fista-fast", "fista", "fista-best")
 ON_DISK = ", activations on disk"
 
 

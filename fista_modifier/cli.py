@@ -22,7 +22,7 @@ from fista_modifier.checkpoint.report import REPORT_NAME, Calibration, PruningRe
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
-from fista_modifier.cost import DEVICES, layer_cost, shape_of
+from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import calibration_dataset, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.distributed import current_ranks, join_ranks
@@ -39,7 +39,8 @@ from fista_modifier.evaluation.results import write_whole
 from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
 from fista_modifier.layer import ErrorCorrection
-from fista_modifier.modifier import PRESETS, FISTAPruningModifier, Preset
+from fista_modifier.modifier import FISTAPruningModifier
+from fista_modifier.presets import PRESETS, Preset
 from fista_modifier.solver import SparsityPattern, WarmStart, parse_pattern
 from fista_modifier.tables import (
     cost_table,
@@ -135,12 +136,13 @@ def prune(
     seq_len: SequenceLength = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
-    error_correction: Annotated[
-        ErrorCorrection, typer.Option(help="what X* follows: see the README")
-    ] = "intra",
     preset: Annotated[
         Preset, typer.Option(help="'paper' is Algorithm 1 as published")
     ] = "default",
+    error_correction: Annotated[
+        ErrorCorrection | None,
+        typer.Option(help="what X* follows, if not as in the preset: see the README"),
+    ] = None,
     warm_start: Annotated[
         WarmStart | None,
         typer.Option(help="where FISTA starts, if not as in the preset"),
@@ -434,10 +436,10 @@ def plan(
             raise ValueError(f"device '{device}' is none of {', '.join(DEVICES)}")
         config = pipeline.load_config(model)
         shape = shape_of(config, seq_len or max_sequence_length(config))
-        options, reconstruction = PRESETS[preset]
-        cost = layer_cost(shape, samples, options, reconstruction)
-        console.print(cost_table(cost, shape, DEVICES[device], devices))
-        console.print(memory_sentence(shape, samples, DEVICES[device], reconstruction))
+        procedure = PRESETS[preset]
+        chosen = DEVICES[device]
+        console.print(cost_table(shape, samples, procedure, chosen, devices))
+        console.print(memory_sentence(shape, samples, procedure, chosen))
 
 
 @app.command("eval")

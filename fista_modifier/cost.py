@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from fista_modifier.calibration.operators import blocks_of, find_operators
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
-from fista_modifier.reconstruction import MEASURED_EVERY, Reconstruction
+from fista_modifier.presets import Procedure
+from fista_modifier.reconstruction import MEASURED_EVERY
 from fista_modifier.solver import SolverOptions
 from fista_modifier.solver.blocks import BLOCK
 from fista_modifier.solver.drift import narrows
@@ -133,13 +134,14 @@ class LayerShape:
         """
         return any(stage.routed for stage in self.stages if stage.block == block)
 
-    def drifts(self, stage: StageShape) -> bool:
+    def drifts(self, stage: StageShape, full: bool) -> bool:
         """
         :param stage: of the layer
+        :param full: whether error correction is, or else within a layer
         :return: whether its inputs follow from operators that were pruned before
         """
         if not self.routed(stage.block):
-            return stage.wave > 0
+            return full or stage.wave > 0
         return any(
             other.block == stage.block and other.wave < stage.wave
             for other in self.stages
@@ -302,31 +304,30 @@ def _call_of_largest_layer(
 def layer_cost(
     shape: LayerShape,
     samples: int,
-    options: SolverOptions,
-    reconstruction: Reconstruction,
+    procedure: Procedure,
 ) -> Cost:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
-    :param options: of the solver
-    :param reconstruction: of a layer
-    :return: operations for one layer, with intra-layer error correction
+    :param procedure: what is done to a layer
+    :return: operations for one layer
     """
-    runs = (
-        reconstruction.epochs * 3 + 3 / MEASURED_EVERY if reconstruction.epochs else 0
-    )
+    full = procedure.chains_layers
+    runs = 0.0
+    if procedure.reconstructs:
+        runs = 3 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
     return Cost(
         recording=samples * shape.toolkit_forward + CHECKS * shape.forward,
-        replays=samples * _replays(shape),
+        replays=samples * (_replays(shape, full) + full * shape.forward),
         gram=samples
         * shape.seq_len
-        * math.fsum(_gram(shape, stage) for stage in shape.stages),
-        solver=sum(_solver(stage, options) for stage in shape.stages),
+        * math.fsum(_gram(shape, stage, full) for stage in shape.stages),
+        solver=sum(_solver(stage, procedure.solver) for stage in shape.stages),
         reconstruction=samples * runs * shape.forward,
     )
 
 
-def _replays(shape: LayerShape) -> float:
+def _replays(shape: LayerShape, full: bool) -> float:
     """Dense and partly pruned runs for one sequence: see layer.py"""
     total = 0.0
     first_block = shape.stages[0].block
@@ -338,7 +339,7 @@ def _replays(shape: LayerShape) -> float:
         for here in numbers.values():
             stage = shape.stages[here[0]]
             known = len(here) == 1 and stage.recorded
-            only_pruned = known or not shape.drifts(stage)
+            only_pruned = known or not shape.drifts(stage, full)
             total += (1 if only_pruned else 2) * _before(shape, max(here), block)
         if block != first_block and not shape.routed(block):
             # the pruned layer once, as far as the block
@@ -355,11 +356,11 @@ def _before(shape: LayerShape, stop: int, block: int | None = None) -> float:
     return products + (shape.attention if attended else 0)
 
 
-def _gram(shape: LayerShape, stage: StageShape) -> float:
+def _gram(shape: LayerShape, stage: StageShape, full: bool) -> float:
     """For one token of the layer: G, and the drift where there is one"""
     own = 2 * SYMMETRIC * stage.columns**2
     drift = 4.0 * stage.weights if stage.narrow else own + 2 * stage.columns**2
-    return stage.share * (own + drift if shape.drifts(stage) else own)
+    return stage.share * (own + drift if shape.drifts(stage, full) else own)
 
 
 def _solver(stage: StageShape, options: SolverOptions) -> float:
@@ -379,16 +380,16 @@ def _solver(stage: StageShape, options: SolverOptions) -> float:
 
 def peak_device_memory(
     shape: LayerShape,
+    procedure: Procedure,
     weight_bytes: int = 2,
     *,
     offload_hessians: bool = False,
-    reconstructs: bool = True,
 ) -> float:
     """
     :param shape: of the model's layers
+    :param procedure: what is done to a layer
     :param weight_bytes: of a stored weight
     :param offload_hessians: the modifier's field
-    :param reconstructs: whether layers are reconstructed
     :return: bytes on the device: one layer and its pruned copy, and the most that a
         stage needs while it is solved, beside the sums of the others of its wave, or
         the reconstruction of the layer with batches of one sequence
@@ -403,7 +404,7 @@ def peak_device_memory(
 
     def sums(stage: StageShape) -> float:
         square = 0 if offload_hessians else stage.columns**2
-        if not shape.drifts(stage):
+        if not shape.drifts(stage, procedure.chains_layers):
             return square
         return square + (stage.weights if stage.narrow else 2 * square)
 
@@ -414,7 +415,7 @@ def peak_device_memory(
 
     waves = {stage.wave for stage in shape.stages}
     most = FLOAT32 * max(map(wave, waves))
-    if reconstructs:
+    if procedure.reconstructs:
         most = max(most, reconstruction_memory(shape, weight_bytes))
     return layer + most
 
@@ -438,40 +439,56 @@ def reconstruction_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
 
 
 def recorded_memory(
-    shape: LayerShape, samples: int, activation_bytes: int = 2
+    shape: LayerShape, samples: int, procedure: Procedure, activation_bytes: int = 2
 ) -> float:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
+    :param procedure: what is done to a layer
     :param activation_bytes: of a recorded activation
     :return: bytes of the hidden states that wait in main memory, or on disk
     """
     blocks = len({stage.block for stage in shape.stages})
     # the pipeline's, in, out; of the blocks that are not done yet what they return and
     # are called with, and the pruned inputs of the one at work
-    states = 3 + 2 * blocks - 1
+    states = 3 + 2 * blocks - 1 + procedure.chains_layers
     return states * samples * shape.seq_len * shape.hidden * activation_bytes
 
 
-def peak_host_memory(shape: LayerShape, samples: int, weight_bytes: int = 2) -> float:
+def peak_host_memory(
+    shape: LayerShape, samples: int, procedure: Procedure, weight_bytes: int = 2
+) -> float:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
+    :param procedure: what is done to a layer
     :param weight_bytes: of a stored weight or activation
     :return: bytes in main memory: the model, and the hidden states that are recorded
     """
-    recorded = recorded_memory(shape, samples, weight_bytes)
+    recorded = recorded_memory(shape, samples, procedure, weight_bytes)
     return weight_bytes * shape.parameters + recorded
 
 
-def seconds(cost: Cost, shape: LayerShape, device: Device, devices: int = 1) -> float:
+def seconds(
+    shape: LayerShape,
+    samples: int,
+    procedure: Procedure,
+    device: Device,
+    devices: int = 1,
+) -> float:
     """
-    :param cost: of a layer
     :param shape: of the model's layers
+    :param samples: calibration sequences
+    :param procedure: what is done to a layer
     :param device: that prunes
-    :param devices: how many, each with layers of its own
+    :param devices: how many: each has layers of its own or, where layers depend on one
+        another, data of its own in all but the reconstruction
     :return: predicted time of all layers, products only
     """
-    runs = cost.recording + cost.replays + cost.reconstruction
-    own = runs / device.half + (cost.gram + cost.solver) / device.single
-    return own * -(-shape.layers // devices)
+    cost = layer_cost(shape, samples, procedure)
+    shared = (cost.recording + cost.replays) / device.half
+    shared += (cost.gram + cost.solver) / device.single
+    training = cost.reconstruction / device.half
+    if procedure.chains_layers:
+        return shape.layers * (shared / devices + training)
+    return -(-shape.layers // devices) * (shared + training)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from llmcompressor.core import Event, State, active_session
@@ -30,18 +30,13 @@ from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.layer import ErrorCorrection, OperatorResult
+from fista_modifier.presets import PRESETS, Preset, Procedure
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 from fista_modifier.resume import FinishedLayers, fingerprint
 from fista_modifier.schedule import Method, Schedule
-from fista_modifier.solver import (
-    FAST,
-    PAPER,
-    SolverOptions,
-    WarmStart,
-    parse_pattern,
-)
+from fista_modifier.solver import SolverOptions, WarmStart, parse_pattern
 
-__all__ = ["FISTAPruningModifier", "Preset"]
+__all__ = ["FISTAPruningModifier"]
 
 HOW_TO_RUN = {
     "offload_hessians",
@@ -52,13 +47,7 @@ HOW_TO_RUN = {
 }
 """fields on which the result does not depend"""
 
-Preset = Literal["default", "fast", "paper"]
 Options = TypeVar("Options", SolverOptions, Reconstruction)
-PRESETS: dict[Preset, tuple[SolverOptions, Reconstruction]] = {
-    "default": (SolverOptions(), Reconstruction()),
-    "fast": (FAST, Reconstruction(epochs=0)),
-    "paper": (PAPER, Reconstruction(epochs=0)),
-}
 
 
 class FISTAPruningModifier(Modifier):  # type: ignore[misc]
@@ -113,11 +102,12 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         linear operators stand for all of them; the output embedding is pruned only
         if a target names it
     :param ignore: what to leave dense, in the same notation
+    :param preset: values of the fields below that the recipe leaves out. "default":
+        columns scaled, support found by ADMM, kept entries refitted, and layers
+        reconstructed (docs/method.md). "best" is the most accurate, for half as much
+        time again: "full" error correction and two epochs of reconstruction. "fast"
+        stops at a shorter ADMM and its refit. "paper" is Algorithm 1 as published
     :param error_correction: "none", "intra" or "full", see above
-    :param preset: values of the fields below that the recipe leaves out. "default" is
-        the most accurate (docs/method.md): columns scaled, support found by ADMM, kept
-        entries refitted. "fast" stops at a shorter ADMM and its refit. "paper" is
-        Algorithm 1 as published
     :param warm_start: W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"
     :param admm_steps: steps of an "admm" warm start
     :param column_scaling: weigh entries by their feature's norm, as Wanda does
@@ -161,8 +151,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     mask_structure: str = "0:0"
     targets: str | list[str] = ["Linear"]
     ignore: list[str] = Field(default_factory=list)
-    error_correction: ErrorCorrection = "intra"
     preset: Preset = "default"
+    error_correction: ErrorCorrection | None = None
     warm_start: WarmStart | None = None
     admm_steps: int | None = Field(default=None, ge=1)
     column_scaling: bool | None = None
@@ -194,25 +184,25 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
         pattern = parse_pattern(self.mask_structure, self.sparsity)
-        solver, reconstruction = PRESETS[self.preset]
-        names = {field.name for field in fields(solver)} - {"start"}
+        preset = PRESETS[self.preset]
+        names = {field.name for field in fields(SolverOptions)} - {"start"}
         given = {name: getattr(self, name) for name in names}
-        options = _overridden(solver, start=self.warm_start, **given)
+        options = _overridden(preset.solver, start=self.warm_start, **given)
         if options.lambda_init >= options.lambda_max:
             raise ValueError(
                 f"lambda_init ({options.lambda_init}) must be below lambda_max "
                 f"({options.lambda_max}): the search for λ runs between them"
             )
         reconstruction = _overridden(
-            reconstruction,
+            preset.reconstruction,
             epochs=self.reconstruction_epochs,
             rate=self.reconstruction_rate,
         )
+        correction = self.error_correction or preset.error_correction
+        procedure = Procedure(options, reconstruction, correction)
         self._method = Method(
             pattern,
-            options,
-            reconstruction,
-            self.error_correction,
+            procedure,
             self.offload_hessians,
             ActivationStorage(_folder(self.activations_dir)),
         )
@@ -221,8 +211,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
                 f"layers: '{self.layers}' needs a resume_dir, where the pruned layers "
                 "wait for the others"
             )
-        dependent = self.error_correction == "full"
-        if dependent and (self.layers is not None or self.distribute == "layers"):
+        shares_layers = self.layers is not None or self.distribute == "layers"
+        if procedure.chains_layers and shares_layers:
             raise ValueError(
                 "with error_correction: full a layer depends on those before it, so "
                 "that layers cannot be shared out: leave out layers and distribute, or "
@@ -274,7 +264,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             self._method,
             self._finished_layers(model),
             current_ranks(),
-            self.distribute or _distribution(self.error_correction),
+            self.distribute or self._default_distribution,
         )
         self._contexts.enter_context(traced_with_masks(model))
         self._contexts.enter_context(traces_forgotten())
@@ -340,6 +330,11 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         self._contexts.close()
         return True
 
+    @property
+    def _default_distribution(self) -> Distribution:
+        """Layers that depend on one another cannot be shared out."""
+        return "data" if self._method.procedure.chains_layers else "layers"
+
     def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:
         if self.resume_dir is None:
             return None
@@ -357,11 +352,6 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             self.remove_hooks()
             self._contexts.close()
             raise
-
-
-def _distribution(error_correction: ErrorCorrection) -> Distribution:
-    """Layers that depend on one another cannot be shared out."""
-    return "data" if error_correction == "full" else "layers"
 
 
 def _folder(name: str | None) -> Path | None:

@@ -20,15 +20,15 @@ from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
 from fista_modifier.layer import (
-    ErrorCorrection,
     OperatorResult,
     PrunedLayer,
     prune_layer,
 )
+from fista_modifier.presets import Procedure
 from fista_modifier.progress import RunProgress
-from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
+from fista_modifier.reconstruction import ReconstructionResult
 from fista_modifier.resume import CallDigest, FinishedLayers
-from fista_modifier.solver import SolverOptions, SparsityPattern
+from fista_modifier.solver import SparsityPattern
 
 __all__ = ["Method", "Schedule"]
 
@@ -36,20 +36,16 @@ __all__ = ["Method", "Schedule"]
 @dataclass(frozen=True)
 class Method:
     """
-    How a layer is pruned.
+    What is done and how.
 
     :param pattern: sparsity asked for
-    :param options: of the solver
-    :param reconstruction: of a layer, once its operators are pruned
-    :param error_correction: what X* is
+    :param procedure: for each layer
     :param offload_hessians: whether Gram matrices stay in main memory
     :param storage: where activations wait between the passes
     """
 
     pattern: SparsityPattern
-    options: SolverOptions
-    reconstruction: Reconstruction
-    error_correction: ErrorCorrection
+    procedure: Procedure
     offload_hessians: bool = False
     storage: ActivationStorage = MAIN_MEMORY
 
@@ -96,7 +92,7 @@ class Schedule:
         self._on_disk: set[DecoderLayer] = set()
         self._data: CallDigest | None = None
         self._stream = (
-            PrunedStream(method.storage) if method.error_correction == "full" else None
+            PrunedStream(method.storage) if method.procedure.chains_layers else None
         )
         self._attention = FusedAttention(model)
         self._progress = RunProgress(0)
@@ -137,8 +133,7 @@ class Schedule:
                     layer.operators,
                     self._method.storage,
                     with_outputs=layer in self._open and self._reconstructs(layer),
-                    with_block_outputs=layer in self._open
-                    and self._method.error_correction != "none",
+                    with_block_outputs=layer in self._open and self._corrects_errors,
                 )
                 for hook in layer.recording.hooks():
                     yield layer, hook
@@ -226,16 +221,18 @@ class Schedule:
         if layer.in_sequence:
             check_causal(next(iter(inputs)), layer.name)
         stream = self._stream if layer.in_sequence else None
-        reconstructs = self._reconstructs(layer)
+        procedure = self._method.procedure
         with self._progress.layer(layer) as progress:
             pruned = prune_layer(
                 layer.operators,
                 layer.recording,
                 stream.inputs_of(inputs, layer.name) if stream else inputs,
                 self._method.pattern,
-                self._method.options,
-                correct_errors=self._method.error_correction != "none",
-                reconstruction=self._method.reconstruction if reconstructs else None,
+                procedure.solver,
+                correct_errors=self._corrects_errors,
+                reconstruction=(
+                    procedure.reconstruction if self._reconstructs(layer) else None
+                ),
                 on_batch=progress.on_batch,
                 on_operator=progress.on_operator,
                 ranks=self._by_data,
@@ -278,5 +275,9 @@ class Schedule:
 
     def _reconstructs(self, layer: DecoderLayer) -> bool:
         """A lone operator has no layer around it, and its refit is all there is."""
-        wanted = self._method.reconstruction.epochs > 0
+        wanted = self._method.procedure.reconstructs
         return wanted and layer.in_sequence and bool(layer.operators)
+
+    @property
+    def _corrects_errors(self) -> bool:
+        return self._method.procedure.error_correction != "none"

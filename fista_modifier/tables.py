@@ -11,9 +11,9 @@ from rich.table import Table
 
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
 from fista_modifier.cost import (
-    Cost,
     Device,
     LayerShape,
+    layer_cost,
     peak_device_memory,
     peak_host_memory,
     recorded_memory,
@@ -22,7 +22,8 @@ from fista_modifier.cost import (
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.layer import OperatorResult
-from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
+from fista_modifier.presets import Procedure
+from fista_modifier.reconstruction import ReconstructionResult
 
 __all__ = [
     "cost_table",
@@ -139,10 +140,13 @@ def verification_table(verification: Verification) -> Table:
     return table
 
 
-def cost_table(cost: Cost, shape: LayerShape, device: Device, devices: int) -> Table:
+def cost_table(
+    shape: LayerShape, samples: int, procedure: Procedure, device: Device, devices: int
+) -> Table:
     """
-    :param cost: of a layer
     :param shape: of the model's layers
+    :param samples: calibration sequences
+    :param procedure: what is done to a layer
     :param device: that prunes
     :param devices: how many
     :return: one line for each phase, and the predicted time of all
@@ -153,11 +157,12 @@ def cost_table(cost: Cost, shape: LayerShape, device: Device, devices: int) -> T
     table.add_column("phase")
     table.add_column("Tflop in a layer", justify="right")
     table.add_column("share", justify="right")
+    cost = layer_cost(shape, samples, procedure)
     for field in fields(cost):
         value = getattr(cost, field.name)
         share = f"{100 * value / cost.total:.0f} %"
         table.add_row(field.name, f"{value / 1e12:.3f}", share)
-    hours = seconds(cost, shape, device, devices) / 3600
+    hours = seconds(shape, samples, procedure, device, devices) / 3600
     table.caption = (
         f"at half of the published peak: {hours:.2f} hours on {devices} such device"
         + ("s" if devices > 1 else "")
@@ -166,24 +171,24 @@ def cost_table(cost: Cost, shape: LayerShape, device: Device, devices: int) -> T
 
 
 def memory_sentence(
-    shape: LayerShape, samples: int, device: Device, reconstruction: Reconstruction
+    shape: LayerShape, samples: int, procedure: Procedure, device: Device
 ) -> str:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
+    :param procedure: what is done to a layer
     :param device: that prunes
-    :param reconstruction: of a layer
     :return: the predicted memory, and whether it is there
     """
-    reconstructs = reconstruction.epochs > 0
-    on_device = peak_device_memory(shape, reconstructs=reconstructs)
+    on_device = peak_device_memory(shape, procedure)
     fits = "which fits" if on_device < device.memory else "which does [bold]not[/] fit"
-    less = peak_device_memory(shape, offload_hessians=True, reconstructs=reconstructs)
+    less = peak_device_memory(shape, procedure, offload_hessians=True)
     if on_device >= device.memory > less:
         fits += f" ({less / 1e9:.1f} GB with offload_hessians: true, which does)"
     return (
         f"About {on_device / 1e9:.1f} GB on a device of {device.memory / 1e9:.0f} GB, "
-        f"{fits}, and {peak_host_memory(shape, samples) / 1e9:.1f} GB of main memory "
-        f"({recorded_memory(shape, samples) / 1e9:.1f} GB of it activations, which "
+        f"{fits}, and {peak_host_memory(shape, samples, procedure) / 1e9:.1f} GB of "
+        f"main memory ({recorded_memory(shape, samples, procedure) / 1e9:.1f} GB of it "
+        "activations, which "
         "activations_dir keeps on disk), weights and activations being 16 bits wide."
     )

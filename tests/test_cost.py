@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.cost import peak_device_memory, reconstruction_memory, shape_of
+from fista_modifier.presets import PRESETS
 from fista_modifier.reconstruction import reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,7 @@ NARROW_EXPERTS = {
     "preset, family, settings",
     [
         ("default", "llama", WIDE),
+        ("best", "llama", WIDE),
         ("fast", "llama", WIDE),
         ("default", "mixtral", WIDE),
         ("default", "qwen2_moe", WIDE | NARROW_EXPERTS),
@@ -92,7 +94,7 @@ def test_the_widest_operator_of_a_70b_model_decides_on_the_device() -> None:
     )
     shape = shape_of(config, 2048)
     assert math.isclose(shape.parameters / 1e9, 70.55, abs_tol=0.01)
-    assert 5 * 4 * 28672**2 < peak_device_memory(shape) < 40e9
+    assert 5 * 4 * 28672**2 < peak_device_memory(shape, PRESETS["best"]) < 40e9
 
 
 def test_the_memory_of_a_reconstruction_is_what_torch_allocates(

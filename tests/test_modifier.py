@@ -368,7 +368,7 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused_at_once(fields, match)
         ({"epsilon": -1e-3}, "epsilon"),
         ({"xi": 1.0}, "xi"),
         ({"warm_start": "random"}, "warm_start"),
-        ({"preset": "best"}, "preset"),
+        ({"preset": "better"}, "preset"),
         ({"error_correction": "inter"}, "error_correction"),
         ({"sparsiti": 0.5}, "sparsiti"),
     ],

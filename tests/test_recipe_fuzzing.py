@@ -56,7 +56,7 @@ OTHERS: list[Any] = [
 LIKELY: dict[str, list[Any]] = {
     "sparsity": [0.5, 0.0, 0.75, None],
     "mask_structure": ["2:4", "0:0", "1:4"],
-    "preset": ["default", "fast", "paper"],
+    "preset": ["default", "best", "fast", "paper"],
     "error_correction": ["none", "intra", "full"],
     "warm_start": ["dense", "admm", "wanda"],
     "distribute": ["layers", "data"],

@@ -20,7 +20,12 @@ from fista_modifier.solver.patterns import project
 __all__ = ["IGNORE", "METHODS", "TARGETS", "Pruner", "pruner"]
 
 TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
-PRESETS = {"fista-paper": "paper", "fista-fast": "fast", "fista": "default"}
+PRESETS = {
+    "fista-paper": "paper",
+    "fista-fast": "fast",
+    "fista": "default",
+    "fista-best": "best",
+}
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", *PRESETS)
 """Methods by their names; "dense" prunes nothing."""
 
