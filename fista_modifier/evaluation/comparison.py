@@ -50,6 +50,7 @@ __all__ = [
 
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 DENSE, REFERENCE = "dense", "sparsegpt"
+STARTS = "error, warm start → solver"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,6 +103,9 @@ class Trial:
             row["peak_memory_bytes"] = _peak_memory()
             if run.results:
                 row["solver_seconds"] = sum(r.seconds for r in run.results)
+                row["mean_squared_start_error"] = fmean(
+                    r.relative_start_error**2 for r in run.results
+                )
                 row["mean_squared_relative_error"] = fmean(
                     r.relative_error**2 for r in run.results
                 )
@@ -268,7 +272,7 @@ def comparison_table(results: Results) -> str:
     texts = list(dense["perplexity"])
     header = ["pattern", "method", "seeds", *texts]
     header += [f"excess, {text}" for text in texts]
-    header += ["excess", "its range", "time", "peak memory", "zeros"]
+    header += ["excess", "its range", STARTS, "time", "peak memory", "zeros"]
     figures = {text: f"{dense['perplexity'][text]:.2f}" for text in texts}
     lines = [{"method": DENSE} | figures]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -283,14 +287,13 @@ def comparison_table(results: Results) -> str:
         peers = {row["seed"]: row for row in groups.get((pattern, REFERENCE), [])}
         label = {"pattern": pattern, "method": method}
         lines.append(label | _figures(rows, dense, peers, texts))
-    # what repeats another column is left out
-    several = any(len(rows) > 1 for rows in groups.values())
-    header = [
-        name
-        for name in header
-        if (several or name not in ("seeds", "its range"))
-        and (len(texts) > 1 or name != "excess")
-    ]
+    # what repeats another column, or says nothing, is left out
+    unwanted = set() if len(texts) > 1 else {"excess"}
+    if all(len(rows) == 1 for rows in groups.values()):
+        unwanted |= {"seeds", "its range"}
+    if not any(STARTS in line for line in lines):
+        unwanted.add(STARTS)
+    header = [name for name in header if name not in unwanted]
     cells = [[line.get(name, "") for name in header] for line in lines]
     return markdown_table(header, cells) + "\n\n" + _caption(results.setup) + "\n"
 
@@ -325,6 +328,10 @@ def _figures(
         means = [fmean(share) for share in shares]
         cells["excess"] = f"{fmean(means):.3f}"
         cells["its range"] = f"{min(means):.3f}–{max(means):.3f}"
+    if all("mean_squared_start_error" in row for row in rows):
+        start = fmean(row["mean_squared_start_error"] for row in rows)
+        solved = fmean(row["mean_squared_relative_error"] for row in rows)
+        cells[STARTS] = f"{start:.4f} → {solved:.4f}"
     # a run beside others has no time that could be compared
     if pairs and all(row["seconds"] and peer["seconds"] for row, peer in pairs):
         ratio = fmean(row["seconds"] / peer["seconds"] for row, peer in pairs)
@@ -345,9 +352,10 @@ def _caption(setup: Mapping[str, Any]) -> str:
         + "Excess is ln(ppl / ppl of dense), as a share of SparseGPT's with the same "
         "calibration tokens (where there are several: their mean over the texts, and "
         "the lowest and highest of a seed; perplexities are geometric means over the "
-        "seeds). Times are of calibration and pruning, as ratios to SparseGPT's, on "
-        f"{setup['cpus']} CPU cores. Peak memory is that of the method's process, "
-        "without the accelerator's. Versions: "
+        "seeds). Errors are means of the operators' squared relative ones, as warm "
+        "starts and as the solver left them. Times are of calibration and pruning, as "
+        f"ratios to SparseGPT's, on {setup['cpus']} CPU cores. Peak memory is "
+        "that of the method's process, without the accelerator's. Versions: "
         + ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
         + "."
     )
