@@ -18,8 +18,14 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from compare import common_arguments, common_setup, measure, prune_by_fields, show
-from transformers import AutoConfig
+from compare import (
+    common_arguments,
+    common_setup,
+    dense_layers,
+    measure,
+    prune_by_fields,
+    show,
+)
 
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE
@@ -71,12 +77,6 @@ def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
     pattern = fields.pop(PATTERN, args.pattern)
     prune = partial(prune_by_fields, pattern=pattern, fields=fields)
     return measure(args, prune, samples, args.seed)
-
-
-def dense_layers(model: str, every: int) -> list[str]:
-    """Patterns of the names in the layers that are left dense."""
-    layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    return [rf"re:.*layers\.{number}\..*" for number in range(layers) if number % every]
 
 
 def table(results: Results) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+from transformers import AutoConfig
 
 from fista_modifier import FISTAPruningModifier, layer, pipeline
 from fista_modifier.data import calibration_dataset
@@ -64,6 +65,12 @@ def pattern_of(name: str) -> SparsityPattern:
     if ":" in name:
         return parse_pattern(name, None)
     return parse_pattern("0:0", float(name))
+
+
+def dense_layers(model: str, every: int) -> list[str]:
+    """Patterns of the names in the layers that are left dense."""
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    return [rf"re:.*layers\.{number}\..*" for number in range(layers) if number % every]
 
 
 def method_pruner(method: str, pattern: str) -> Pruner:

@@ -1,5 +1,6 @@
 """
-What each part of the solver is worth, on every operator of a real model by itself.
+What each part of the solver is worth, on single operators of a real model: all of those
+in every third decoder layer (--every), each by itself.
 
 Squared relative output errors ‖W*X − WX‖² / ‖WX‖², X* = X, as shares of those of
 SparseGPT (llm-compressor's, with its own defaults) from the same Gram matrices.
@@ -20,7 +21,7 @@ from typing import Any
 
 import peers
 import torch
-from compare import pattern_of
+from compare import dense_layers, pattern_of
 from torch import nn
 
 from fista_modifier import pipeline
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     tokenizer = pipeline.load_tokenizer(args.model)
@@ -124,7 +126,8 @@ def main() -> None:
     calibration = calibration_dataset(
         args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len
     )
-    operators = find_operators(model, TARGETS, IGNORE)
+    ignore = IGNORE + dense_layers(args.model, args.every)
+    operators = find_operators(model, TARGETS, ignore)
     blocks = torch.tensor(calibration["input_ids"])
     statistics = gram_matrices(model, operators, blocks)
     kinds = dict.fromkeys(one.name.rpartition(".")[2] for one in operators)
@@ -138,8 +141,9 @@ def main() -> None:
         table = markdown_table(header, lines)
         write_whole(
             args.out,
-            f"{table}\n\n{Path(args.model).name}, {len(operators)} operators, "
-            f"{args.samples} × {args.seq_len} tokens of {Path(args.calibration).name}. "
+            f"{table}\n\n{Path(args.model).name}, the {len(operators)} operators "
+            f"of one layer in {args.every}, {args.samples} × {args.seq_len} tokens of "
+            f"{Path(args.calibration).name}. "
             "SparseGPT: means of squared relative errors; the others: shares of "
             "SparseGPT's mean, the worst operator's share of SparseGPT's error, how "
             "many are above SparseGPT's, and seconds for all operators, warm start "
