@@ -18,6 +18,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch.utils.hooks import RemovableHandle
 
+from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import traced_with_masks, traces_forgotten
 from fista_modifier.calibration.layers import (
     DecoderLayer,
@@ -25,7 +26,6 @@ from fista_modifier.calibration.layers import (
     group_by_layer,
 )
 from fista_modifier.calibration.operators import check_prunable, find_operators
-from fista_modifier.calibration.storage import ActivationStorage
 from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks

@@ -11,12 +11,12 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.attention import FusedAttention, check_causal
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Hook, Recording
 from fista_modifier.calibration.replay import calibration_runs
-from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
 from fista_modifier.layer import (

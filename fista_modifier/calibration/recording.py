@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.operators import Operator, blocks_of
 from fista_modifier.calibration.replay import LayerInputs, first_tensor
 from fista_modifier.calibration.stages import Stage
-from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
 from fista_modifier.distributed import Ranks
 
 __all__ = ["Recording"]

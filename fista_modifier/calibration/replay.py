@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.storage import MAIN_MEMORY, ActivationStorage
+from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.distributed import Ranks
 
 __all__ = [

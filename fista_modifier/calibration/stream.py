@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.calibration.storage import ActivationStorage
 
 __all__ = ["PrunedStream"]
 
