@@ -137,7 +137,11 @@ def prune(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
     preset: Annotated[
-        Preset, typer.Option(help="'paper' is Algorithm 1 as published")
+        Preset,
+        typer.Option(
+            help="'best' is more accurate, 'fast' faster; 'paper' is Algorithm 1 as "
+            "published"
+        ),
     ] = "default",
     error_correction: Annotated[
         ErrorCorrection | None,
