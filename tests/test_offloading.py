@@ -14,7 +14,7 @@ from families import checkpoint, tiny_model
 from runs import prune, weights
 from transformers import AutoModelForCausalLM
 
-from fista_modifier.calibration import storage
+from fista_modifier.calibration import activations
 from fista_modifier.solver import blocks
 
 
@@ -86,7 +86,7 @@ def test_activations_on_disk_end_with_the_same_weights(
 ) -> None:
     in_memory = tiny_model(family)
     prune(in_memory, **fields)
-    monkeypatch.setattr(storage, "SMALLEST", 1)
+    monkeypatch.setattr(activations, "SMALLEST", 1)
     seen: set[str] = set()
     on_disk = tiny_model(family)
     for name, module in on_disk.named_modules():
@@ -105,9 +105,9 @@ def test_activations_on_disk_end_with_the_same_weights(
 FULL_DISK = """
 import resource
 from families import tiny_model
-from fista_modifier.calibration import storage
+from fista_modifier.calibration import activations
 from runs import prune
-storage.SMALLEST = 1
+activations.SMALLEST = 1
 model = tiny_model("llama")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 prune(model, activations_dir={folder!r})
