@@ -214,9 +214,9 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         shares_layers = self.layers is not None or self.distribute == "layers"
         if procedure.chains_layers and shares_layers:
             raise ValueError(
-                "with error_correction: full a layer depends on those before it, so "
-                "that layers cannot be shared out: leave out layers and distribute, or "
-                "use error_correction: intra"
+                "with error_correction: full, which is also that of preset: best, a "
+                "layer depends on those before it, so that layers cannot be shared "
+                "out: leave out layers and distribute, or use error_correction: intra"
             )
         return self
 

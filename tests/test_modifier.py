@@ -370,6 +370,11 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused_at_once(fields, match)
         ({"warm_start": "random"}, "warm_start"),
         ({"preset": "better"}, "preset"),
         ({"error_correction": "inter"}, "error_correction"),
+        ({"preset": "best", "distribute": "layers"}, "preset: best"),
+        (
+            {"error_correction": "full", "layers": "0", "resume_dir": "folder"},
+            "layers cannot be shared out",
+        ),
         ({"sparsiti": 0.5}, "sparsiti"),
     ],
 )
