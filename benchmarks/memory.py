@@ -9,7 +9,7 @@ told to return what is freed (MALLOC_MMAP_THRESHOLD_); left to itself, glibc kee
 varying share.
 
     python benchmarks/memory.py --model DIR --calibration FILE.txt --layers 2 \\
-        --samples 128 --seq-len 512 --out benchmarks/results/memory.md
+        --samples 64 --seq-len 512 --out benchmarks/results/memory.md
 """
 
 from __future__ import annotations
