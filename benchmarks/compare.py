@@ -27,7 +27,7 @@ from typing import Any
 import peers
 from transformers import AutoConfig
 
-from fista_modifier import FISTAPruningModifier, layer, pipeline
+from fista_modifier import layer, pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.comparison import (
     PACKAGES,
@@ -35,7 +35,7 @@ from fista_modifier.evaluation.comparison import (
     comparison_table,
     in_own_process,
 )
-from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner, pruner
+from fista_modifier.evaluation.methods import PRESETS, Pruner, pruner, recipe
 from fista_modifier.evaluation.results import Results, Row, versions, write_whole
 from fista_modifier.evaluation.texts import load_texts
 from fista_modifier.solver import SparsityPattern, parse_pattern
@@ -48,15 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fista-dense": {"warm_start": "dense", "reconstruction_epochs": 0},
     "fista-operators": {"reconstruction_epochs": 0},
 }
-METHODS = (
-    "wanda",
-    "sparsegpt",
-    "fista-paper",
-    "fista-fast",
-    "fista",
-    "fista-best",
-    *VARIANTS,
-)
+METHODS = ("wanda", "sparsegpt", *PRESETS, *VARIANTS)
 PATTERNS = ("2:4", "0.5")
 
 
@@ -94,14 +86,8 @@ def prune_by_fields(
 ) -> pipeline.PruningRun:
     """The default recipe with some fields changed, and maybe another's solver."""
     layer.StageSolver = solver or layer.StageSolver
-    wanted = pattern_of(pattern)
-    common = {"targets": TARGETS, "ignore": IGNORE}
-    recipe = FISTAPruningModifier(
-        sparsity=wanted.sparsity,
-        mask_structure=pattern if ":" in pattern else "0:0",
-        **common | fields,
-    )
-    return pipeline.prune(model, tokenizer, calibration, recipe)
+    modifier = recipe("fista", pattern_of(pattern), **fields)
+    return pipeline.prune(model, tokenizer, calibration, modifier)
 
 
 def common_arguments(

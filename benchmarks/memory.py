@@ -65,9 +65,10 @@ def main() -> None:
     os.environ |= RETURN_WHAT_IS_FREED
     header = ["method", "GiB", "above SparseGPT", "on disk", "above SparseGPT"]
     lines: list[list[str]] = []
-    reference = in_own_process(measured, args, "sparsegpt", False)
-    for method in METHODS:
+    reference: float | None = None
+    for method in METHODS:  # SparseGPT first
         peaks = [in_own_process(measured, args, method, False)]
+        reference = peaks[0] if reference is None else reference
         if "fista" in method:
             peaks.append(in_own_process(measured, args, method, True))
         cells = [[f"{peak:.3f}", f"{peak - reference:+.3f}"] for peak in peaks]

@@ -58,9 +58,7 @@ def prune(args: argparse.Namespace, method: str, **fields: Any) -> tuple[float, 
     data = calibration_dataset(
         args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
     )
-    modifier = recipe(method, NofM(2, 4))
-    if fields:
-        modifier = type(modifier)(**modifier.model_dump(exclude_unset=True), **fields)
+    modifier = recipe(method, NofM(2, 4), **fields)
     started, processor = time.perf_counter(), time.process_time()
     pipeline.prune(model, tokenizer, data, modifier)
     return time.perf_counter() - started, time.process_time() - processor

@@ -470,22 +470,21 @@ def peak_host_memory(
 
 
 def seconds(
+    cost: Cost,
     shape: LayerShape,
-    samples: int,
     procedure: Procedure,
     device: Device,
     devices: int = 1,
 ) -> float:
     """
+    :param cost: of a layer
     :param shape: of the model's layers
-    :param samples: calibration sequences
     :param procedure: what is done to a layer
     :param device: that prunes
     :param devices: how many: each has layers of its own or, where layers depend on one
         another, data of its own in all but the reconstruction
     :return: predicted time of all layers, products only
     """
-    cost = layer_cost(shape, samples, procedure)
     shared = (cost.recording + cost.replays) / device.half
     shared += (cost.gram + cost.solver) / device.single
     training = cost.reconstruction / device.half

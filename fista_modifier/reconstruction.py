@@ -264,7 +264,10 @@ class _KeptWeights:
 
     @contextmanager
     def following_gradients(self) -> Iterator[None]:
-        """Let the backward passes within take the steps."""
+        """
+        Let the backward passes within take the steps. An expert that no token of a
+        batch is routed to has no gradient, and takes none.
+        """
         hooks = [
             operator.module.weight.register_post_accumulate_grad_hook(
                 partial(self._step, operator)

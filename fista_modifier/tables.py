@@ -162,7 +162,7 @@ def cost_table(
         value = getattr(cost, field.name)
         share = f"{100 * value / cost.total:.0f} %"
         table.add_row(field.name, f"{value / 1e12:.3f}", share)
-    hours = seconds(shape, samples, procedure, device, devices) / 3600
+    hours = seconds(cost, shape, procedure, device, devices) / 3600
     table.caption = (
         f"at half of the published peak: {hours:.2f} hours on {devices} such device"
         + ("s" if devices > 1 else "")
@@ -189,6 +189,6 @@ def memory_sentence(
         f"About {on_device / 1e9:.1f} GB on a device of {device.memory / 1e9:.0f} GB, "
         f"{fits}, and {peak_host_memory(shape, samples, procedure) / 1e9:.1f} GB of "
         f"main memory ({recorded_memory(shape, samples, procedure) / 1e9:.1f} GB of it "
-        "activations, which "
-        "activations_dir keeps on disk), weights and activations being 16 bits wide."
+        "activations, which activations_dir keeps on disk), weights and activations "
+        "being 16 bits wide."
     )

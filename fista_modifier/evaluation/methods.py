@@ -77,10 +77,11 @@ def prune_by_recipe(
     return pipeline.prune(model, tokenizer, calibration, recipe(method, pattern))
 
 
-def recipe(method: str, pattern: SparsityPattern) -> Modifier:
+def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
     """
     :param method: "wanda", "sparsegpt" or a preset of FISTAPruner
     :param pattern: the sparsity
+    :param changes: fields of the modifier that are not to have these values
     :return: the modifier, with its own defaults apart from the sparsity
     """
     fields: dict[str, Any] = {
@@ -90,12 +91,12 @@ def recipe(method: str, pattern: SparsityPattern) -> Modifier:
     }
     keep, group = (pattern.n, pattern.m) if isinstance(pattern, NofM) else (0, 0)
     if method in PRESETS:
-        return FISTAPruningModifier(
-            **fields, mask_structure=f"{keep}:{group}", preset=PRESETS[method]
-        )
+        fields |= {"mask_structure": f"{keep}:{group}", "preset": PRESETS[method]}
+        return FISTAPruningModifier(**fields | changes)
     # llm-compressor's own modifiers count the pruned weights of a group
     peer = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
-    return peer(**fields, mask_structure=f"{group - keep}:{group}")
+    fields["mask_structure"] = f"{group - keep}:{group}"
+    return peer(**fields | changes)
 
 
 def prune_by_magnitude(
