@@ -268,6 +268,8 @@ class _KeptWeights:
         Let the backward passes within take the steps. An expert that no token of a
         batch is routed to has no gradient, and takes none.
         """
+        for operator in self._weights:  # another's gradient would be added to
+            operator.module.weight.grad = None
         hooks = [
             operator.module.weight.register_post_accumulate_grad_hook(
                 partial(self._step, operator)
