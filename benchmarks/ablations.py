@@ -18,10 +18,10 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+import inputs
 from compare import (
     common_arguments,
     common_setup,
-    dense_layers,
     measure,
     prune_by_fields,
     show,
@@ -72,7 +72,9 @@ def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
     """Prune by the default with some fields changed; None only evaluates."""
     if variant is None:
         return measure(args, None, args.samples, args.seed)
-    fields = dict(variant) | {"ignore": IGNORE + dense_layers(args.model, args.every)}
+    fields = dict(variant) | {
+        "ignore": IGNORE + inputs.dense_layers(args.model, args.every)
+    }
     samples = fields.pop(SAMPLES, args.samples)
     pattern = fields.pop(PATTERN, args.pattern)
     prune = partial(prune_by_fields, pattern=pattern, fields=fields)
@@ -127,7 +129,7 @@ def _ratio(one: float | None, other: float | None) -> str:
 
 
 def main() -> None:
-    parser = common_arguments(__doc__.split("\n\n")[0], 32, 16384)
+    parser = common_arguments(__doc__, 32, 16384)
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=3)

@@ -11,10 +11,10 @@ loaded as users load it. "zeros lost" counts pruned entries that quantisation re
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+import inputs
 import torch
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -22,7 +22,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier, pipeline
-from fista_modifier.data import calibration_dataset
+from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.perplexity import perplexity
 
 IGNORE = ["re:.*lm_head"]
@@ -63,24 +63,17 @@ def revived(folder: str | Path, zeros: dict[str, torch.Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
+    parser = inputs.arguments(__doc__, 32)
     parser.add_argument("--text", nargs="+", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=32768)
     parser.add_argument("--work", type=Path, required=True, help="for checkpoints")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
     tokenizer = pipeline.load_tokenizer(args.model)
-    data = calibration_dataset(
-        args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
-    )
-    names = " | ".join(text.stem for text in args.text)
-    rows = [f"| scheme | quantised by | {names} | zeros lost |"]
-    rows.append("|---|---|" + "---|" * (len(args.text) + 1))
+    data = inputs.calibration(args)
+    names = (text.stem for text in args.text)
+    header = ["scheme", "quantised by", *names, "zeros lost"]
+    rows: list[list[str]] = []
 
     def checkpoint(folder: Path, start: str | Path, recipe: Modifier) -> Path:
         if not folder.exists():
@@ -102,10 +95,11 @@ def main() -> None:
             ).value
             for text in args.text
         ]
-        cells = " | ".join(f"{value:.2f}" for value in found)
-        rows.append(f"| {scheme} | {quantiser} | {cells} | {lost:.2f} % |")
-        args.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        print(rows[-1], flush=True)
+        cells = [f"{value:.2f}" for value in found]
+        rows.append([scheme, quantiser, *cells, f"{lost:.2f} %"])
+        table = markdown_table(header, rows)
+        args.out.write_text(table + "\n", encoding="utf-8")
+        print(table, flush=True)
 
     zeros: dict[str, torch.Tensor] = {}
     add("dense", "", args.model)

@@ -24,11 +24,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import inputs
 import peers
-from transformers import AutoConfig
 
 from fista_modifier import layer, pipeline
-from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.comparison import (
     PACKAGES,
     Trial,
@@ -59,12 +58,6 @@ def pattern_of(name: str) -> SparsityPattern:
     return parse_pattern("0:0", float(name))
 
 
-def dense_layers(model: str, every: int) -> list[str]:
-    """Patterns of the names in the layers that are left dense."""
-    layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    return [rf"re:.*layers\.{number}\..*" for number in range(layers) if number % every]
-
-
 def method_pruner(method: str, pattern: str) -> Pruner:
     """The package's methods and those that only the benchmarks have."""
     if method not in VARIANTS:
@@ -91,18 +84,13 @@ def prune_by_fields(
 
 
 def common_arguments(
-    description: str, samples: int, eval_tokens: int | None
+    documentation: str, samples: int, eval_tokens: int | None
 ) -> argparse.ArgumentParser:
-    """What is pruned, on what it is calibrated and evaluated, where results go."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
+    """Those of every benchmark, and on what models are evaluated."""
+    parser = inputs.arguments(documentation, samples)
     parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--samples", type=int, default=samples)
-    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=eval_tokens)
-    parser.add_argument("--out", type=Path, required=True)
     return parser
 
 
@@ -121,13 +109,7 @@ def measure(
     """In a process of its own; without a pruner it only evaluates."""
     texts = load_texts(args.text)
     trial = Trial(args.model, texts, args.eval_seq_len, args.eval_tokens, "float32")
-    calibration = calibration_dataset(
-        args.calibration,
-        pipeline.load_tokenizer(args.model),
-        samples=samples,
-        seq_len=args.seq_len,
-        seed=seed,
-    )
+    calibration = inputs.calibration(args, samples, seed)
     return in_own_process(trial.run, prune, calibration)
 
 
@@ -138,7 +120,7 @@ def show(out: Path, table: str) -> None:
 
 
 def main() -> None:
-    parser = common_arguments(__doc__.split("\n\n")[0], 128, None)
+    parser = common_arguments(__doc__, 128, None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)

@@ -10,15 +10,14 @@ count (Cholesky factors and their inverses, eigenvalues) is left out of both sid
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import inputs
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import (
@@ -26,14 +25,12 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import fista_modifier.layer
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.cost import layer_cost, shape_of
-from fista_modifier.data import calibration_dataset
 from fista_modifier.presets import PRESETS
 from fista_modifier.solver import StageSolver
 
@@ -129,27 +126,16 @@ def table(measured: dict[str, float], expected: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
+    parser = inputs.arguments(__doc__, 16)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.model)
-    config.num_hidden_layers = args.layers
     tokenizer = pipeline.load_tokenizer(args.model)
-    data = calibration_dataset(
-        args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
-    )
+    data = inputs.calibration(args)
     pages = []
     for preset in ("default", "fast"):
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, config=config, dtype=torch.float32
-        )
+        model = inputs.first_layers(args.model, args.layers)
         measured = counted(model, tokenizer, data, preset)
-        expected = predicted(config, args.samples, args.seq_len, preset)
+        expected = predicted(model.config, args.samples, args.seq_len, preset)
         pages.append(f"`preset: {preset}`\n\n{table(measured, expected)}")
     args.out.write_text("\n".join(pages), encoding="utf-8")
     print(args.out.read_text())

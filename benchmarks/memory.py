@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from speed import METHODS, arguments, prune
+import inputs
+from speed import METHODS, prune
 
 from fista_modifier.evaluation.comparison import in_own_process
 from fista_modifier.evaluation.formatting import markdown_table
@@ -61,7 +62,9 @@ def measured(args: argparse.Namespace, method: str, on_disk: bool) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__.split("\n\n")[0]).parse_args()
+    parser = inputs.arguments(__doc__, 64)
+    parser.add_argument("--layers", type=int, default=2)
+    args = parser.parse_args()
     os.environ |= RETURN_WHAT_IS_FREED
     header = ["method", "GiB", "above SparseGPT", "on disk", "above SparseGPT"]
     lines: list[list[str]] = []

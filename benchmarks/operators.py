@@ -11,7 +11,6 @@ SparseGPT (llm-compressor's, with its own defaults) from the same Gram matrices.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import inputs
 import peers
 import torch
-from compare import dense_layers, pattern_of
+from compare import pattern_of
 from torch import nn
 
 from fista_modifier import pipeline
 from fista_modifier.calibration.operators import Operator, find_operators
-from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, TARGETS
 from fista_modifier.evaluation.results import write_whole
@@ -113,22 +112,13 @@ class Errors:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser = inputs.arguments(__doc__, 32)
     parser.add_argument("--every", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    tokenizer = pipeline.load_tokenizer(args.model)
     model = pipeline.load_model(args.model, "float32")
-    calibration = calibration_dataset(
-        args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len
-    )
-    ignore = IGNORE + dense_layers(args.model, args.every)
+    ignore = IGNORE + inputs.dense_layers(args.model, args.every)
     operators = find_operators(model, TARGETS, ignore)
-    blocks = torch.tensor(calibration["input_ids"])
+    blocks = torch.tensor(inputs.calibration(args)["input_ids"])
     statistics = gram_matrices(model, operators, blocks)
     kinds = dict.fromkeys(one.name.rpartition(".")[2] for one in operators)
     header = ["", "solver", *kinds, "all", "worst", "above SparseGPT", "seconds"]

@@ -16,31 +16,18 @@ import multiprocessing
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
+import inputs
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fista_modifier import pipeline
-from fista_modifier.data import calibration_dataset
+from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import recipe
 from fista_modifier.solver import NofM
 
 METHODS = ("sparsegpt", "wanda", "fista-fast", "fista", "fista-best")
-
-
-def arguments(description: str) -> argparse.ArgumentParser:
-    """What is pruned, on what it is calibrated, where results go."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--out", type=Path, required=True)
-    return parser
 
 
 def prune(args: argparse.Namespace, method: str, **fields: Any) -> tuple[float, float]:
@@ -49,15 +36,9 @@ def prune(args: argparse.Namespace, method: str, **fields: Any) -> tuple[float, 
 
     :return: wall time and processor time of it, in seconds
     """
-    config = AutoConfig.from_pretrained(args.model)
-    config.num_hidden_layers = args.layers
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, config=config, dtype=torch.float32
-    )
+    model = inputs.first_layers(args.model, args.layers)
     tokenizer = pipeline.load_tokenizer(args.model)
-    data = calibration_dataset(
-        args.calibration, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
-    )
+    data = inputs.calibration(args)
     modifier = recipe(method, NofM(2, 4), **fields)
     started, processor = time.perf_counter(), time.process_time()
     pipeline.prune(model, tokenizer, data, modifier)
@@ -94,19 +75,19 @@ def measure(args: argparse.Namespace, method: str, size: int, threads: int) -> N
 
 def table(found: Any) -> str:
     reference, _ = found["sparsegpt", 1, 2]
-    lines = ["| method | processes | threads of each | wall, s | ratio | processor, s "]
-    lines[0] += "of the first |"
-    lines.append("|---|---|---|---|---|---|")
-    for (method, size, threads), (wall, processor) in found.items():
-        lines.append(
-            f"| {method} | {size} | {threads} | {wall:.1f} | {wall / reference:.2f} "
-            f"| {processor:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+    header = ["method", "processes", "threads of each", "wall, s", "ratio"]
+    lines = [
+        [method, f"{size}", f"{threads}", f"{wall:.1f}", f"{wall / reference:.2f}"]
+        + [f"{processor:.1f}"]
+        for (method, size, threads), (wall, processor) in found.items()
+    ]
+    return markdown_table([*header, "processor, s of the first"], lines) + "\n"
 
 
 def main() -> None:
-    args = arguments(__doc__.split("\n\n")[0]).parse_args()
+    parser = inputs.arguments(__doc__, 128)
+    parser.add_argument("--layers", type=int, default=4)
+    args = parser.parse_args()
     with multiprocessing.Manager() as manager:
         args.found = manager.dict()
         jobs = [(method, 1, 2) for method in METHODS]

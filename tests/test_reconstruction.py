@@ -91,6 +91,19 @@ def test_one_operator_ends_at_weighted_least_squares_on_its_support():
     assert result.error < result.start_error
 
 
+def test_a_gradient_from_before_changes_nothing():
+    results = []
+    for before in (None, torch.full((5, 8), 100.0)):
+        layer = Layer()
+        recording, operator = recorded(layer, [normal(1, 16, 8, seed=2)])
+        layer.linear.weight.grad = before
+        pruned = {operator: layer.linear.weight.data * (normal(5, 8, seed=7) > 0)}
+        options = Reconstruction(epochs=3)
+        trained, _ = reconstruct(recording, recording.inputs, pruned, options)
+        results.append(trained[operator])
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_that_does_not_pay_is_undone(dtype):
     layer = Layer(dtype)

@@ -1,0 +1,58 @@
+"""What the benchmarks have in common: what is pruned, and on what it is calibrated."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fista_modifier import pipeline
+from fista_modifier.data import calibration_dataset
+
+__all__ = ["arguments", "calibration", "dense_layers", "first_layers"]
+
+
+def arguments(documentation: str, samples: int) -> argparse.ArgumentParser:
+    """
+    :param documentation: of the script; its first paragraph is its description
+    :param samples: how many it calibrates on where nothing else is said
+    :return: options of every benchmark
+    """
+    parser = argparse.ArgumentParser(description=documentation.split("\n\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def calibration(
+    args: argparse.Namespace, samples: int | None = None, seed: int = 0
+) -> Dataset:
+    """The calibration tokens; another number of samples than asked for is possible."""
+    return calibration_dataset(
+        args.calibration,
+        pipeline.load_tokenizer(args.model),
+        samples=samples or args.samples,
+        seq_len=args.seq_len,
+        seed=seed,
+    )
+
+
+def first_layers(model: str, layers: int) -> PreTrainedModel:
+    """The model with its first layers alone, as all layers take alike."""
+    config = AutoConfig.from_pretrained(model)
+    config.num_hidden_layers = layers
+    return AutoModelForCausalLM.from_pretrained(
+        model, config=config, dtype=torch.float32
+    )
+
+
+def dense_layers(model: str, every: int) -> list[str]:
+    """Patterns of the names in layers left dense: all but one in so many."""
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    return [rf"re:.*layers\.{number}\..*" for number in range(layers) if number % every]
