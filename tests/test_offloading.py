@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import checkpoint, tiny_model
-from runs import prune, weights
+from runs import SAMPLES, prune, weights
 from transformers import AutoModelForCausalLM
 
 from fista_modifier.calibration import activations
@@ -100,6 +100,27 @@ def test_activations_on_disk_end_with_the_same_weights(
     expected = weights(in_memory)
     for name, weight in weights(on_disk).items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("preset", ["default", "fast", "paper"])
+def test_what_the_toolkit_carries_to_the_next_layer_is_on_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    monkeypatch.setattr(activations, "SMALLEST", 1)
+    model = tiny_model("llama")
+    files: list[str | None] = []
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _module, args: files.append(args[0].untyped_storage().filename)
+    )
+    one_pass = {"propagate_error": False}
+    prune(
+        model,
+        preset=preset,
+        activations_dir=str(tmp_path),
+        oneshot_arguments=one_pass,
+    )
+    recorded = files[:SAMPLES]  # the first pass; then the layer is replayed
+    assert all(name and name.startswith(f"{tmp_path}/") for name in recorded)
 
 
 FULL_DISK = """

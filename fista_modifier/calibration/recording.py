@@ -75,12 +75,18 @@ class Recording:
             yield block, self._append_to(outputs), "forward"
         if self._with_outputs:
             yield self.inputs.layer, self._append_to(self.outputs), "forward"
+        elif self._storage.folder is not None:
+            yield self.inputs.layer, self._move_to_disk, "forward"
 
     def _append_to(self, outputs: list[Tensor]) -> Callable[..., None]:
         def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
             outputs.append(self._storage.keep(first_tensor(output)))
 
         return append
+
+    def _move_to_disk(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
+        """The toolkit keeps this for the next layer, and finds it there."""
+        self._storage.keep(first_tensor(output))
 
     @cached_property
     def real_tokens(self) -> list[Tensor | None]:
