@@ -369,7 +369,7 @@ def _solver(stage: StageShape, options: SolverOptions) -> float:
     inverses = 0.0
     if options.start == "admm":
         products += options.admm_steps
-        inverses = options.admm_steps / 2
+        inverses = 1.0
     if options.refit:
         products += REFIT_STEPS * (1 + min(options.patience, 1))
     products += (options.max_iterations + ERRORS_OF_A_TRIAL) * options.patience

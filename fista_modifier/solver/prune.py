@@ -71,15 +71,15 @@ class SolverOptions:
     epsilon: float = 1e-3
     xi: float = 0.3
     start: WarmStart = "admm"
-    admm_steps: int = 20
+    admm_steps: int = 10
     column_scaling: bool = True
     refit: bool = True
     dampening_frac: float = 0.4
     block_size: int = 128
 
 
-FAST = SolverOptions(admm_steps=10, patience=0, dampening_frac=0.1)
-"""ADMM cut short and a refit, without FISTA."""
+FAST = SolverOptions(patience=0, dampening_frac=0.1)
+"""ADMM and a refit, without FISTA, for layers that are not reconstructed."""
 
 PAPER = SolverOptions(
     lambda_init=1e-5,
