@@ -13,7 +13,6 @@ from fista_modifier.solver.patterns import SparsityPattern, project
 
 __all__ = ["admm"]
 
-PENALTY = 1.0
 RELAXATION = 1.5
 
 
@@ -31,8 +30,8 @@ def admm(
 
     ρ is the mean of diag(G) and stays, so that one inverse serves all steps of all
     operators. The constraint is not convex, so this is a heuristic, and ρ is more than
-    a matter of speed: a smaller one lets the support stray further from that of the
-    largest scaled weights, to lower errors on the calibration data and to worse models
+    a matter of speed: with much less the support does not settle, and one that grows
+    from less finds lower errors on the calibration data and worse models
     (docs/method.md).
 
     :param objectives: f of operators with one and the same G, best scaled so that
@@ -43,7 +42,7 @@ def admm(
     :return: Z, m×n, with the pattern, of each operator
     """
     quadratic = objectives[0].quadratic
-    penalty = PENALTY * (float(quadratic.diagonal.mean()) or 1.0)
+    penalty = float(quadratic.diagonal.mean()) or 1.0
     resolvent = quadratic.resolvent(penalty)
     return [
         _sparse_weight(objective, pattern, steps, penalty, resolvent)
