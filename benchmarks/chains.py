@@ -21,11 +21,12 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier, pipeline
+from fista_modifier import MaskedGPTQModifier, pipeline
 from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.evaluation.methods import IGNORE, recipe
 from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.solver import NofM
 
-IGNORE = ["re:.*lm_head"]
 # 576 columns are no multiple of W4A16's groups of 128
 GROUPS_OF_64 = {
     "targets": ["Linear"],
@@ -75,10 +76,10 @@ def main() -> None:
     header = ["scheme", "quantised by", *names, "zeros lost"]
     rows: list[list[str]] = []
 
-    def checkpoint(folder: Path, start: str | Path, recipe: Modifier) -> Path:
+    def checkpoint(folder: Path, start: str | Path, modifier: Modifier) -> Path:
         if not folder.exists():
             model = pipeline.load_model(str(start), "float32")
-            run = pipeline.prune(model, tokenizer, data, recipe)
+            run = pipeline.prune(model, tokenizer, data, modifier)
             pipeline.save(run.model, tokenizer, folder)
         return folder
 
@@ -103,8 +104,8 @@ def main() -> None:
 
     zeros: dict[str, torch.Tensor] = {}
     add("dense", "", args.model)
-    recipe = FISTAPruningModifier(mask_structure="2:4", ignore=IGNORE)
-    pruned = checkpoint(args.work / "pruned", args.model, recipe)
+    pruner = recipe("fista", NofM(2, 4))
+    pruned = checkpoint(args.work / "pruned", args.model, pruner)
     zeros = {
         name: module.weight == 0
         for name, module in pipeline.load_model(str(pruned)).named_modules()

@@ -16,10 +16,10 @@ from fista_modifier import FISTAPruningModifier
 SAMPLES, LENGTH = 6, 12
 
 
-def samples() -> Tensor:
-    """Calibration tokens without padding, samples×length."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(2, VOCABULARY, (SAMPLES, LENGTH), generator=generator)
+def samples(count: int = SAMPLES, length: int = LENGTH, seed: int = 0) -> Tensor:
+    """Calibration tokens without padding, count×length."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (count, length), generator=generator)
 
 
 def calibration(tokens: Tensor | None = None) -> Dataset:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_model
-from runs import calibration, run
+from families import FAMILIES, tiny_model
+from runs import calibration, run, samples
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -20,9 +20,7 @@ CHAINS = sorted(
 )
 # wide enough for the groups of 128 columns of 4-bit schemes
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
-TOKENS = torch.randint(
-    2, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(1)
-)
+TOKENS = samples(16, 32, seed=1)
 
 
 def zeros(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, checkpoint, tiny_model
-from runs import SAMPLES, calibration, prune, weights
+from families import checkpoint, tiny_model
+from runs import SAMPLES, calibration, prune, samples, weights
 from transformers import AutoModelForCausalLM
 
 from fista_modifier.calibration import activations
@@ -51,10 +51,7 @@ def test_matrices_in_main_memory_end_with_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # with fewer tokens than inputs, rounding decides which of two supports it is
-    tokens = torch.randint(
-        2, VOCABULARY, (16, 48), generator=torch.Generator().manual_seed(1)
-    )
-    enough = {"oneshot_arguments": {"dataset": calibration(tokens)}}
+    enough = {"oneshot_arguments": {"dataset": calibration(samples(16, 48, seed=1))}}
     whole = tiny_model("llama")
     prune(whole, **enough)
     monkeypatch.setattr(blocks, "BLOCK", 24)  # of 32 to 64 features
@@ -125,6 +122,7 @@ def test_what_the_toolkit_carries_to_the_next_layer_is_on_disk_too(
         oneshot_arguments=one_pass,
     )
     recorded = files[:SAMPLES]  # the first pass; then the layer is replayed
+    assert len(recorded) == SAMPLES
     assert all(name and name.startswith(f"{tmp_path}/") for name in recorded)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES, VOCABULARY, tiny_model
+from families import FAMILIES, tiny_model
 from problems import normal
 from runs import LENGTH, calibration, prune, samples, weights
 from torch import Tensor
@@ -20,9 +20,7 @@ from fista_modifier.calibration.recording import Recording
 from fista_modifier.reconstruction import Reconstruction, reconstruct
 
 BATCHES = 64  # of one sequence each
-SEQUENCES = torch.randint(
-    2, VOCABULARY, (BATCHES, 48), generator=torch.Generator().manual_seed(1)
-)
+SEQUENCES = samples(BATCHES, 48, seed=1)
 TRAINED: dict[str, Any] = {
     "reconstruction_epochs": 2,
     "reconstruction_rate": 2e-3,  # batches of 48 random tokens are noisy

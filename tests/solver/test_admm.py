@@ -17,16 +17,9 @@ class Fixed:
 
     def __init__(self, support: Tensor) -> None:
         self.kept = support
-        self.sparsity = 1 - float(support.float().mean())
-
-    def check_columns(self, columns: int) -> None:
-        pass
 
     def support(self, scores: Tensor) -> Tensor:
         return self.kept
-
-    def holds(self, weight: Tensor) -> bool:
-        return bool((weight[~self.kept] == 0).all())
 
 
 @pytest.fixture
