@@ -30,6 +30,7 @@ from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, TARGETS
 from fista_modifier.evaluation.results import write_whole
 from fista_modifier.solver import (
+    FAST,
     PAPER,
     GramStatistics,
     SolverOptions,
@@ -43,6 +44,7 @@ VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
     "paper + scaling + refit": (StageSolver, replace(DEFAULT, start="sparsegpt")),
     "the same from dense weights": (StageSolver, replace(DEFAULT, start="dense")),
     "default (from ADMM)": (StageSolver, DEFAULT),
+    "fast": (StageSolver, FAST),
     "default, damping 0.01": (StageSolver, replace(DEFAULT, dampening_frac=0.01)),
     "ALPS": (peers.ALPS, DEFAULT),
     "Boža": (peers.Boza, DEFAULT),

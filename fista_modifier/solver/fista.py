@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softshrink
 
 from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.stopping import ended
 
 __all__ = ["FISTASolution", "fista", "soft_threshold"]
 
@@ -60,18 +61,23 @@ def fista(
     lipschitz = objective.quadratic.lipschitz
     if lipschitz == 0:  # no token excites the operator: every V has the same error
         return FISTASolution(start, 0)
-    stop = tolerance * float(objective.weight.norm())
+    stop = tolerance * objective.weight.norm()
     current = extrapolated = start
     momentum = 1.0
-    iteration = 0
-    for iteration in range(1, max_iterations + 1):  # noqa: B007
+    done = torch.tensor(False, device=start.device)
+    iterations = torch.tensor(0, device=start.device)
+    for step in range(1, max_iterations + 1):
         gradient = objective.gradient(extrapolated)
         descended = torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
-        previous, current = current, soft_threshold(descended, penalty / lipschitz)
+        shrunk = soft_threshold(descended, penalty / lipschitz)
+        # a solution that has converged stays
+        previous, current = current, torch.where(done, current, shrunk, out=shrunk)
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         change = current - previous
         extrapolated = torch.add(current, change, alpha=(momentum - 1) / next_momentum)
         momentum = next_momentum
-        if change.norm() < stop:
+        iterations += ~done
+        done |= change.norm() < stop
+        if ended(done, step):
             break
-    return FISTASolution(current, iteration)
+    return FISTASolution(current, int(iterations))

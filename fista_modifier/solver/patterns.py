@@ -80,9 +80,10 @@ class Unstructured:
             return torch.ones_like(scores, dtype=torch.bool)
         threshold = _smallest(flat, zeros)
         keep = flat > threshold
-        missing = flat.numel() - zeros - int(keep.sum())
-        if missing:  # equal scores share the threshold: the first of them fill it up
-            keep[(flat == threshold).nonzero()[:missing]] = True
+        missing = flat.numel() - zeros - keep.sum()
+        # equal scores share the threshold: the first of them fill it up
+        equal = flat == threshold
+        keep |= equal & (equal.cumsum(0, dtype=torch.int32) <= missing)
         return keep.view_as(scores)
 
     def holds(self, weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern
+from fista_modifier.solver.stopping import ended
 
 __all__ = ["fill_support", "refit"]
 
@@ -45,11 +46,13 @@ def refit(
     scaled = residual * inverse
     direction = scaled.clone()
     power = _row_products(residual, scaled)
-    for _ in range(iterations):
+    done = torch.tensor(False, device=solution.device)
+    for step in range(1, iterations + 1):
         curved = quadratic.times_gram(direction).mul_(mask)
-        length = _ratio(power, _row_products(direction, curved))
+        length = _ratio(power, _row_products(direction, curved)).masked_fill(done, 0)
         solution.addcmul_(direction, length)
-        if float((power * length).sum()) < 2 * tolerance:
+        done |= (power * length).sum() < 2 * tolerance
+        if ended(done, step):
             break
         residual.addcmul_(curved, length, value=-1)
         torch.mul(residual, inverse, out=scaled)
