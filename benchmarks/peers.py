@@ -53,7 +53,7 @@ class ALPS(StageSolver):
         )
 
     def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
-        values, vectors = torch.linalg.eigh(self._quadratic.gram)
+        values, vectors = torch.linalg.eigh(self._quadratic.shifted(0.0))
         return [self._supported(objective, values, vectors) for objective in objectives]
 
     def _supported(

@@ -115,7 +115,9 @@ def _tokens(
 
 def _without_bias(stage: Stage, outputs: Tensor) -> Tensor:
     bias = stage.operators[0].module.bias
-    return outputs if bias is None else outputs.float() - bias.float()
+    if bias is None:
+        return outputs
+    return outputs.to(bias.device, torch.float32) - bias.float()
 
 
 def _check_same_tokens(stage: Stage, pruned: Tensor, dense: Tensor) -> None:

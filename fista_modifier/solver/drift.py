@@ -73,7 +73,8 @@ class FeatureDrift:
 
     def scaled(self, scale: Tensor) -> FeatureDrift:
         return FeatureDrift(
-            self.cross / scale / scale[:, None], self.gram / scale / scale[:, None]
+            (self.cross / scale).div_(scale[:, None]),
+            (self.gram / scale).div_(scale[:, None]),
         )
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:

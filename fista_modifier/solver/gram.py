@@ -144,7 +144,7 @@ class GramStatistics:
         """
 
         return GramStatistics(
-            self.gram / scale / scale[:, None],
+            (self.gram / scale).div_(scale[:, None]),
             self.drift.scaled(scale) if self.drift else None,
             self.tokens,
             device=self.device,

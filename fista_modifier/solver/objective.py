@@ -84,9 +84,5 @@ class LayerObjective:
         return math.sqrt(max(squared, 0.0))
 
     def _form(self, weight: Tensor) -> float:
-        """⟨V, V G⟩ with the undamped G"""
-        squared = inner(weight, self.quadratic.times_gram(weight))
-        damping = self.quadratic.damping
-        if damping is not None:
-            squared -= inner(weight, weight * damping)
-        return squared
+        """⟨V, V X* X*ᵀ⟩"""
+        return inner(weight, self.quadratic.times_undamped(weight))

@@ -18,7 +18,8 @@ class Quadratic:
     """
     The quadratic form ⟨V, V G⟩ that all operators of a stage share.
 
-    With damping δ, G stands for X* X*ᵀ + diag(δ): see :class:`LayerObjective`.
+    With damping δ, G stands for X* X*ᵀ + diag(δ): see :class:`LayerObjective`. The sum
+    is never stored, as nothing in a layer is as large as X* X*ᵀ of a down projection.
 
     Products with n×n matrices are those of :func:`~fista_modifier.solver.blocks.times`,
     so that these may stay in main memory.
@@ -31,64 +32,75 @@ class Quadratic:
         self, statistics: GramStatistics, damping: Tensor | None = None
     ) -> None:
         self.statistics = statistics
-        self.gram = statistics.gram
-        if damping is not None:
-            self.gram = _with_diagonal_raised(self.gram, damping)
         self.device = statistics.execution_device
-        self.damping = None if damping is None else damping.to(self.device)
+        if damping is None:
+            damping = torch.zeros_like(statistics.gram[0])
+        self.damping = damping.to(self.device)
 
     @cached_property
     def diagonal(self) -> Tensor:
         """diag(G), n, where the weights are"""
-        return self.gram.diagonal().to(self.device)
+        return self.statistics.gram.diagonal().to(self.device) + self.damping
 
     def times_gram(self, weight: Tensor) -> Tensor:
         """
         :param weight: V, m×n
         :return: V G, m×n
         """
-        return times(weight, self.gram)
+        return self.times_undamped(weight).addcmul_(weight, self.damping)
+
+    def times_undamped(self, weight: Tensor) -> Tensor:
+        """
+        :param weight: V, m×n
+        :return: V X* X*ᵀ, m×n
+        """
+        return times(weight, self.statistics.gram)
 
     @cached_property
     def lipschitz(self) -> float:
         """L, an upper estimate of λ_max(G): the step length of FISTA is 1/L"""
-        return largest_eigenvalue(self.gram)
+        return largest_eigenvalue(self.statistics.gram, self.damping)
+
+    def shifted(self, penalty: float) -> Tensor:
+        """
+        :param penalty: ρ ≥ 0
+        :return: G + ρ I, n×n, a new matrix where that of the statistics is
+        """
+        matrix = self.statistics.gram.clone()
+        matrix.diagonal().add_(self.damping.to(matrix.device) + penalty)
+        return matrix
 
     def resolvent(self, penalty: float) -> Tensor:
         """
         :param penalty: ρ > 0
         :return: (G + ρ I)⁻¹, n×n, where G is
         """
-        shifted = _with_diagonal_raised(self.gram, penalty)
-        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        # the matrix is forgotten before the inverse is made of its factor
+        factor = torch.linalg.cholesky(self.shifted(penalty))
+        return torch.cholesky_inverse(factor)
 
 
-def _with_diagonal_raised(matrix: Tensor, by: Tensor | float) -> Tensor:
-    raised = matrix.clone()
-    raised.diagonal().add_(by)
-    return raised
-
-
-def unit_of(gram: Tensor) -> float:
+def unit_of(diagonal: Tensor) -> float:
     """
-    :param gram: G, n×n
-    :return: a power of four near the largest entry of G's diagonal; 1 for G = 0. To
-        divide by it (or by its root) rounds nothing
+    :param diagonal: diag(G), n
+    :return: a power of four near its largest entry; 1 for G = 0. To divide by it (or by
+        its root) rounds nothing
     """
-    return 4.0 ** (math.frexp(float(gram.diagonal().amax()))[1] // 2)
+    return 4.0 ** (math.frexp(float(diagonal.amax()))[1] // 2)
 
 
-def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
+def largest_eigenvalue(gram: Tensor, damping: Tensor, iterations: int = 50) -> float:
     """
-    λ_max of a positive semidefinite matrix by Lanczos' iteration: the largest Ritz
+    λ_max of G + diag(δ), positive semidefinite, by Lanczos' iteration: the largest Ritz
     value θ of the Krylov space of a random vector. (Power iteration with as many
     products is several per cent too low where the largest eigenvalues lie close
-    together.) The residual ‖Gv − θv‖ bounds the distance from θ to an eigenvalue;
+    together.) The residual ‖Gv + δv − θv‖ bounds the distance from θ to an eigenvalue;
     adding it makes the estimate err to the safe side (a step of 1/L must not be too
     long).
 
     :param gram: G, n×n
-    :return: θ + ‖Gv − θv‖; 0 for G = 0
+    :param damping: δ, n
+    :return: θ + ‖Gv + δv − θv‖; 0 for G = 0 and δ = 0
     """
     features = gram.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -96,10 +108,12 @@ def largest_eigenvalue(gram: Tensor, iterations: int = 50) -> float:
     basis = gram.new_zeros(min(iterations, features), features)
     images = torch.zeros_like(basis)
     rounding = torch.finfo(gram.dtype).eps
-    unit = unit_of(gram)  # the squares in a norm would overflow long before G does
+    damping = damping.to(gram.device)
+    # the squares in a norm would overflow long before G does
+    unit = unit_of(gram.diagonal() + damping)
     for step in range(len(basis)):
         basis[step] = vector / vector.norm().clamp_min(1e-30)
-        images[step] = gram @ basis[step] / unit
+        images[step] = (gram @ basis[step] + damping * basis[step]) / unit
         vector = images[step]
         for _ in range(2):  # once leaves rounding errors, twice is enough
             vector = vector - (basis @ vector) @ basis

@@ -63,7 +63,7 @@ def warm_start(
             _, pruned = sparsify_by_sparsegpt(
                 module=module,
                 # the kernel's curvature of a feature without data is 1, in any unit
-                hessians_dict={module: gram / unit_of(gram)},
+                hessians_dict={module: gram / unit_of(gram.diagonal())},
                 sparsity=pattern.sparsity,
                 block_size=_whole_groups(block_size, pattern),
                 dampening_frac=dampening_frac,

@@ -36,7 +36,7 @@ def test_where_nothing_is_to_be_chosen_it_ends_at_least_squares(quadratic):
     objective = LayerObjective(normal(ROWS, FEATURES), quadratic)
     support = normal(ROWS, FEATURES, seed=3) > 0
     (weight,) = admm([objective], Fixed(support), steps=2000)
-    gram, target = quadratic.gram.double(), objective.target.double()
+    gram, target = quadratic.statistics.gram.double(), objective.target.double()
     for row, kept in enumerate(support):
         expected = torch.linalg.solve(gram[kept][:, kept], target[row, kept])
         torch.testing.assert_close(

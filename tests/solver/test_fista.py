@@ -77,7 +77,8 @@ def test_the_solution_meets_the_optimality_conditions(objective, scale):
     penalty = scale * lambda_unit(objective)
     solution = solve(objective, penalty)
     gradient = objective.gradient(solution)
-    sizes = solution.abs() @ objective.quadratic.gram.abs() + objective.target.abs()
+    gram = objective.quadratic.statistics.gram
+    sizes = solution.abs() @ gram.abs() + objective.target.abs()
     slack = FEATURES * FLOAT32 * float(sizes.max())
     zero = solution == 0
     assert 0 < int(zero.sum()) < zero.numel()

@@ -233,7 +233,7 @@ def test_refit_is_least_squares_on_the_support(tokens, others):
     expected = least_squares(weight, free, start, pruned, dense)
     solution = refit(objective, start, free, iterations=2 * FEATURES)
     assert torch.equal(solution[~free], start[~free])
-    condition = float(torch.linalg.cond(objective.quadratic.gram.double()))
+    condition = float(torch.linalg.cond(objective.quadratic.statistics.gram.double()))
     tolerance = condition * torch.finfo(torch.float32).eps
     assert tolerance < 0.01
     assert float((solution - expected).norm()) <= tolerance * float(expected.norm())
