@@ -396,17 +396,22 @@ def peak_device_memory(
     """
     layer = 2 * weight_bytes * shape.weights
 
-    def solver(stage: StageShape) -> float:
-        squares = 5 * stage.columns**2
-        if offload_hessians:  # a block, and a product with it
-            squares = 2 * stage.columns * min(stage.columns, BLOCK)
-        return squares + 8 * stage.weights
-
     def sums(stage: StageShape) -> float:
         square = 0 if offload_hessians else stage.columns**2
         if not shape.drifts(stage, procedure.chains_layers):
             return square
         return square + (stage.weights if stage.narrow else 2 * square)
+
+    def solver(stage: StageShape) -> float:
+        # a factor and the inverse made of it, or that and the iterates
+        square = stage.columns**2
+        if offload_hessians:  # a block, and a product with it
+            square = 2 * stage.columns * min(stage.columns, BLOCK)
+            return square + 8 * stage.weights
+        scaled = sums(stage)
+        return scaled + max(
+            scaled, 2 * square + stage.weights, square + 8 * stage.weights
+        )
 
     def wave(number: int) -> float:
         stages = [stage for stage in shape.stages if stage.wave == number]
@@ -425,10 +430,12 @@ def reconstruction_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     :param shape: of the model's layers
     :param weight_bytes: of a stored weight
     :return: bytes on the device for the reconstruction of a layer: the weights as they
-        are trained, in their own dtype and in float32, Adam's two moments, the largest
-        gradient, in both dtypes, and its signs, and the activations of a sequence
+        are trained, in float32 and, if that is another, in their own dtype, Adam's two
+        moments, the largest gradient, in both dtypes, and its signs, and the
+        activations of a sequence
     """
-    trained = (weight_bytes + 3 * FLOAT32) * shape.weights
+    own = weight_bytes if weight_bytes != FLOAT32 else 0
+    trained = (own + 3 * FLOAT32) * shape.weights
     largest = max(max(stage.rows) * stage.columns for stage in shape.stages)
     features = math.fsum(
         stage.share * (len(stage.rows) * stage.columns + sum(stage.rows))

@@ -226,6 +226,12 @@ def _reduced_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def _share_of_rate(steps: int, step: int) -> float:
+    """Not a method: weights that a schedule refers to would wait for the collector."""
+    warm_up = min(1, (step + 1) / WARM_UP_STEPS)
+    return warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 class _KeptWeights:
     """
     Adam on the non-zero entries of weights. Each weight takes its step as soon as its
@@ -239,7 +245,6 @@ class _KeptWeights:
     def __init__(
         self, weights: dict[Operator, Tensor], rate: float, steps: int
     ) -> None:
-        self._steps = steps
         self._masters = {
             operator: weight.to(torch.float32) for operator, weight in weights.items()
         }
@@ -254,13 +259,9 @@ class _KeptWeights:
             for operator, master in self._masters.items()
         }
         self._schedules = [
-            LambdaLR(optimizer, self._share_of_rate)
+            LambdaLR(optimizer, partial(_share_of_rate, steps))
             for optimizer in self._optimizers.values()
         ]
-
-    def _share_of_rate(self, step: int) -> float:
-        warm_up = min(1, (step + 1) / WARM_UP_STEPS)
-        return warm_up * (1 + math.cos(math.pi * step / self._steps)) / 2
 
     @contextmanager
     def following_gradients(self) -> Iterator[None]:

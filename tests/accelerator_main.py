@@ -1,0 +1,120 @@
+"""
+Prunes models on a device that is not the CPU: ``accelerator_main.py LIBRARY OUT``.
+
+It has a process of its own, as from here on torch has an accelerator.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import tiny_model
+from llmcompressor.modifiers import Modifier
+from runs import calibration, prune, run, samples, weights
+from torch import Tensor
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
+
+DEVICE = "standin"
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("llama", {}),
+    "best": ("llama", {"preset": "best"}),
+    "fast": ("llama", {"preset": "fast", "mask_structure": "0:0", "sparsity": 0.5}),
+    "paper": ("llama", {"preset": "paper"}),
+    "from Wanda": ("llama", {"warm_start": "wanda"}),
+    "matrices offloaded": ("llama", {"offload_hessians": True}),
+    "biases": ("opt", {"preset": "best"}),
+    "Conv1D": ("gpt2", {}),
+    "experts": ("mixtral", {}),
+    "attention without a kernel": ("phi3", {"preset": "fast"}),
+}
+# with fewer tokens than inputs, rounding decides which of two supports it is
+DATA = {"dataset": calibration(samples(16, 48, seed=1))}
+PRESETS_MEASURED = ("default", "fast")
+LONG = LlamaConfig(
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=64,
+)
+TOKENS = 128
+"""in a sequence for the model above"""
+
+
+def add_accelerator(library: str) -> None:
+    """What torch wants to know of a device besides its operations."""
+    torch.ops.load_library(library)
+    torch.utils.rename_privateuse1_backend(DEVICE)
+    torch._register_device_module(DEVICE, _DummyBackendModule())
+    torch.utils.generate_methods_for_privateuse1_backend()
+    torch._C._acc.register_python_privateuseone_hook(_DummyPrivateUse1Hook())
+
+
+def pruned(family: str, fields: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights, on the CPU, of a model that was pruned wherever the toolkit does it."""
+    model = tiny_model(family)
+    prune(model, oneshot_arguments=DATA, **fields)
+    return {name: weight.cpu() for name, weight in weights(model).items()}
+
+
+def quantised() -> dict[str, Tensor]:
+    """The same after quantisation."""
+    model = tiny_model("llama")
+    scheme = {"scheme": "W8A8", "targets": ["Linear"], "ignore": ["lm_head"]}
+    recipe: list[Modifier] = [
+        FISTAPruningModifier(mask_structure="2:4", ignore=["lm_head"]),
+        MaskedGPTQModifier(**scheme),
+    ]
+    run(model, recipe, **DATA)
+    return {name: weight.cpu() for name, weight in weights(model).items()}
+
+
+def peak_memory(preset: str, folder: Path) -> int:
+    """Bytes on the accelerator; what only the collector would find stays there."""
+    LlamaForCausalLM(LONG).save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    data = {"dataset": calibration(samples(4, TOKENS))}
+    gc.collect()
+    gc.disable()
+    torch.accelerator.reset_peak_memory_stats()
+    prune(model, preset=preset, oneshot_arguments=data)
+    gc.enable()
+    return torch.accelerator.max_memory_allocated()
+
+
+def main(library: str, output: str) -> None:
+    """
+    :param library: with the device
+    :param output: file for weights of each case, the memory of presets and what comes
+        of tensors of two devices
+    """
+    add_accelerator(library)
+    torch.set_num_threads(1)
+    mixed = ""
+    try:
+        torch.ones(2, device=DEVICE).dot(torch.ones(2))
+    except RuntimeError as error:
+        mixed = str(error)
+    folder = Path(output).parent / "model"
+    results = {
+        "mixed": mixed,
+        "weights": {name: pruned(*case) for name, case in CASES.items()},
+        "quantised": quantised(),
+        "memory": {preset: peak_memory(preset, folder) for preset in PRESETS_MEASURED},
+    }
+    torch.save(results, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""What runs on another device than the CPU: see accelerator.cpp."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerator_main import CASES, LONG, PRESETS_MEASURED, TOKENS, pruned, quantised
+from conftest import CACHE
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from fista_modifier.cost import peak_device_memory, shape_of
+from fista_modifier.presets import PRESETS
+
+TESTS = Path(__file__).resolve().parent
+COMPILER = shutil.which("c++")
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or COMPILER is None, reason="no C++ compiler"
+)
+
+
+def library() -> Path:
+    """The device, compiled once for each version of torch and of its source."""
+    source = TESTS / "accelerator.cpp"
+    made_of = source.read_bytes() + torch.__version__.encode()
+    built = CACHE / f"accelerator-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if not built.exists():
+        built.parent.mkdir(exist_ok=True)
+        subprocess.run(
+            [
+                *(str(COMPILER), "-std=c++20", "-O0", "-fPIC", "-shared"),
+                *(f"-I{folder}" for folder in cpp_extension.include_paths()),
+                *(f"-L{folder}" for folder in cpp_extension.library_paths()),
+                *(str(source), "-o", str(built.with_suffix(".part"))),
+                *("-lc10", "-ltorch_cpu", "-ltorch"),
+            ],
+            check=True,
+        )
+        built.with_suffix(".part").rename(built)
+    return built
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("accelerator") / "results.pt"
+    process = subprocess.run(
+        [sys.executable, "accelerator_main.py", str(library()), str(output)],
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    found: dict[str, Any] = torch.load(output)
+    return found
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, weight in expected.items():  # tied weights have two names when dispatched
+        assert torch.equal(found[name] == 0, weight == 0), name
+        assert torch.allclose(found[name], weight, rtol=1e-4, atol=1e-4), name
+
+
+def test_the_device_refuses_tensors_of_another(results: dict[str, Any]) -> None:
+    assert "device" in results["mixed"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_those_of_the_cpu(results: dict[str, Any], case: str) -> None:
+    assert_same(results["weights"][case], pruned(*CASES[case]))
+
+
+def test_a_chain_ends_with_the_weights_of_the_cpu(results: dict[str, Any]) -> None:
+    found = results["quantised"]
+    for name, weight in quantised().items():
+        assert torch.equal(found[name] == 0, weight == 0), name
+        step = weight.abs().amax() / 127
+        assert bool(((found[name] - weight).abs() <= 1.01 * step).all()), name
+
+
+@pytest.mark.parametrize("preset", PRESETS_MEASURED)
+def test_the_plan_knows_the_memory_on_the_device(
+    results: dict[str, Any], preset: str
+) -> None:
+    planned = peak_device_memory(
+        shape_of(LONG, TOKENS), PRESETS[preset], torch.float32.itemsize
+    )
+    assert planned == pytest.approx(results["memory"][preset], rel=0.15)
