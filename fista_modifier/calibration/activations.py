@@ -40,14 +40,15 @@ class ActivationStorage:
             caches too
         :raises OSError: if the disk is full, naming the folder
         """
-        if self.folder is None or tensor.nbytes < SMALLEST or _is_mapped(tensor):
-            return tensor.to("cpu")
+        folder = self.folder if tensor.nbytes >= SMALLEST else None
+        if tensor.device.type == "cpu" and (folder is None or _is_mapped(tensor)):
+            return tensor
         known = IntermediatesCache.offload_values
         with OverrideEqMode():
             if tensor not in known:
-                known[tensor] = _mapped(tensor, self.folder)
-            mapped: Tensor = known[tensor]
-        return mapped
+                known[tensor] = _mapped(tensor, folder) if folder else tensor.to("cpu")
+            kept: Tensor = known[tensor]
+        return kept
 
     def cache(self) -> IntermediatesCache:
         """:return: an empty cache of the toolkit, for :meth:`append`"""
