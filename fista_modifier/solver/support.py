@@ -40,7 +40,7 @@ def refit(
     diagonal = quadratic.diagonal
     # as numbers: a product with booleans takes 16 times as long on a CPU
     mask = free.to(weight.dtype)
-    inverse = torch.where(diagonal > 0, 1 / diagonal, 0) * mask
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
     solution = weight.clone()
     residual = objective.gradient(weight).neg_().mul_(mask)
     scaled = residual * inverse
