@@ -1,8 +1,12 @@
 """Fixtures that several test modules share."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# most tests look at weights where they expect them: see test_accelerator.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -28,6 +32,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
     )
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """What takes long to get or to make stays here."""
+    CACHE.mkdir(exist_ok=True)
+    return CACHE
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerator_main import CASES, LONG, PRESETS_MEASURED, TOKENS, pruned, quantised
-from conftest import CACHE
 from torch import Tensor
 from torch.utils import cpp_extension
 
@@ -27,13 +26,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def library() -> Path:
+def library(cache: Path) -> Path:
     """The device, compiled once for each version of torch and of its source."""
     source = TESTS / "accelerator.cpp"
     made_of = source.read_bytes() + torch.__version__.encode()
-    built = CACHE / f"accelerator-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    built = cache / f"accelerator-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not built.exists():
-        built.parent.mkdir(exist_ok=True)
         subprocess.run(
             [
                 *(str(COMPILER), "-std=c++20", "-O0", "-fPIC", "-shared"),
@@ -49,10 +47,10 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("accelerator") / "results.pt"
     process = subprocess.run(
-        [sys.executable, "accelerator_main.py", str(library()), str(output)],
+        [sys.executable, "accelerator_main.py", str(library(cache)), str(output)],
         cwd=TESTS,
         capture_output=True,
         text=True,
