@@ -3,19 +3,22 @@ What each part of the solver is worth, on single operators of a real model: all 
 in every third decoder layer (--every), each by itself.
 
 Squared relative output errors ‖W*X − WX‖² / ‖WX‖², X* = X, as shares of those of
-SparseGPT (llm-compressor's, with its own defaults) from the same Gram matrices.
+SparseGPT (llm-compressor's, with its own defaults) from the same Gram matrices, and the
+same on the first tokens of another text, which no solver sees.
 
-    python benchmarks/operators.py --model DIR --calibration FILE.txt \\
+    python benchmarks/operators.py --model DIR --calibration FILE.txt --text FILE.txt \\
         --out benchmarks/results/operators.md
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import inputs
@@ -26,6 +29,7 @@ from torch import nn
 
 from fista_modifier import pipeline
 from fista_modifier.calibration.operators import Operator, find_operators
+from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, TARGETS
 from fista_modifier.evaluation.results import write_whole
@@ -37,9 +41,13 @@ from fista_modifier.solver import (
     SparsityPattern,
     StageSolver,
 )
+from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.quadratic import Quadratic
 
 DEFAULT = SolverOptions()
+SPARSEGPT = "SparseGPT"
 VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
+    SPARSEGPT: (StageSolver, replace(PAPER, patience=0)),
     "paper": (StageSolver, PAPER),
     "paper + scaling + refit": (StageSolver, replace(DEFAULT, start="sparsegpt")),
     "the same from dense weights": (StageSolver, replace(DEFAULT, start="dense")),
@@ -49,8 +57,18 @@ VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
     "ALPS": (peers.ALPS, DEFAULT),
     "Boža": (peers.Boza, DEFAULT),
 }
-SPARSEGPT = "SparseGPT"
 PATTERNS = ("2:4", "0.5")
+
+
+def blocks_of(args: argparse.Namespace, text: str) -> torch.Tensor:
+    """Samples × tokens."""
+    dataset = calibration_dataset(
+        text,
+        pipeline.load_tokenizer(args.model),
+        samples=args.samples,
+        seq_len=args.seq_len,
+    )
+    return torch.tensor(dataset["input_ids"])
 
 
 def gram_matrices(
@@ -76,70 +94,86 @@ class Errors:
     """Squared relative errors of each variant, by kind of operator, and seconds."""
 
     def __init__(self) -> None:
-        self.squared: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(
+        self.seen: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(
             lambda: defaultdict(list)
         )
+        self.unseen: defaultdict[str, list[float]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def measure(
-        self, operator: Operator, statistics: GramStatistics, pattern: SparsityPattern
+        self,
+        operator: Operator,
+        statistics: GramStatistics,
+        elsewhere: GramStatistics,
+        pattern: SparsityPattern,
     ) -> None:
         kind = operator.name.rpartition(".")[2]
+        other = LayerObjective(operator.weight, Quadratic(elsewhere))
         for variant, (solver, options) in VARIANTS.items():
             started = time.perf_counter()
             (solution,) = solver(statistics, pattern, options).prune([operator.weight])
             self.seconds[variant] += time.perf_counter() - started
-            self.squared[variant][kind].append(solution.relative_error**2)
-            if options is PAPER:
-                start = solution.relative_start_error
-                self.squared[SPARSEGPT][kind].append(start**2)
+            self.seen[variant][kind].append(solution.relative_error**2)
+            relative = other.error(solution.weight) / other.output_norm
+            self.unseen[variant].append(relative**2)
 
     def rows(self, pattern: SparsityPattern) -> list[list[str]]:
-        reference = self.squared[SPARSEGPT]
-        every = sum(reference.values(), [])
-        means = [f"{sum(r) / len(r):.4f}" for r in (*reference.values(), every)]
-        rows = [[str(pattern), SPARSEGPT, *means, "", "", ""]]
+        reference = self.seen[SPARSEGPT]
+        rows = []
         for variant in VARIANTS:
-            errors = self.squared[variant]
-            shares = [sum(errors[kind]) / sum(reference[kind]) for kind in reference]
-            mine = sum(errors.values(), [])
-            ratios = [a / b for a, b in zip(mine, every, strict=True)]
-            shares.append(sum(mine) / sum(every))
-            rows.append(
-                [str(pattern), variant, *(f"{share:.2f}" for share in shares)]
-                + [f"{max(ratios):.2f}", f"{sum(r > 1 for r in ratios)}"]
-                + [f"{self.seconds[variant]:.0f}"]
-            )
+            errors = self.seen[variant]
+            if variant == SPARSEGPT:
+                cells = [f"{fmean(errors[kind]):.4f}" for kind in reference]
+                cells += [f"{fmean(sum(errors.values(), [])):.4f}", "", ""]
+                cells += [f"{fmean(self.unseen[variant]):.4f}", "", ""]
+            else:
+                shares = (sum(errors[k]) / sum(reference[k]) for k in reference)
+                cells = [f"{share:.2f}" for share in shares]
+                for one, base in (
+                    (sum(errors.values(), []), sum(reference.values(), [])),
+                    (self.unseen[variant], self.unseen[SPARSEGPT]),
+                ):
+                    ratios = [a / b for a, b in zip(one, base, strict=True)]
+                    cells += [f"{fmean(ratios):.2f}", f"{max(ratios):.2f}"]
+                    cells.append(f"{sum(ratio > 1 for ratio in ratios)}")
+            seconds = f"{self.seconds[variant]:.0f}"
+            rows.append([str(pattern), variant, *cells, seconds])
         return rows
 
 
 def main() -> None:
     parser = inputs.arguments(__doc__, 32)
+    parser.add_argument("--text", required=True)
     parser.add_argument("--every", type=int, default=3)
     args = parser.parse_args()
     model = pipeline.load_model(args.model, "float32")
     ignore = IGNORE + inputs.dense_layers(args.model, args.every)
     operators = find_operators(model, TARGETS, ignore)
-    blocks = torch.tensor(inputs.calibration(args)["input_ids"])
-    statistics = gram_matrices(model, operators, blocks)
+    statistics, elsewhere = (
+        gram_matrices(model, operators, blocks_of(args, text))
+        for text in (args.calibration, args.text)
+    )
     kinds = dict.fromkeys(one.name.rpartition(".")[2] for one in operators)
-    header = ["", "solver", *kinds, "all", "worst", "above SparseGPT", "seconds"]
+    columns = ["all", "worst", "above SparseGPT"]
+    others = [f"{column}, unseen" for column in columns]
+    header = ["", "solver", *kinds, *columns, *others, "seconds"]
     lines: list[list[str]] = []
     for name in PATTERNS:
         pattern, errors = pattern_of(name), Errors()
-        for operator, sums in zip(operators, statistics, strict=True):
-            errors.measure(operator, sums, pattern)
+        for one in zip(operators, statistics, elsewhere, strict=True):
+            errors.measure(*one, pattern)
         lines += errors.rows(pattern)
         table = markdown_table(header, lines)
         write_whole(
             args.out,
             f"{table}\n\n{Path(args.model).name}, the {len(operators)} operators "
             f"of one layer in {args.every}, {args.samples} × {args.seq_len} tokens of "
-            f"{Path(args.calibration).name}. "
+            f"{Path(args.calibration).name}; unseen: as many of "
+            f"{Path(args.text).name}. "
             "SparseGPT: means of squared relative errors; the others: shares of "
-            "SparseGPT's mean, the worst operator's share of SparseGPT's error, how "
-            "many are above SparseGPT's, and seconds for all operators, warm start "
-            "included.\n",
+            "SparseGPT's mean, of all operators the mean of their shares, the largest, "
+            "how many are above SparseGPT's error, and seconds for all operators, warm "
+            "start included.\n",
         )
         print(table, flush=True)
 
