@@ -23,6 +23,7 @@ from torch.utils.backend_registration import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
+from fista_modifier.calibration.activations import MAIN_MEMORY
 
 DEVICE = "standin"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,11 +94,20 @@ def peak_memory(preset: str, folder: Path) -> int:
     return torch.accelerator.max_memory_allocated()
 
 
+def kept_once() -> bool:
+    """Whether recordings and the toolkit's caches share what they keep of a tensor."""
+    tensor = torch.ones(3, device=DEVICE)
+    kept = MAIN_MEMORY.keep(tensor)
+    cache = MAIN_MEMORY.cache()
+    MAIN_MEMORY.append(cache, {"hidden_states": tensor})
+    return cache.batch_intermediates[0]["hidden_states"].value is kept
+
+
 def main(library: str, output: str) -> None:
     """
     :param library: with the device
-    :param output: file for weights of each case, the memory of presets and what comes
-        of tensors of two devices
+    :param output: file for weights of each case, the memory of presets, what comes of
+        tensors of two devices, and whether recordings share memory with the toolkit
     """
     add_accelerator(library)
     torch.set_num_threads(1)
@@ -109,6 +119,7 @@ def main(library: str, output: str) -> None:
     folder = Path(output).parent / "model"
     results = {
         "mixed": mixed,
+        "kept once": kept_once(),
         "weights": {name: pruned(*case) for name, case in CASES.items()},
         "quantised": quantised(),
         "memory": {preset: peak_memory(preset, folder) for preset in PRESETS_MEASURED},

@@ -70,6 +70,10 @@ def test_the_device_refuses_tensors_of_another(results: dict[str, Any]) -> None:
     assert "device" in results["mixed"]
 
 
+def test_what_the_toolkit_keeps_is_not_kept_again(results: dict[str, Any]) -> None:
+    assert results["kept once"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_of_the_cpu(results: dict[str, Any], case: str) -> None:
     assert_same(results["weights"][case], pruned(*CASES[case]))
