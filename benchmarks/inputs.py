@@ -31,11 +31,14 @@ def arguments(documentation: str, samples: int) -> argparse.ArgumentParser:
 
 
 def calibration(
-    args: argparse.Namespace, samples: int | None = None, seed: int = 0
+    args: argparse.Namespace,
+    samples: int | None = None,
+    seed: int = 0,
+    text: str | None = None,
 ) -> Dataset:
-    """The calibration tokens; another number of samples than asked for is possible."""
+    """The calibration tokens, or others than asked for."""
     return calibration_dataset(
-        args.calibration,
+        text or args.calibration,
         pipeline.load_tokenizer(args.model),
         samples=samples or args.samples,
         seq_len=args.seq_len,

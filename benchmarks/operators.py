@@ -12,7 +12,6 @@ same on the first tokens of another text, which no solver sees.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ from torch import nn
 
 from fista_modifier import pipeline
 from fista_modifier.calibration.operators import Operator, find_operators
-from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, TARGETS
 from fista_modifier.evaluation.results import write_whole
@@ -58,17 +56,6 @@ VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
     "Boža": (peers.Boza, DEFAULT),
 }
 PATTERNS = ("2:4", "0.5")
-
-
-def blocks_of(args: argparse.Namespace, text: str) -> torch.Tensor:
-    """Samples × tokens."""
-    dataset = calibration_dataset(
-        text,
-        pipeline.load_tokenizer(args.model),
-        samples=args.samples,
-        seq_len=args.seq_len,
-    )
-    return torch.tensor(dataset["input_ids"])
 
 
 def gram_matrices(
@@ -150,8 +137,8 @@ def main() -> None:
     ignore = IGNORE + inputs.dense_layers(args.model, args.every)
     operators = find_operators(model, TARGETS, ignore)
     statistics, elsewhere = (
-        gram_matrices(model, operators, blocks_of(args, text))
-        for text in (args.calibration, args.text)
+        gram_matrices(model, operators, torch.tensor(data["input_ids"]))
+        for data in (inputs.calibration(args), inputs.calibration(args, text=args.text))
     )
     kinds = dict.fromkeys(one.name.rpartition(".")[2] for one in operators)
     columns = ["all", "worst", "above SparseGPT"]

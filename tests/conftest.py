@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fista_modifier import demo
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
-
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -37,26 +35,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """What takes long to get or to make stays here."""
-    CACHE.mkdir(exist_ok=True)
-    return CACHE
+    folder = Path(__file__).resolve().parents[1] / ".cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
+def smollm2(cache: Path) -> Path:
     """The checkpoint of SmolLM2-135M-Instruct in float32, built once."""
-    return demo.build_smollm2(CACHE / "smollm2-135m-instruct")
+    return demo.build_smollm2(cache / "smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
-def news() -> Path:
+def news(cache: Path) -> Path:
     """A text for evaluation."""
-    return demo.news_text(CACHE)
+    return demo.news_text(cache)
 
 
 @pytest.fixture(scope="session")
-def wikipedia() -> Path:
+def wikipedia(cache: Path) -> Path:
     """A text for calibration."""
-    return demo.wikipedia_text(CACHE)
+    return demo.wikipedia_text(cache)
 
 
 @pytest.fixture(scope="session", autouse=True)

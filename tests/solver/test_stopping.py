@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,12 +29,10 @@ def objective() -> LayerObjective:
 
 
 @pytest.fixture
-def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step looks, as on an accelerator between two looks."""
-    with monkeypatch.context() as patch:
-        for module in ("fista", "support"):
-            patch.setattr(f"fista_modifier.solver.{module}.ended", lambda *_: False)
-        yield
+    for module in ("fista", "support"):
+        monkeypatch.setattr(f"fista_modifier.solver.{module}.ended", lambda *_: False)
 
 
 def run_fista(objective: LayerObjective, steps: int) -> Tensor:
