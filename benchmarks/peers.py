@@ -12,8 +12,8 @@ They differ in damping, in ρ, in how the support comes about and in what follow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fista_modifier.solver import (
 )
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import Unstructured, project
+from fista_modifier.solver.prune import Starter
 from fista_modifier.solver.quadratic import Quadratic
 
 
@@ -52,12 +53,12 @@ class ALPS(StageSolver):
             statistics, pattern, replace(options, dampening_frac=0.01, patience=0)
         )
 
-    def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
+    def _starter(self) -> Starter:
         values, vectors = torch.linalg.eigh(self._quadratic.shifted(0.0))
-        return [self._supported(objective, values, vectors) for objective in objectives]
+        return partial(self._supported, values, vectors)
 
     def _supported(
-        self, objective: LayerObjective, values: Tensor, vectors: Tensor
+        self, values: Tensor, vectors: Tensor, objective: LayerObjective
     ) -> Tensor:
         penalty = self.FIRST_PENALTY
         sparse = objective.weight
@@ -110,11 +111,10 @@ class Boza(StageSolver):
         damping = torch.full_like(scaled.gram[0], self.DAMPING)
         self._quadratic = Quadratic(scaled, damping)
 
-    def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
-        resolvent = self._quadratic.resolvent(1.0)
-        return [self._pruned(objective, resolvent) for objective in objectives]
+    def _starter(self) -> Starter:
+        return partial(self._pruned, self._quadratic.resolvent(1.0))
 
-    def _pruned(self, objective: LayerObjective, resolvent: Tensor) -> Tensor:
+    def _pruned(self, resolvent: Tensor, objective: LayerObjective) -> Tensor:
         weight = objective.weight
         multiplier = torch.zeros_like(weight)
         for step in range(1, self.STEPS + 1):

@@ -27,7 +27,7 @@ from fista_modifier.calibration.stages import find_stages
 from fista_modifier.presets import Procedure
 from fista_modifier.reconstruction import MEASURED_EVERY
 from fista_modifier.solver import SolverOptions
-from fista_modifier.solver.blocks import BLOCK
+from fista_modifier.solver.blocks import BLOCK, ENTRIES
 from fista_modifier.solver.drift import narrows
 
 __all__ = [
@@ -47,6 +47,8 @@ ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS, LANCZOS = 6, 3, 2, 50
 CHECKS = 5
 """runs of a layer with one batch: attention both ways, causality, stages"""
 FLOAT32 = 4
+KEPT = 0.5
+"""share of the weights that pruning leaves"""
 ACTIVATION = 5
 """bytes that a training step keeps for each token and each in and out feature of an
 operator, as measured on layers of a small LLaMA: 5.1 in float32, 4.7 in bfloat16"""
@@ -403,15 +405,21 @@ def peak_device_memory(
         return square + (stage.weights if stage.narrow else 2 * square)
 
     def solver(stage: StageShape) -> float:
-        # a factor and the inverse made of it, or that and the iterates
+        entries = max(stage.rows) * stage.columns
+        block = min(entries, ENTRIES)
+        # W, its target, the best weight and a candidate, the supports of both; what an
+        # iteration has at work
+        searching = 4.5 * entries + 5 * block
+        if offload_hessians:  # a block of G, and a product with it
+            return searching + 2 * stage.columns * min(stage.columns, BLOCK)
         square = stage.columns**2
-        if offload_hessians:  # a block, and a product with it
-            square = 2 * stage.columns * min(stage.columns, BLOCK)
-            return square + 8 * stage.weights
+        # W, its target, what ADMM iterates, and either a step or finding a support
+        starting = square + 4 * entries + max(2 * block, 0.75 * entries)
+        if len(stage.rows) > 1:  # the inverse waits for the next operator
+            searching += square
         scaled = sums(stage)
-        return scaled + max(
-            scaled, 2 * square + stage.weights, square + 8 * stage.weights
-        )
+        scaling = scaled + stage.narrow * entries
+        return scaled + max(scaling, 2 * square, starting, searching)
 
     def wave(number: int) -> float:
         stages = [stage for stage in shape.stages if stage.wave == number]
@@ -429,19 +437,19 @@ def reconstruction_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     """
     :param shape: of the model's layers
     :param weight_bytes: of a stored weight
-    :return: bytes on the device for the reconstruction of a layer: the weights as they
-        are trained, in float32 and, if that is another, in their own dtype, Adam's two
-        moments, the largest gradient, in both dtypes, and its signs, and the
+    :return: bytes on the device for the reconstruction of a layer, half of which is
+        kept: its weights in their own dtype, the kept ones in float32, Adam's two
+        moments of these and where they are, the largest gradient, whole and what of it
+        is for kept weights, with their places in 64 bits and their new values, and the
         activations of a sequence
     """
-    own = weight_bytes if weight_bytes != FLOAT32 else 0
-    trained = (own + 3 * FLOAT32) * shape.weights
+    trained = (weight_bytes + 4 * FLOAT32 * KEPT) * shape.weights
     largest = max(max(stage.rows) * stage.columns for stage in shape.stages)
     features = math.fsum(
         stage.share * (len(stage.rows) * stage.columns + sum(stage.rows))
         for stage in shape.stages
     )
-    gradient = (weight_bytes + 2 * FLOAT32) * largest
+    gradient = (weight_bytes + (weight_bytes + 3 * FLOAT32) * KEPT) * largest
     return trained + gradient + ACTIVATION * features * shape.seq_len
 
 

@@ -94,9 +94,9 @@ def reconstruct(
     number of batches fixes; weights and moments are float32 whatever the model's dtype.
     Because a step is a batch, the result depends on the batch size. If the layer's
     error does not fall (it is measured on every sixteenth batch), the weights are
-    returned as they came. It takes the memory of three float32 copies of the layer's
-    operators and one in their own dtype, of the largest operator's gradient and of the
-    activations of one batch.
+    returned as they came. It takes 16 bytes for each kept weight (itself, Adam's two
+    moments and where it is), a copy of the layer's operators in their own dtype, the
+    largest operator's gradient and the activations of one batch.
 
     :param recording: of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
@@ -109,7 +109,10 @@ def reconstruct(
     batches = range(len(inputs))
     measured = batches[::MEASURED_EVERY]
     steps = math.ceil(options.epochs * len(batches))
-    current = {operator: weight.clone() for operator, weight in pruned.items()}
+    current = {
+        operator: weight.clone(memory_format=torch.contiguous_format)
+        for operator, weight in pruned.items()
+    }
 
     def errors(batch: int) -> Tensor:
         real, target = recording.real_tokens[batch], recording.outputs[batch]
@@ -234,10 +237,11 @@ def _share_of_rate(steps: int, step: int) -> float:
 
 class _KeptWeights:
     """
-    Adam on the non-zero entries of weights. Each weight takes its step as soon as its
-    gradient is there, so that there is only ever one gradient.
+    Adam on the non-zero entries of weights, of which nothing else is kept. Each weight
+    takes its step as soon as its gradient is there, so that there is only ever one
+    gradient.
 
-    :param weights: out×in weights in the modules' dtype, updated in place
+    :param weights: out×in weights in the modules' dtype, contiguous, updated in place
     :param rate: the highest learning rate, as a share of the mean kept |W_ij|
     :param steps: after which the rate is zero
     """
@@ -245,14 +249,20 @@ class _KeptWeights:
     def __init__(
         self, weights: dict[Operator, Tensor], rate: float, steps: int
     ) -> None:
-        self._masters = {
-            operator: weight.to(torch.float32) for operator, weight in weights.items()
-        }
         self._weights = weights
+        # 32 bits are enough for operators of two thousand million entries
+        self._kept = {
+            operator: weight.flatten().nonzero().flatten().to(torch.int32)
+            for operator, weight in weights.items()
+        }
+        self._masters = {
+            operator: self._entries(weight, operator)
+            for operator, weight in weights.items()
+        }
         self._optimizers = {
             operator: Adam(
                 [master],
-                lr=rate * float(master.abs().sum() / master.count_nonzero().clamp(1)),
+                lr=rate * float(master.abs().sum()) / max(len(master), 1),
                 betas=BETAS,
                 fused=True,
             )
@@ -290,10 +300,13 @@ class _KeptWeights:
 
     def _step(self, operator: Operator, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        master = self._masters[operator]
-        gradient = operator.oriented(parameter.grad).to(torch.float32)
-        # 0 and 1 as numbers: products with booleans take much longer on a CPU
-        master.grad = gradient.mul_(master.sign().abs_())
+        master, weight = self._masters[operator], self._weights[operator]
+        master.grad = self._entries(operator.oriented(parameter.grad), operator)
+        parameter.grad = None
         self._optimizers[operator].step()
-        self._weights[operator].copy_(master)
-        master.grad = parameter.grad = None
+        master.grad = None
+        weight.view(-1).scatter_(0, self._kept[operator].long(), master.to(weight))
+
+    def _entries(self, weight: Tensor, operator: Operator) -> Tensor:
+        """Those that are kept, float32."""
+        return weight.reshape(-1).index_select(0, self._kept[operator]).float()

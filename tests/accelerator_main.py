@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from families import tiny_model
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 from torch.utils.backend_registration import (
@@ -24,10 +25,11 @@ from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
 from fista_modifier.calibration.activations import MAIN_MEMORY
 
 DEVICE = "standin"
+HALF: dict[str, Any] = {"mask_structure": "0:0", "sparsity": 0.5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("llama", {}),
     "best": ("llama", {"preset": "best"}),
-    "fast": ("llama", {"preset": "fast", "mask_structure": "0:0", "sparsity": 0.5}),
+    "fast": ("llama", {"preset": "fast", **HALF}),
     "paper": ("llama", {"preset": "paper"}),
     "from Wanda": ("llama", {"warm_start": "wanda"}),
     "matrices offloaded": ("llama", {"offload_hessians": True}),
@@ -38,15 +40,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # with fewer tokens than inputs, rounding decides which of two supports it is
 DATA = {"dataset": calibration(samples(16, 48, seed=1))}
-PRESETS_MEASURED = ("default", "fast")
+MEASURED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "best": {"preset": "best"},
+    "fast": {"preset": "fast"},
+    "fast, 50 %": {"preset": "fast", **HALF},
+}
 TOKENS = 128
 WIDE = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
+    "hidden_size": 512,
+    "intermediate_size": 1792,
     "num_attention_heads": 8,
+    "num_key_value_heads": 1,
     "max_position_embeddings": TOKENS,
 }
-"""of a LLaMA whose matrices outweigh all else on the device"""
+"""of a layer of LLaMA-3-70B, and a sequence for it, sixteen times as narrow"""
 
 
 def add_accelerator(library: str) -> None:
@@ -77,16 +85,27 @@ def quantised() -> dict[str, Tensor]:
     return {name: weight.cpu() for name, weight in weights(model).items()}
 
 
-def peak_memory(preset: str) -> int:
+def peak_memory(modifier: Modifier) -> int:
     """Bytes on the accelerator; what only the collector would find stays there."""
-    model = tiny_model("llama", **WIDE)
-    data = {"dataset": calibration(samples(4, TOKENS))}
+    model = tiny_model("llama", torch.bfloat16, **WIDE)
     gc.collect()
     gc.disable()
     torch.accelerator.reset_peak_memory_stats()
-    prune(model, preset=preset, oneshot_arguments=data)
+    run(model, modifier, dataset=calibration(samples(4, TOKENS)))
     gc.enable()
     return torch.accelerator.max_memory_allocated()
+
+
+def peaks() -> dict[str, int]:
+    """The same of each case, and of the toolkit's SparseGPT."""
+    ignore = ["lm_head"]
+    sparsegpt = SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=ignore)
+    return {"sparsegpt": peak_memory(sparsegpt)} | {
+        case: peak_memory(
+            FISTAPruningModifier(**{"mask_structure": "2:4", "ignore": ignore} | fields)
+        )
+        for case, fields in MEASURED.items()
+    }
 
 
 def kept_once() -> bool:
@@ -101,7 +120,7 @@ def kept_once() -> bool:
 def main(library: str, output: str) -> None:
     """
     :param library: with the device
-    :param output: file for weights of each case, the memory of presets, what comes of
+    :param output: file for weights of each case, the memory of some, what comes of
         tensors of two devices, and whether recordings share memory with the toolkit
     """
     add_accelerator(library)
@@ -116,7 +135,7 @@ def main(library: str, output: str) -> None:
         "kept once": kept_once(),
         "weights": {name: pruned(*case) for name, case in CASES.items()},
         "quantised": quantised(),
-        "memory": {preset: peak_memory(preset) for preset in PRESETS_MEASURED},
+        "memory": peaks(),
     }
     torch.save(results, output)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator_main import CASES, PRESETS_MEASURED, TOKENS, WIDE, pruned, quantised
+from accelerator_main import CASES, MEASURED, TOKENS, WIDE, pruned, quantised
 from families import tiny_model
 from torch.utils import cpp_extension
 
-from fista_modifier.cost import peak_device_memory, shape_of
+from fista_modifier.cost import LayerShape, peak_device_memory, shape_of
 from fista_modifier.presets import PRESETS
 
 TESTS = Path(__file__).resolve().parent
@@ -84,10 +84,25 @@ def test_a_chain_ends_with_the_weights_of_the_cpu(results: dict[str, Any]) -> No
         assert bool(((found[name] - weight).abs() <= 1.01 * step).all()), name
 
 
-@pytest.mark.parametrize("preset", PRESETS_MEASURED)
+@pytest.fixture(scope="module")
+def shape() -> LayerShape:
+    return shape_of(tiny_model("llama", **WIDE).config, TOKENS)
+
+
+@pytest.mark.parametrize("case", MEASURED)
 def test_the_plan_knows_the_memory_on_the_device(
-    results: dict[str, Any], preset: str
+    results: dict[str, Any], shape: LayerShape, case: str
 ) -> None:
-    shape = shape_of(tiny_model("llama", **WIDE).config, TOKENS)
-    planned = peak_device_memory(shape, PRESETS[preset], torch.float32.itemsize)
-    assert planned == pytest.approx(results["memory"][preset], rel=0.15)
+    procedure = PRESETS[MEASURED[case].get("preset", "default")]
+    planned = peak_device_memory(shape, procedure)
+    assert planned == pytest.approx(results["memory"][case], rel=0.15)
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_memory_is_sparsegpts_and_a_stages_sums_and_the_layers_weights(
+    results: dict[str, Any], shape: LayerShape, case: str
+) -> None:
+    down = shape.stages[-1]
+    sums = torch.float32.itemsize * (down.columns**2 + down.weights)  # and its drift
+    weights = torch.bfloat16.itemsize * shape.weights
+    assert results["memory"][case] <= results["memory"]["sparsegpt"] + sums + weights

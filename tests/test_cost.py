@@ -83,7 +83,7 @@ def test_experts_are_given_their_share_of_the_tokens(family: str) -> None:
     assert {stage.wave for stage in experts} == {2, 3}
 
 
-def test_the_widest_operator_of_a_70b_model_decides_on_the_device() -> None:
+def test_a_70b_model_fits_a_device_of_24_gb() -> None:
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=8192,
@@ -94,7 +94,8 @@ def test_the_widest_operator_of_a_70b_model_decides_on_the_device() -> None:
     )
     shape = shape_of(config, 2048)
     assert math.isclose(shape.parameters / 1e9, 70.55, abs_tol=0.01)
-    assert 5 * 4 * 28672**2 < peak_device_memory(shape, PRESETS["best"]) < 40e9
+    for procedure in PRESETS.values():
+        assert 2 * 4 * 28672**2 < peak_device_memory(shape, procedure) < 24e9
 
 
 def test_the_memory_of_a_reconstruction_is_what_torch_allocates(

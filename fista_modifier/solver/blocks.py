@@ -1,14 +1,29 @@
-"""Products with square matrices that may lie on another device than the rest."""
+"""Work in blocks, where not all fits on a device at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_gram", "add_product", "times"]
+__all__ = ["add_gram", "add_product", "row_blocks", "times"]
 
 BLOCK = 8192
 """columns of a matrix that are on the device of a product at once"""
+ENTRIES = 2**25
+"""of a weight that an iteration has at work at once: 134 MB in float32"""
+
+
+def row_blocks(weight: Tensor) -> list[slice]:
+    """
+    The rows of a weight are independent problems, so that what an iteration needs
+    beside its result does not grow with the weight.
+
+    :param weight: m×n
+    :return: slices of the rows, with at most :data:`ENTRIES` entries (or one row) each
+    """
+    rows, columns = weight.shape
+    height = max(ENTRIES // columns, 1)
+    return [slice(start, start + height) for start in range(0, rows, height)]
 
 
 def times(left: Tensor, matrix: Tensor) -> Tensor:

@@ -90,12 +90,10 @@ class OutputDrift:
     For one operator with no more outputs than inputs, such as a down projection, from
     the drift of its outputs: less work and memory than the products of features.
 
-    :param weight: W, float32 m×n
     :param cross: W Δ X*ᵀ, float32 m×n
     :param power: ‖W Δ‖_F², a float64 scalar
     """
 
-    weight: Tensor
     cross: Tensor
     power: Tensor
 
@@ -104,8 +102,7 @@ class OutputDrift:
         self.power += torch.linalg.vecdot(drift, drift).sum(dtype=torch.float64)
 
     def scaled(self, scale: Tensor) -> OutputDrift:
-        scale = scale.to(self.weight.device)
-        return OutputDrift(self.weight * scale, self.cross / scale, self.power)
+        return OutputDrift(self.cross / scale.to(self.cross.device), self.power)
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
         return self.cross, float(self.power)

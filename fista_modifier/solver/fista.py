@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
+from fista_modifier.solver.blocks import row_blocks
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.stopping import ended
 
@@ -28,8 +29,9 @@ def soft_threshold(values: Tensor, threshold: float) -> Tensor:
 @dataclass(frozen=True)
 class FISTASolution:
     """
-    :param weight: the last proximal point, m×n (sparse where the penalty bites)
-    :param iterations: iterations done
+    :param weight: the last proximal point, m×n (sparse where the penalty bites), a new
+        tensor
+    :param iterations: iterations done, by the rows that took most
     """
 
     weight: Tensor
@@ -49,7 +51,8 @@ def fista(
     Eq. (4d) as printed extrapolates from the previous extrapolated point; here, as in
     Beck & Teboulle, from the previous proximal point, for which the O(1/k²) rate is
     proved. Stop (5) is made independent of the scale of the weights:
-    ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F.
+    ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F. Large weights are solved block of rows after
+    block, and each block stops by its own norms.
 
     :param objective: f
     :param penalty: λ ≥ 0, in the units of ∇f
@@ -60,21 +63,45 @@ def fista(
     """
     lipschitz = objective.quadratic.lipschitz
     if lipschitz == 0:  # no token excites the operator: every V has the same error
-        return FISTASolution(start, 0)
-    stop = tolerance * objective.weight.norm()
-    current = extrapolated = start
+        return FISTASolution(start.clone(), 0)
+    blocks = [
+        _fista(objective, rows, penalty, start[rows], max_iterations, tolerance)
+        for rows in row_blocks(start)
+    ]
+    return FISTASolution(
+        torch.cat([block.weight for block in blocks]),
+        max(block.iterations for block in blocks),
+    )
+
+
+def _fista(
+    objective: LayerObjective,
+    rows: slice,
+    penalty: float,
+    start: Tensor,
+    max_iterations: int,
+    tolerance: float,
+) -> FISTASolution:
+    """The solution for some rows"""
+    lipschitz = objective.quadratic.lipschitz
+    stop = tolerance * objective.weight[rows].norm()
+    current, extrapolated = start, start.clone()
+    change = torch.empty_like(start)
     momentum = 1.0
     done = torch.tensor(False, device=start.device)
     iterations = torch.tensor(0, device=start.device)
     for step in range(1, max_iterations + 1):
-        gradient = objective.gradient(extrapolated)
-        descended = torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
-        shrunk = soft_threshold(descended, penalty / lipschitz)
+        gradient = objective.gradient(extrapolated, rows)
+        torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
+        shrunk = soft_threshold(gradient, penalty / lipschitz)
         # a solution that has converged stays
-        previous, current = current, torch.where(done, current, shrunk, out=shrunk)
+        torch.where(done, current, shrunk, out=shrunk)
+        torch.sub(shrunk, current, out=change)
+        current = shrunk
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        change = current - previous
-        extrapolated = torch.add(current, change, alpha=(momentum - 1) / next_momentum)
+        torch.add(
+            current, change, alpha=(momentum - 1) / next_momentum, out=extrapolated
+        )
         momentum = next_momentum
         iterations += ~done
         done |= change.norm() < stop

@@ -116,7 +116,7 @@ class GramStatistics:
                 torch.zeros_like(self.gram), torch.zeros_like(self.gram)
             )
         power = self.weight.new_zeros((), dtype=torch.float64)
-        return OutputDrift(self.weight, torch.zeros_like(self.weight), power)
+        return OutputDrift(torch.zeros_like(self.weight), power)
 
     def sums(self) -> list[Tensor]:
         """:return: what is to be added up over ranks, in place; and so are tokens"""

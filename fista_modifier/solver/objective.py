@@ -65,12 +65,13 @@ class LayerObjective:
             squared -= 2 * inner(self.weight, self._drift)
         return math.sqrt(max(squared, 0.0))
 
-    def gradient(self, candidate: Tensor) -> Tensor:
+    def gradient(self, candidate: Tensor, rows: slice = slice(None)) -> Tensor:
         """
-        :param candidate: V, m×n
-        :return: ∇f(V) = V G − B, m×n
+        :param candidate: V, m×n, or some of its rows
+        :param rows: which of them
+        :return: ∇f(V) = V G − B, for these rows
         """
-        return self.quadratic.times_gram(candidate).sub_(self.target)
+        return self.quadratic.times_gram(candidate).sub_(self.target[rows])
 
     def error(self, candidate: Tensor) -> float:
         """

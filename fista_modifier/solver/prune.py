@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.admm import admm
+from fista_modifier.solver.admm import ADMM
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern
 from fista_modifier.solver.quadratic import Quadratic
-from fista_modifier.solver.support import fill_support, refit
+from fista_modifier.solver.support import fill_support, refit_
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 from fista_modifier.solver.warm_start import OneShot, warm_start
 
 WarmStart = Literal["dense", OneShot, "admm"]
 """W₀*: a one-shot method, the dense weights, or the ADMM of this package"""
+
+Starter = Callable[[LayerObjective], Tensor]
+"""finds W₀* for an operator, in scaled columns; the dense weights lack the pattern"""
 
 REFIT_TOLERANCE = 1e-3
 """a refit ends where a step lowers the squared error by less than this share"""
@@ -218,35 +222,28 @@ class StageSolver:
         :param weights: dense weight W, m×n, of each operator, of any floating dtype
         :return: W* of each, in the dtype and on the device of its W
         """
-        device = self._device
-        objectives = [
-            LayerObjective(
-                self._scaled(weight.to(device, torch.float32)), self._quadratic
-            )
-            for weight in weights
-        ]
-        starts = self._warm_starts(objectives)
-        return [
-            self._prune(objective, start, weight)
-            for objective, start, weight in zip(
-                objectives, starts, weights, strict=True
-            )
-        ]
+        # the last one used takes with it what they share, such as an inverse of G
+        starters = [self._starter()] * len(weights)
+        return [self._prune(weight, starters) for weight in weights]
 
-    def _prune(
-        self, objective: LayerObjective, start: Tensor, weight: Tensor
-    ) -> PrunedWeight:
+    def _prune(self, weight: Tensor, starters: list[Starter]) -> PrunedWeight:
         """Algorithm 1 and what comes before and after it, for one operator."""
+        objective = LayerObjective(
+            self._scaled(weight.to(self._device, torch.float32)), self._quadratic
+        )
+        start = starters.pop()(objective)
         support = self.pattern.support(start.abs())
         best = self._cast(start * support, weight.dtype)
+        del start
         start_error = best_error = objective.error(best)
         if self.options.refit:
-            refitted = self._refit(objective, best, support, start_error, weight.dtype)
+            refitted = self._refit_(objective, best.clone(), support, start_error)
+            refitted = self._cast(refitted, weight.dtype)
             refitted_error = objective.error(refitted)
             if refitted_error < start_error:
                 best, best_error = refitted, refitted_error
         # FISTA starts from dense weights as they are, though only their rounding counts
-        iterate = start if self.options.start == "dense" else best
+        iterate = objective.weight if self.options.start == "dense" else best
         best, best_error, trials = self._search(
             objective, best, best_error, iterate, weight.dtype
         )
@@ -284,9 +281,9 @@ class StageSolver:
         while failures < options.patience:
             penalty = search.value
             solution = fista(objective, penalty * unit, iterate, options.max_iterations)
-            candidate = self._feasible(objective, solution.weight, best_error, dtype)
+            unrounded_error = objective.error(solution.weight)
+            candidate = self._feasible_(objective, solution.weight, best_error, dtype)
             error = objective.error(candidate)
-            rounding = error - objective.error(solution.weight)
             improvement = (best_error - error) / best_error if best_error else 0.0
             if improvement > 0:
                 iterate = best = candidate
@@ -294,59 +291,59 @@ class StageSolver:
                 failures = 0
             else:
                 failures += 1
-            share = rounding / error if error else 0.0
+            share = (error - unrounded_error) / error if error else 0.0
             trials.append(Trial(penalty, solution.iterations, error, share, best_error))
             if 0 < improvement < options.epsilon:
                 break
             search.update(increase=share > options.xi)
         return best, best_error, trials
 
-    def _warm_starts(self, objectives: Sequence[LayerObjective]) -> list[Tensor]:
-        """W₀* of Algorithm 1, in scaled columns; the dense start lacks the pattern."""
+    def _starter(self) -> Starter:
         kind = self.options.start
         if kind == "dense":
-            return [objective.weight for objective in objectives]
+            return lambda objective: objective.weight
         if kind == "admm":
-            return admm(objectives, self.pattern, self.options.admm_steps)
+            return ADMM(self._quadratic, self.pattern, self.options.admm_steps)
         assert self._raw_gram is not None  # kept for these starts
-        return [
-            self._scaled(
-                warm_start(
-                    kind,
-                    self._unscaled(objective.weight),
-                    self._raw_gram.to(self._device),
-                    self.pattern,
-                    block_size=self.options.block_size,
-                    dampening_frac=self.options.dampening_frac,
-                )
-            )
-            for objective in objectives
-        ]
+        return partial(self._one_shot, kind, self._raw_gram.to(self._device))
 
-    def _feasible(
+    def _one_shot(
+        self, kind: OneShot, gram: Tensor, objective: LayerObjective
+    ) -> Tensor:
+        return self._scaled(
+            warm_start(
+                kind,
+                self._unscaled(objective.weight),
+                gram,
+                self.pattern,
+                block_size=self.options.block_size,
+                dampening_frac=self.options.dampening_frac,
+            )
+        )
+
+    def _feasible_(
         self,
         objective: LayerObjective,
         iterate: Tensor,
         best_error: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Round, refit, and cast as the checkpoint will."""
+        """Round and refit in place, and cast as the checkpoint will."""
         support = self.pattern.support(iterate.abs())
-        rounded = iterate * support
-        if not self.options.refit:
-            return self._cast(rounded, dtype)
-        return self._refit(objective, rounded, support, best_error, dtype)
+        iterate.mul_(support)
+        if self.options.refit:
+            self._refit_(objective, iterate, support, best_error)
+        return self._cast(iterate, dtype)
 
-    def _refit(
+    def _refit_(
         self,
         objective: LayerObjective,
         weight: Tensor,
         support: Tensor,
         best_error: float,
-        dtype: torch.dtype,
     ) -> Tensor:
         tolerance = REFIT_TOLERANCE * best_error**2 / 2
-        return self._cast(refit(objective, weight, support, tolerance=tolerance), dtype)
+        return refit_(objective, weight, support, tolerance=tolerance)
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """What a weight in scaled columns is worth once it was stored in ``dtype``."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.blocks import row_blocks
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern
 from fista_modifier.solver.stopping import ended
 
-__all__ = ["fill_support", "refit"]
+__all__ = ["fill_support", "refit_"]
 
 RIDGE = 0.01
 """a share of the mean of diag(G), SparseGPT's default damping"""
 
 
-def refit(
+def refit_(
     objective: LayerObjective,
     weight: Tensor,
     free: Tensor,
@@ -30,22 +31,38 @@ def refit(
     step serves all of them. f falls in every row at every step.
 
     :param objective: f
-    :param weight: V, m×n, float32
+    :param weight: V, m×n, float32, replaced by the result
     :param free: bool m×n, the entries that may change
     :param iterations: steps at most
-    :param tolerance: the last step is one that lowers f by less than this
-    :return: m×n, equal to V off ``free``
+    :param tolerance: the last step is one that lowers f by less than this (in a large
+        weight, of which a block of rows is solved after the other: by less than the
+        block's share of this)
+    :return: ``weight``, now m×n values that are V's off ``free``
     """
+    for rows in row_blocks(weight):
+        block = weight[rows]
+        share = len(block) / len(weight)
+        _refit_(objective, rows, block, free[rows], iterations, share * tolerance)
+    return weight
+
+
+def _refit_(
+    objective: LayerObjective,
+    rows: slice,
+    solution: Tensor,
+    free: Tensor,
+    iterations: int,
+    tolerance: float,
+) -> None:
+    """For some rows"""
     quadratic = objective.quadratic
     diagonal = quadratic.diagonal
     # as numbers: a product with booleans takes 16 times as long on a CPU
-    mask = free.to(weight.dtype)
+    mask = free.to(solution.dtype)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
-    solution = weight.clone()
-    residual = objective.gradient(weight).neg_().mul_(mask)
-    scaled = residual * inverse
-    direction = scaled.clone()
-    power = _row_products(residual, scaled)
+    residual = objective.gradient(solution, rows).neg_().mul_(mask)
+    direction = residual * inverse
+    power = _row_products(residual, direction)
     done = torch.tensor(False, device=solution.device)
     for step in range(1, iterations + 1):
         curved = quadratic.times_gram(direction).mul_(mask)
@@ -55,10 +72,10 @@ def refit(
         if ended(done, step):
             break
         residual.addcmul_(curved, length, value=-1)
-        torch.mul(residual, inverse, out=scaled)
+        scaled = torch.mul(residual, inverse, out=curved)
         previous, power = power, _row_products(residual, scaled)
         direction.mul_(_ratio(power, previous)).add_(scaled)
-    return solution
+        del curved, scaled  # the next product may have their memory
 
 
 def _row_products(one: Tensor, other: Tensor) -> Tensor:
@@ -100,5 +117,5 @@ def fill_support(
     # features without data come last, the largest dense weights among them first
     gain = torch.where(dead, -1 / dense, gain)
     added = pattern.support(torch.where(zero, gain, torch.inf)) & zero
-    filled = refit(objective, weight, added & ~dead)
+    filled = refit_(objective, weight.clone(), added & ~dead)
     return torch.where(added & dead, objective.weight, filled)

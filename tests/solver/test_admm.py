@@ -4,7 +4,7 @@ from problems import gram_statistics, inputs, normal
 from torch import Tensor
 
 from fista_modifier.solver import NofM, Unstructured
-from fista_modifier.solver.admm import admm
+from fista_modifier.solver.admm import ADMM
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import project
 from fista_modifier.solver.quadratic import Quadratic
@@ -35,7 +35,7 @@ def quadratic() -> Quadratic:
 def test_where_nothing_is_to_be_chosen_it_ends_at_least_squares(quadratic):
     objective = LayerObjective(normal(ROWS, FEATURES), quadratic)
     support = normal(ROWS, FEATURES, seed=3) > 0
-    (weight,) = admm([objective], Fixed(support), steps=2000)
+    weight = ADMM(quadratic, Fixed(support), steps=2000)(objective)
     gram, target = quadratic.statistics.gram.double(), objective.target.double()
     for row, kept in enumerate(support):
         expected = torch.linalg.solve(gram[kept][:, kept], target[row, kept])
@@ -51,8 +51,9 @@ def test_its_support_is_better_than_that_of_the_largest_weights(quadratic, patte
         LayerObjective(normal(ROWS, FEATURES, seed=seed), quadratic)
         for seed in range(4)
     ]
-    weights = admm(objectives, pattern, steps=10)
-    for objective, weight in zip(objectives, weights, strict=True):
+    admm = ADMM(quadratic, pattern, steps=10)
+    for objective in objectives:
+        weight = admm(objective)
         assert pattern.holds(weight)
         largest = project(objective.weight, pattern)
         assert objective.error(weight) < 0.9 * objective.error(largest)
@@ -62,7 +63,7 @@ def test_operators_that_share_an_inverse_are_solved_as_if_alone(quadratic):
     one, other = (
         LayerObjective(normal(ROWS, FEATURES, seed=seed), quadratic) for seed in (0, 1)
     )
-    together = admm([one, other], NofM(2, 4), steps=10)
-    alone = [admm([objective], NofM(2, 4), steps=10)[0] for objective in (one, other)]
-    for weight, expected in zip(together, alone, strict=True):
-        assert torch.equal(weight, expected)
+    shared = ADMM(quadratic, NofM(2, 4), steps=10)
+    for objective in (one, other):
+        alone = ADMM(quadratic, NofM(2, 4), steps=10)(objective)
+        assert torch.equal(shared(objective), alone)

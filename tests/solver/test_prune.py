@@ -20,7 +20,7 @@ from fista_modifier.solver import (
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import project
 from fista_modifier.solver.quadratic import Quadratic
-from fista_modifier.solver.support import fill_support, refit
+from fista_modifier.solver.support import fill_support, refit_
 from fista_modifier.solver.warm_start import warm_start
 
 TOKENS, FEATURES, ROWS = 96, 32, 12
@@ -231,7 +231,7 @@ def test_refit_is_least_squares_on_the_support(tokens, others):
     start = torch.where(free, weight, 0) if others == "zero" else weight
     objective = LayerObjective(weight, Quadratic(gram_statistics(pruned, dense)))
     expected = least_squares(weight, free, start, pruned, dense)
-    solution = refit(objective, start, free, iterations=2 * FEATURES)
+    solution = refit_(objective, start.clone(), free, iterations=2 * FEATURES)
     assert torch.equal(solution[~free], start[~free])
     condition = float(torch.linalg.cond(objective.quadratic.statistics.gram.double()))
     tolerance = condition * torch.finfo(torch.float32).eps
@@ -250,10 +250,10 @@ def test_refit_lowers_the_error_of_every_row_at_every_step(tokens):
         return (candidate @ pruned.T - weight @ dense.T).norm(dim=1)
 
     errors = [
-        row_errors(refit(objective, start, free, iterations=steps))
+        row_errors(refit_(objective, start.clone(), free, iterations=steps))
         for steps in range(6)
     ]
-    assert torch.equal(refit(objective, start, free, iterations=0), start)
+    assert torch.equal(refit_(objective, start.clone(), free, iterations=0), start)
     for before, after in zip(errors, errors[1:], strict=False):
         assert bool((after < before).all())
 

@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fista_modifier.solver import NofM, SparsityPattern, Unstructured
-from fista_modifier.solver.admm import admm
+from fista_modifier.solver.admm import ADMM
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.stopping import INTERVAL, ended
-from fista_modifier.solver.support import refit
+from fista_modifier.solver.support import refit_
 from fista_modifier.solver.tuning import lambda_unit
 
 TOKENS, FEATURES, ROWS = 96, 24, 6
@@ -44,11 +44,11 @@ def run_refit(objective: LayerObjective, steps: int) -> Tensor:
     free = objective.weight.abs() > 0.7
     tolerance = 1e-3 * objective.error(objective.weight * free) ** 2
     start = objective.weight * free
-    return refit(objective, start, free, iterations=steps, tolerance=tolerance)
+    return refit_(objective, start.clone(), free, iterations=steps, tolerance=tolerance)
 
 
 def run_admm(pattern: SparsityPattern) -> Callable[[LayerObjective, int], Tensor]:
-    return lambda objective, steps: admm([objective], pattern, steps)[0]
+    return lambda objective, steps: ADMM(objective.quadratic, pattern, steps)(objective)
 
 
 class Reads(TorchDispatchMode):
