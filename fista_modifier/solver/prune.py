@@ -62,7 +62,7 @@ class SolverOptions:
         penalty and the rounding weigh an entry by its feature's norm, as Wanda does,
         and the problem is better conditioned
     :param refit: after each rounding, give the kept entries their least squares values
-        (:func:`~fista_modifier.solver.support.refit`), free of the ℓ1 term's shrinkage
+        (:func:`~fista_modifier.solver.support.refit_`), free of the ℓ1 term's shrinkage
     :param dampening_frac: damping of a SparseGPT warm start, and with ``refit`` of the
         whole problem, as a fraction of the mean of diag(G)
     :param block_size: columns that a SparseGPT warm start prunes at once
