@@ -45,6 +45,7 @@ MEASURED: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
     "fast": {"preset": "fast"},
     "fast, 50 %": {"preset": "fast", **HALF},
+    "matrices offloaded": {"preset": "fast", "offload_hessians": True},
 }
 TOKENS = 128
 WIDE = {

@@ -1,0 +1,26 @@
+"""What pruning a model takes, from its configuration alone: see docs/cost.md."""
+
+from fista_modifier.cost.devices import DEVICES, Device, seconds
+from fista_modifier.cost.memory import (
+    peak_device_memory,
+    peak_host_memory,
+    reconstruction_memory,
+    recorded_memory,
+)
+from fista_modifier.cost.operations import Cost, layer_cost
+from fista_modifier.cost.shape import LayerShape, StageShape, shape_of
+
+__all__ = [
+    "DEVICES",
+    "Cost",
+    "Device",
+    "LayerShape",
+    "StageShape",
+    "layer_cost",
+    "peak_device_memory",
+    "peak_host_memory",
+    "reconstruction_memory",
+    "recorded_memory",
+    "seconds",
+    "shape_of",
+]

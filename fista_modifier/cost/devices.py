@@ -1,0 +1,56 @@
+"""How long devices take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fista_modifier.cost.operations import Cost
+from fista_modifier.cost.shape import LayerShape
+from fista_modifier.presets import Procedure
+
+__all__ = ["DEVICES", "Device", "seconds"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """
+    :param memory: bytes
+    :param half: operations a second in bfloat16, for runs of a layer
+    :param single: the same in float32 (TF32 is not used), for sums and the solver
+    """
+
+    memory: float
+    half: float
+    single: float
+
+
+# published peaks (A100 and H100 SXM, dense), of which half is taken as reached
+DEVICES = {
+    "a100-40gb": Device(40e9, 0.5 * 312e12, 0.5 * 19.5e12),
+    "a100-80gb": Device(80e9, 0.5 * 312e12, 0.5 * 19.5e12),
+    "h100-80gb": Device(80e9, 0.5 * 989e12, 0.5 * 67e12),
+}
+
+
+def seconds(
+    cost: Cost,
+    shape: LayerShape,
+    procedure: Procedure,
+    device: Device,
+    devices: int = 1,
+) -> float:
+    """
+    :param cost: of a layer
+    :param shape: of the model's layers
+    :param procedure: what is done to a layer
+    :param device: that prunes
+    :param devices: how many: each has layers of its own or, where layers depend on one
+        another, data of its own in all but the reconstruction
+    :return: predicted time of all layers, products only
+    """
+    shared = (cost.recording + cost.replays) / device.half
+    shared += (cost.gram + cost.solver) / device.single
+    training = cost.reconstruction / device.half
+    if procedure.chains_layers:
+        return shape.layers * (shared / devices + training)
+    return -(-shape.layers // devices) * (shared + training)
