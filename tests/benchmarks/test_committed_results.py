@@ -16,8 +16,12 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 @pytest.mark.parametrize(
     ("name", "pattern", "seeds"),
     [
-        ("compare", "2:4", {"sparsegpt": 3, "fista": 3, "fista-best": 3}),
-        ("compare-32", "4:8", {"sparsegpt": 1, "fista": 1}),
+        (
+            "compare",
+            "2:4",
+            {"sparsegpt": 3, "fista": 3, "fista-best": 3, "fista-paper": 1},
+        ),
+        ("compare-32", "4:8", {"sparsegpt": 1, "fista": 1, "fista-paper": 1}),
     ],
 )
 def test_a_comparison_is_continued_where_it_ended(
