@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -65,6 +66,7 @@ class LayerInputs:
         self.layer = layer
         self._storage = storage
         self._calls = storage.cache()
+        self._hidden_states: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -86,8 +88,11 @@ class LayerInputs:
         self.append(args, kwargs)
 
     def __getitem__(self, batch: int) -> LayerCall:
-        call = self._calls.fetch(batch)
-        return LayerCall(self.layer, call["args"], call["kwargs"])
+        call = LayerCall(self.layer, **self._calls.fetch(batch))
+        if self._hidden_states is None:
+            return call
+        other = self._hidden_states[batch].to(call.hidden_states.device)
+        return replace(call, args=(other, *call.args[1:]))
 
     def __iter__(self) -> Iterator[LayerCall]:
         return (self[batch] for batch in range(len(self)))
@@ -135,12 +140,11 @@ class LayerInputs:
     def with_hidden_states(self, hidden_states: list[Tensor]) -> LayerInputs:
         """
         :param hidden_states: another input tensor for each batch
-        :return: the same calls with that tensor in the place of the first argument
+        :return: the same calls with that tensor in the place of the first argument; all
+            others are kept once
         """
-        other = LayerInputs(self.layer, self._storage)
-        for call, tensor in zip(self, hidden_states, strict=True):
-            moved = tensor.to(call.hidden_states.device)
-            other.append((moved, *call.args[1:]), call.kwargs)
+        other = copy(self)
+        other._hidden_states = hidden_states
         return other
 
 
