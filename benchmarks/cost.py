@@ -99,13 +99,13 @@ def predicted(config: Any, samples: int, seq_len: int, preset: str) -> dict[str,
         replace(shape, stages=tuple(replace(one, rows=()) for one in shape.stages)),
         samples,
         replace(procedure, solver=replace(procedure.solver, patience=0)),
-    ).solver
+    ).refits
     head = 2 * samples * seq_len * shape.hidden * config.vocab_size
     layers = shape.layers
     return {
         "recording": layers * cost.recording + head,
-        "replays and sums": layers * (cost.replays + cost.gram),
-        "solver": layers * (cost.solver - inverses),
+        "replays and sums": layers * (cost.replays + cost.gram + cost.drift),
+        "solver": layers * (cost.search + cost.refits - inverses),
         "reconstruction": layers * cost.reconstruction,
     }
 

@@ -16,19 +16,21 @@ class Device:
     """
     :param memory: bytes
     :param half: operations a second in bfloat16, for runs of a layer
-    :param single: the same in float32 (TF32 is not used), for sums and the solver
+    :param tensor: the same in TensorFloat-32, for sums of 16-bit values and searches
+    :param single: the same in float32, for what must be exact
     """
 
     memory: float
     half: float
+    tensor: float
     single: float
 
 
 # published peaks (A100 and H100 SXM, dense), of which half is taken as reached
 DEVICES = {
-    "a100-40gb": Device(40e9, 0.5 * 312e12, 0.5 * 19.5e12),
-    "a100-80gb": Device(80e9, 0.5 * 312e12, 0.5 * 19.5e12),
-    "h100-80gb": Device(80e9, 0.5 * 989e12, 0.5 * 67e12),
+    "a100-40gb": Device(40e9, 0.5 * 312e12, 0.5 * 156e12, 0.5 * 19.5e12),
+    "a100-80gb": Device(80e9, 0.5 * 312e12, 0.5 * 156e12, 0.5 * 19.5e12),
+    "h100-80gb": Device(80e9, 0.5 * 989e12, 0.5 * 494e12, 0.5 * 67e12),
 }
 
 
@@ -46,10 +48,11 @@ def seconds(
     :param device: that prunes
     :param devices: how many: each has layers of its own or, where layers depend on one
         another, data of its own in all but the reconstruction
-    :return: predicted time of all layers, products only
+    :return: predicted time of all layers, whose weights have 16 bits, products only
     """
     shared = (cost.recording + cost.replays) / device.half
-    shared += (cost.gram + cost.solver) / device.single
+    shared += (cost.gram + cost.search) / device.tensor
+    shared += (cost.drift + cost.refits) / device.single
     training = cost.reconstruction / device.half
     if procedure.chains_layers:
         return shape.layers * (shared / devices + training)

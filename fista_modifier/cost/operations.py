@@ -31,15 +31,20 @@ class Cost:
 
     :param recording: the toolkit's pass
     :param replays: of blocks, dense and partly pruned
-    :param gram: sums over the tokens
-    :param solver: all operators
+    :param gram: sums over the tokens of products of activations (and of these with
+        weights)
+    :param drift: sums of products with the drift
+    :param search: ADMM and FISTA, all operators
+    :param refits: inverses, refits and errors, all operators
     :param reconstruction: of the layer
     """
 
     recording: float
     replays: float
     gram: float
-    solver: float
+    drift: float
+    search: float
+    refits: float
     reconstruction: float
 
     @property
@@ -60,16 +65,22 @@ def layer_cost(
     :return: operations for one layer
     """
     full = procedure.chains_layers
+    tokens = samples * shape.seq_len
+    drifting = [stage for stage in shape.stages if shape.drifts(stage, full)]
     runs = 0.0
     if procedure.reconstructs:
         runs = 3 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
     return Cost(
         recording=samples * shape.toolkit_forward + CHECKS * shape.forward,
         replays=samples * (_replays(shape, full) + full * shape.forward),
-        gram=samples
-        * shape.seq_len
-        * math.fsum(_gram(shape, stage, full) for stage in shape.stages),
-        solver=sum(_solver(stage, procedure.solver) for stage in shape.stages),
+        gram=tokens
+        * math.fsum(
+            [stage.share * _gram(stage) for stage in shape.stages]
+            + [stage.products for stage in drifting if stage.narrow]
+        ),
+        drift=tokens * math.fsum(stage.share * _drift(stage) for stage in drifting),
+        search=math.fsum(_search(stage, procedure.solver) for stage in shape.stages),
+        refits=math.fsum(_refits(stage, procedure.solver) for stage in shape.stages),
         reconstruction=samples * runs * shape.forward,
     )
 
@@ -103,23 +114,36 @@ def _before(shape: LayerShape, stop: int, block: int | None = None) -> float:
     return products + (shape.attention if attended else 0)
 
 
-def _gram(shape: LayerShape, stage: StageShape, full: bool) -> float:
-    """For one token of the layer: G, and the drift where there is one"""
-    own = 2 * SYMMETRIC * stage.columns**2
-    drift = 4.0 * stage.weights if stage.narrow else own + 2 * stage.columns**2
-    return stage.share * (own + drift if shape.drifts(stage, full) else own)
+def _gram(stage: StageShape) -> float:
+    """G, for one token that reaches the stage"""
+    return 2 * SYMMETRIC * stage.columns**2
 
 
-def _solver(stage: StageShape, options: SolverOptions) -> float:
-    """An estimate: refits and FISTA stop when they have converged"""
-    products = ERRORS
-    inverses = 0.0
+def _drift(stage: StageShape) -> float:
+    """The same of the drift, in the outputs or the inputs"""
+    if stage.narrow:
+        return 2 * stage.weights
+    return _gram(stage) + 2 * stage.columns**2
+
+
+def _product(stage: StageShape) -> float:
+    """All operators of a stage times an n×n matrix"""
+    return 2 * stage.weights * stage.columns
+
+
+def _search(stage: StageShape, options: SolverOptions) -> float:
+    """An estimate: FISTA stops when it has converged"""
+    products = options.max_iterations * options.patience
     if options.start == "admm":
         products += options.admm_steps
-        inverses = 1.0
+    return products * _product(stage)
+
+
+def _refits(stage: StageShape, options: SolverOptions) -> float:
+    """An estimate: refits stop when they have converged"""
+    products = ERRORS + ERRORS_OF_A_TRIAL * options.patience
     if options.refit:
         products += REFIT_STEPS * (1 + min(options.patience, 1))
-    products += (options.max_iterations + ERRORS_OF_A_TRIAL) * options.patience
+    inverse = stage.columns**3 if options.start == "admm" else 0
     lanczos = LANCZOS * 2 * stage.columns**2 if options.patience else 0
-    product = 2 * stage.weights * stage.columns
-    return products * product + inverses * stage.columns**3 + lanczos
+    return products * _product(stage) + inverse + lanczos

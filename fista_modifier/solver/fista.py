@@ -10,6 +10,8 @@ from torch.nn.functional import softshrink
 
 from fista_modifier.solver.blocks import row_blocks
 from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.precision import matmul_precision
+from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.stopping import ended
 
 __all__ = ["FISTASolution", "fista", "soft_threshold"]
@@ -52,7 +54,8 @@ def fista(
     Beck & Teboulle, from the previous proximal point, for which the O(1/k²) rate is
     proved. Stop (5) is made independent of the scale of the weights:
     ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F. Large weights are solved block of rows after
-    block, and each block stops by its own norms.
+    block, and each block stops by its own norms. Products may be those of
+    TensorFloat-32: Algorithm 1 judges what comes of them in float32 (docs/cost.md).
 
     :param objective: f
     :param penalty: λ ≥ 0, in the units of ∇f
@@ -64,10 +67,19 @@ def fista(
     lipschitz = objective.quadratic.lipschitz
     if lipschitz == 0:  # no token excites the operator: every V has the same error
         return FISTASolution(start.clone(), 0)
-    blocks = [
-        _fista(objective, rows, penalty, start[rows], max_iterations, tolerance)
-        for rows in row_blocks(start)
-    ]
+    target = objective.target
+    with matmul_precision("tf32"):
+        blocks = [
+            _fista(
+                objective.quadratic,
+                target[rows],
+                penalty,
+                start[rows],
+                max_iterations,
+                tolerance * objective.weight[rows].norm(),
+            )
+            for rows in row_blocks(start)
+        ]
     return FISTASolution(
         torch.cat([block.weight for block in blocks]),
         max(block.iterations for block in blocks),
@@ -75,23 +87,22 @@ def fista(
 
 
 def _fista(
-    objective: LayerObjective,
-    rows: slice,
+    quadratic: Quadratic,
+    target: Tensor,
     penalty: float,
     start: Tensor,
     max_iterations: int,
-    tolerance: float,
+    stop: Tensor,
 ) -> FISTASolution:
-    """The solution for some rows"""
-    lipschitz = objective.quadratic.lipschitz
-    stop = tolerance * objective.weight[rows].norm()
+    """The solution for some rows, from their B, V₀ and the change that ends it"""
+    lipschitz = quadratic.lipschitz
     current, extrapolated = start, start.clone()
     change = torch.empty_like(start)
     momentum = 1.0
     done = torch.tensor(False, device=start.device)
     iterations = torch.tensor(0, device=start.device)
     for step in range(1, max_iterations + 1):
-        gradient = objective.gradient(extrapolated, rows)
+        gradient = quadratic.times_gram(extrapolated).sub_(target)
         torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
         shrunk = soft_threshold(gradient, penalty / lipschitz)
         # a solution that has converged stays

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fista_modifier.solver.blocks import add_gram
 from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift, narrows
+from fista_modifier.solver.precision import matmul_precision
 
 __all__ = ["GramStatistics"]
 
@@ -87,24 +88,30 @@ class GramStatistics:
         """
         Add the tokens of one batch. Products and sums are float32 whatever the dtype
         of the activations, so the result depends on the batch size only by rounding.
-        Where X* = X, neither ``dense`` nor ``outputs`` is given.
+        Those of 16-bit activations, and of the 16-bit weights that go with them, may be
+        computed in TensorFloat-32, which holds such values exactly. Where X* = X,
+        neither ``dense`` nor ``outputs`` is given.
 
         :param pruned: X*ᵀ of the batch, tokens×n
         :param dense: Xᵀ of the same tokens, tokens×n
         :param outputs: (W X)ᵀ of the same tokens, tokens×m, which does for X where
             these are the statistics of a single ``weight``
         """
+        half = pruned.element_size() == 2
         pruned = pruned.to(self.execution_device, torch.float32)
-        add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
-        if outputs is not None:
-            assert self.weight is not None, "the weight whose outputs they are"
-            drift = pruned @ self.weight.T - outputs.to(pruned.device, torch.float32)
-        elif dense is not None:
+        drift: Tensor | None = None
+        with matmul_precision("tf32" if half else "float32"):
+            add_gram(self.gram, pruned)
+            if outputs is not None:
+                assert self.weight is not None, "the weight whose outputs they are"
+                drift = pruned @ self.weight.T
+                drift -= outputs.to(pruned.device, torch.float32)
+        if drift is None and dense is not None:
             drift = pruned - dense.to(pruned.device, torch.float32)
             if self.weight is not None:
                 drift = drift @ self.weight.T
-        else:
+        if drift is None:
             return
         if self.drift is None:
             self.drift = self._no_drift()

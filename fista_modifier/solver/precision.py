@@ -1,0 +1,33 @@
+"""Where products of float32 matrices may be less precise than float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import backends
+
+__all__ = ["matmul_precision"]
+
+
+@contextmanager
+def matmul_precision(lowest: Literal["float32", "tf32", "bf16"]) -> Iterator[None]:
+    """
+    Let a device that is faster at it round float32 matrices as they enter a product,
+    whose sums stay float32: a GPU to TensorFloat-32, a CPU to bfloat16.
+
+    :param lowest: "float32" changes nothing, "tf32" nothing on a CPU; what the user has
+        set stays where it is lower
+    """
+    gpu: Any = backends.cuda.matmul
+    cpu: Any = backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = gpu.fp32_precision, cpu.fp32_precision
+    if lowest != "float32":
+        gpu.fp32_precision = "tf32"
+    if lowest == "bf16":
+        cpu.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        gpu.fp32_precision, cpu.fp32_precision = before
