@@ -109,13 +109,15 @@ def recorded_memory(
     :param samples: calibration sequences
     :param procedure: what is done to a layer
     :param activation_bytes: of a recorded activation
-    :return: bytes of the hidden states that wait in main memory, or on disk
+    :return: bytes of the hidden states and masks that wait in main memory, or on disk
     """
     blocks = len({stage.block for stage in shape.stages})
     # the pipeline's, in, out; of the blocks that are not done yet what they return and
     # are called with, and the pruned inputs of the one at work
     states = 3 + 2 * blocks - 1 + procedure.chains_layers
-    return states * samples * shape.seq_len * shape.hidden * activation_bytes
+    masks = 2  # the pipeline's and the layer's, full ones as for eager attention
+    features = states * shape.hidden + masks * shape.seq_len
+    return samples * shape.seq_len * features * activation_bytes
 
 
 def peak_host_memory(
