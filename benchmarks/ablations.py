@@ -28,7 +28,7 @@ from compare import (
 )
 
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE
+from fista_modifier.evaluation.methods import IGNORE, warm_starts
 from fista_modifier.evaluation.results import Results, Row
 
 SAMPLES = "samples"
@@ -119,7 +119,7 @@ def table(results: Results) -> str:
         f"(seed {setup['seed']}), one decoder layer of {setup['every']} pruned; "
         f"perplexity in blocks of {setup['eval_seq_len']} tokens over the first "
         f"{setup['eval_tokens']} tokens. Excess is "
-        "ln(ppl / ppl of dense), mean of the texts.\n"
+        f"ln(ppl / ppl of dense), mean of the texts. {warm_starts()}\n"
     )
 
 

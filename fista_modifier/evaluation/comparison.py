@@ -27,7 +27,14 @@ from fista_modifier.calibration.operators import find_operators
 from fista_modifier.checkpoint.report import Calibration
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, METHODS, TARGETS, Pruner, pruner
+from fista_modifier.evaluation.methods import (
+    IGNORE,
+    METHODS,
+    TARGETS,
+    Pruner,
+    pruner,
+    warm_starts,
+)
 from fista_modifier.evaluation.perplexity import perplexity, token_blocks
 from fista_modifier.evaluation.results import (
     Results,
@@ -353,7 +360,8 @@ def _caption(setup: Mapping[str, Any]) -> str:
         "calibration tokens (where there are several: their mean over the texts, and "
         "the lowest and highest of a seed; perplexities are geometric means over the "
         "seeds). Errors are means of the operators' squared relative ones, as warm "
-        "starts and as the solver left them. Times are of calibration and pruning, as "
+        f"starts and as the solver left them. {warm_starts()} "
+        "Times are of calibration and pruning, as "
         f"ratios to SparseGPT's, on {setup['cpus']} CPU cores. Peak memory is "
         "that of the method's process, without the accelerator's. Versions: "
         + ", ".join(f"{name} {number}" for name, number in setup["versions"].items())

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fista_modifier import pipeline
 from fista_modifier.calibration.operators import check_prunable, find_operators
 from fista_modifier.modifier import FISTAPruningModifier
+from fista_modifier.presets import PRESETS as PROCEDURES
+from fista_modifier.presets import Preset
 from fista_modifier.solver import NofM, SparsityPattern
 from fista_modifier.solver.patterns import project
 
-__all__ = ["IGNORE", "METHODS", "TARGETS", "Pruner", "pruner"]
+__all__ = ["IGNORE", "METHODS", "TARGETS", "Pruner", "pruner", "warm_starts"]
 
 TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
-PRESETS = {
+PRESETS: dict[str, Preset] = {
     "fista-paper": "paper",
     "fista-fast": "fast",
     "fista": "default",
@@ -39,6 +41,15 @@ class Pruner(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         calibration: Dataset,
     ) -> pipeline.PruningRun: ...
+
+
+def warm_starts() -> str:
+    """:return: a sentence on where each preset of FISTAPruner starts"""
+    starts = [
+        f"{PROCEDURES[preset].solver.start} ({method})"
+        for method, preset in PRESETS.items()
+    ]
+    return f"Warm starts: {', '.join(starts)}."
 
 
 def pruner(method: str, pattern: SparsityPattern) -> Pruner:
