@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from families import tiny_model
@@ -23,6 +25,7 @@ from torch.utils.backend_registration import (
 
 from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
 from fista_modifier.calibration.activations import MAIN_MEMORY
+from fista_modifier.solver import blocks
 
 DEVICE = "standin"
 HALF: dict[str, Any] = {"mask_structure": "0:0", "sparsity": 0.5}
@@ -47,6 +50,9 @@ MEASURED: dict[str, dict[str, Any]] = {
     "fast, 50 %": {"preset": "fast", **HALF},
     "matrices offloaded": {"preset": "fast", "offload_hessians": True},
 }
+IN_BLOCKS = ("fast, 50 %", "matrices offloaded")
+BLOCK = 2**17
+"""entries: an eighth of the weights that are measured"""
 TOKENS = 128
 WIDE = {
     "hidden_size": 512,
@@ -97,16 +103,20 @@ def peak_memory(modifier: Modifier) -> int:
     return torch.accelerator.max_memory_allocated()
 
 
-def peaks() -> dict[str, int]:
-    """The same of each case, and of the toolkit's SparseGPT."""
-    ignore = ["lm_head"]
-    sparsegpt = SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=ignore)
-    return {"sparsegpt": peak_memory(sparsegpt)} | {
+def peaks(cases: Iterable[str]) -> dict[str, int]:
+    """The same of some cases."""
+    return {
         case: peak_memory(
-            FISTAPruningModifier(**{"mask_structure": "2:4", "ignore": ignore} | fields)
+            FISTAPruningModifier(**{"mask_structure": "2:4"} | MEASURED[case])
         )
-        for case, fields in MEASURED.items()
+        for case in cases
     }
+
+
+def peaks_in_blocks() -> dict[str, int]:
+    """As of weights so large that they do not go in one block."""
+    with patch.object(blocks, "ENTRIES", BLOCK):
+        return peaks(IN_BLOCKS)
 
 
 def kept_once() -> bool:
@@ -136,7 +146,11 @@ def main(library: str, output: str) -> None:
         "kept once": kept_once(),
         "weights": {name: pruned(*case) for name, case in CASES.items()},
         "quantised": quantised(),
-        "memory": peaks(),
+        "sparsegpt's memory": peak_memory(
+            SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=["lm_head"])
+        ),
+        "memory": peaks(MEASURED),
+        "memory in blocks": peaks_in_blocks(),
     }
     torch.save(results, output)
 

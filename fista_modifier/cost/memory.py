@@ -68,8 +68,8 @@ def _solver(stage: StageShape, sums: float, offload: bool) -> float:
     weight = max(stage.rows) * stage.columns
     block = min(weight, ENTRIES)
     # W, its target, the best weight and a candidate, the supports of both; what an
-    # iteration has at work
-    searching = 4.5 * weight + 5 * block
+    # iteration has at work, or what an error or a cast takes
+    searching = 4.5 * weight + max(5 * block, 2 * weight)
     if offload:  # a block of G
         return sums + searching + stage.columns * min(stage.columns, BLOCK)
     square = stage.columns**2
