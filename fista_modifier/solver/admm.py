@@ -32,8 +32,8 @@ class ADMM:
     from less finds lower errors on the calibration data and worse models
     (docs/method.md).
 
-    Products may be those of TensorFloat-32: the support hardly depends on it
-    (docs/cost.md), and the values are refitted.
+    Products may be those of TensorFloat-32. With FISTA's they change 0.1 % of the
+    support and, after the refit, the squared error by 0.1 % at most (docs/cost.md).
 
     :param quadratic: of all operators, best scaled so that diag(G) ≈ 1
     :param pattern: the sparsity asked for

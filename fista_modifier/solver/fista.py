@@ -55,7 +55,8 @@ def fista(
     proved. Stop (5) is made independent of the scale of the weights:
     ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F. Large weights are solved block of rows after
     block, and each block stops by its own norms. Products may be those of
-    TensorFloat-32: Algorithm 1 judges what comes of them in float32 (docs/cost.md).
+    TensorFloat-32: with ``preset: paper`` they change the squared error that Algorithm
+    1 ends with by 0.6 % at most and by nothing on average (docs/cost.md).
 
     :param objective: f
     :param penalty: λ ≥ 0, in the units of ∇f
