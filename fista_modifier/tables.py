@@ -163,8 +163,9 @@ def cost_table(
         share = f"{100 * value / cost.total:.0f} %"
         table.add_row(field.name, f"{value / 1e12:.3f}", share)
     hours = seconds(cost, shape, procedure, device, devices) / 3600
+    time = f"{hours:.2f} hours" if hours > 0.1 else f"{60 * hours:.2f} minutes"
     table.caption = (
-        f"at half of the published peak: {hours:.2f} hours on {devices} such device"
+        f"at half of the published peak: {time} on {devices} such device"
         + ("s" if devices > 1 else "")
     )
     return table
