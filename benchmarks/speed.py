@@ -27,7 +27,7 @@ from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import recipe
 from fista_modifier.solver import NofM
 
-METHODS = ("sparsegpt", "wanda", "fista-fast", "fista", "fista-best")
+METHODS = ("sparsegpt", "wanda", "fista-paper", "fista-fast", "fista", "fista-best")
 
 
 def prune(args: argparse.Namespace, method: str, **fields: Any) -> tuple[float, float]:
