@@ -143,6 +143,7 @@ class LayerInputs:
         :return: the same calls with that tensor in the place of the first argument; all
             others are kept once
         """
+        assert len(hidden_states) == len(self), "one for each batch"
         other = copy(self)
         other._hidden_states = hidden_states
         return other

@@ -44,11 +44,11 @@ def peak_device_memory(
     for wave in {stage.wave for stage in shape.stages}:
         stages = [stage for stage in shape.stages if stage.wave == wave]
         sums = [_sums(shape, stage, full, offload_hessians) for stage in stages]
-        most = max(
-            _solver(stage, own, offload_hessians) - own
+        solver = max(
+            _solver(stage, own, offload_hessians)
             for stage, own in zip(stages, sums, strict=True)
         )
-        entries.append(math.fsum(sums) + most)
+        entries.append(math.fsum(sums) + solver)
     most = FLOAT32 * max(entries)
     if procedure.reconstructs:
         most = max(most, reconstruction_memory(shape, weight_bytes))
@@ -64,21 +64,21 @@ def _sums(shape: LayerShape, stage: StageShape, full: bool, offload: bool) -> fl
 
 
 def _solver(stage: StageShape, sums: float, offload: bool) -> float:
-    """Entries of these and of all that the widest operator of a stage is solved with"""
+    """Entries of all that the widest operator of a stage is solved with beside these"""
     weight = max(stage.rows) * stage.columns
     block = min(weight, ENTRIES)
     # W, its target, the best weight and a candidate, the supports of both; what an
     # iteration has at work, or what an error or a cast takes
     searching = 4.5 * weight + max(5 * block, 2 * weight)
     if offload:  # a block of G
-        return sums + searching + stage.columns * min(stage.columns, BLOCK)
+        return searching + stage.columns * min(stage.columns, BLOCK)
     square = stage.columns**2
     # W, its target, what ADMM iterates, and either a step or finding a support
     starting = square + 4 * weight + max(2 * block, 0.75 * weight)
     if len(stage.rows) > 1:  # the inverse waits for the next operator
         searching += square
     scaling = sums + stage.narrow * weight
-    return sums + max(scaling, 2 * square, starting, searching)
+    return max(scaling, 2 * square, starting, searching)
 
 
 def reconstruction_memory(shape: LayerShape, weight_bytes: int = 2) -> float:

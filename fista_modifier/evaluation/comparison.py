@@ -360,10 +360,9 @@ def _caption(setup: Mapping[str, Any]) -> str:
         "calibration tokens (where there are several: their mean over the texts, and "
         "the lowest and highest of a seed; perplexities are geometric means over the "
         "seeds). Errors are means of the operators' squared relative ones, as warm "
-        f"starts and as the solver left them. {warm_starts()} "
-        "Times are of calibration and pruning, as "
-        f"ratios to SparseGPT's, on {setup['cpus']} CPU cores. Peak memory is "
-        "that of the method's process, without the accelerator's. Versions: "
+        f"starts and as the solver left them. {warm_starts()} Times are of calibration "
+        f"and pruning, as ratios to SparseGPT's, on {setup['cpus']} CPU cores. Peak "
+        "memory is that of the method's process, without the accelerator's. Versions: "
         + ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
         + "."
     )

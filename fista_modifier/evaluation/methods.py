@@ -11,18 +11,16 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fista_modifier import pipeline
+from fista_modifier import pipeline, presets
 from fista_modifier.calibration.operators import check_prunable, find_operators
 from fista_modifier.modifier import FISTAPruningModifier
-from fista_modifier.presets import PRESETS as PROCEDURES
-from fista_modifier.presets import Preset
 from fista_modifier.solver import NofM, SparsityPattern
 from fista_modifier.solver.patterns import project
 
 __all__ = ["IGNORE", "METHODS", "TARGETS", "Pruner", "pruner", "warm_starts"]
 
 TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, presets.Preset] = {
     "fista-paper": "paper",
     "fista-fast": "fast",
     "fista": "default",
@@ -46,7 +44,7 @@ class Pruner(Protocol):
 def warm_starts() -> str:
     """:return: a sentence on where each preset of FISTAPruner starts"""
     starts = [
-        f"{PROCEDURES[preset].solver.start} ({method})"
+        f"{presets.PRESETS[preset].solver.start} ({method})"
         for method, preset in PRESETS.items()
     ]
     return f"Warm starts: {', '.join(starts)}."

@@ -61,15 +61,11 @@ class ADMM:
             for _ in range(self._steps):
                 for rows in row_blocks(sparse):
                     dual = multiplier[rows]
-                    weight = self._resolved(sparse[rows] - dual, target[rows])
-                    dual.add_(weight, alpha=RELAXATION)
-                    del weight  # the next block's may have its memory
+                    pull = (sparse[rows] - dual).mul_(self._penalty).add_(target[rows])
+                    dual.add_(times(pull, self._resolvent), alpha=RELAXATION)
+                    del pull  # the next block's may have its memory
                 multiplier.add_(sparse, alpha=1 - RELAXATION)
                 del sparse  # nothing of it is needed to find the next
                 sparse = project(multiplier, self._pattern)
                 multiplier.sub_(sparse)
         return sparse
-
-    def _resolved(self, pull: Tensor, target: Tensor) -> Tensor:
-        """V, for some rows, from Z − U and B; the former is used up."""
-        return times(pull.mul_(self._penalty).add_(target), self._resolvent)

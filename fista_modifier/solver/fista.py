@@ -10,8 +10,6 @@ from torch.nn.functional import softshrink
 
 from fista_modifier.solver.blocks import row_blocks
 from fista_modifier.solver.objective import LayerObjective
-from fista_modifier.solver.precision import matmul_precision
-from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.stopping import ended
 
 __all__ = ["FISTASolution", "fista", "soft_threshold"]
@@ -68,19 +66,10 @@ def fista(
     lipschitz = objective.quadratic.lipschitz
     if lipschitz == 0:  # no token excites the operator: every V has the same error
         return FISTASolution(start.clone(), 0)
-    target = objective.target
-    with matmul_precision("tf32"):
-        blocks = [
-            _fista(
-                objective.quadratic,
-                target[rows],
-                penalty,
-                start[rows],
-                max_iterations,
-                tolerance * objective.weight[rows].norm(),
-            )
-            for rows in row_blocks(start)
-        ]
+    blocks = [
+        _fista(objective, rows, penalty, start[rows], max_iterations, tolerance)
+        for rows in row_blocks(start)
+    ]
     return FISTASolution(
         torch.cat([block.weight for block in blocks]),
         max(block.iterations for block in blocks),
@@ -88,22 +77,23 @@ def fista(
 
 
 def _fista(
-    quadratic: Quadratic,
-    target: Tensor,
+    objective: LayerObjective,
+    rows: slice,
     penalty: float,
     start: Tensor,
     max_iterations: int,
-    stop: Tensor,
+    tolerance: float,
 ) -> FISTASolution:
-    """The solution for some rows, from their B, V₀ and the change that ends it"""
-    lipschitz = quadratic.lipschitz
+    """The solution for some rows"""
+    lipschitz = objective.quadratic.lipschitz
+    stop = tolerance * objective.weight[rows].norm()
     current, extrapolated = start, start.clone()
     change = torch.empty_like(start)
     momentum = 1.0
     done = torch.tensor(False, device=start.device)
     iterations = torch.tensor(0, device=start.device)
     for step in range(1, max_iterations + 1):
-        gradient = quadratic.times_gram(extrapolated).sub_(target)
+        gradient = objective.gradient(extrapolated, rows, "tf32")
         torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
         shrunk = soft_threshold(gradient, penalty / lipschitz)
         # a solution that has converged stays

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fista_modifier.solver.blocks import add_gram
 from fista_modifier.solver.drift import Drift, FeatureDrift, OutputDrift, narrows
-from fista_modifier.solver.precision import matmul_precision
+from fista_modifier.solver.precision import Precision, matmul_precision
 
 __all__ = ["GramStatistics"]
 
@@ -97,21 +97,21 @@ class GramStatistics:
         :param outputs: (W X)ᵀ of the same tokens, tokens×m, which does for X where
             these are the statistics of a single ``weight``
         """
-        half = pruned.element_size() == 2
+        exact: Precision = "tf32" if pruned.element_size() == 2 else "float32"
         pruned = pruned.to(self.execution_device, torch.float32)
-        self.tokens += pruned.shape[0]
-        drift: Tensor | None = None
-        with matmul_precision("tf32" if half else "float32"):
+        with matmul_precision(exact):
             add_gram(self.gram, pruned)
-            if outputs is not None:
-                assert self.weight is not None, "the weight whose outputs they are"
+        self.tokens += pruned.shape[0]
+        if outputs is not None:
+            assert self.weight is not None, "the weight whose outputs they are"
+            with matmul_precision(exact):
                 drift = pruned @ self.weight.T
-                drift -= outputs.to(pruned.device, torch.float32)
-        if drift is None and dense is not None:
+            drift -= outputs.to(pruned.device, torch.float32)
+        elif dense is not None:
             drift = pruned - dense.to(pruned.device, torch.float32)
             if self.weight is not None:
                 drift = drift @ self.weight.T
-        if drift is None:
+        else:
             return
         if self.drift is None:
             self.drift = self._no_drift()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fista_modifier.solver.drift import inner
+from fista_modifier.solver.precision import Precision, matmul_precision
 from fista_modifier.solver.quadratic import Quadratic
 
 __all__ = ["LayerObjective"]
@@ -65,13 +66,21 @@ class LayerObjective:
             squared -= 2 * inner(self.weight, self._drift)
         return math.sqrt(max(squared, 0.0))
 
-    def gradient(self, candidate: Tensor, rows: slice = slice(None)) -> Tensor:
+    def gradient(
+        self,
+        candidate: Tensor,
+        rows: slice = slice(None),
+        precision: Precision = "float32",
+    ) -> Tensor:
         """
         :param candidate: V, m×n, or some of its rows
         :param rows: which of them
+        :param precision: the lowest that will do for V G; B is always float32
         :return: ∇f(V) = V G − B, for these rows
         """
-        return self.quadratic.times_gram(candidate).sub_(self.target[rows])
+        target = self.target[rows]
+        with matmul_precision(precision):
+            return self.quadratic.times_gram(candidate).sub_(target)
 
     def error(self, candidate: Tensor) -> float:
         """

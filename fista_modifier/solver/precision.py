@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from torch import backends
 
-__all__ = ["matmul_precision"]
+__all__ = ["Precision", "matmul_precision"]
+
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 @contextmanager
-def matmul_precision(lowest: Literal["float32", "tf32", "bf16"]) -> Iterator[None]:
+def matmul_precision(lowest: Precision) -> Iterator[None]:
     """
     Let a device that is faster at it round float32 matrices as they enter a product,
     whose sums stay float32: a GPU to TensorFloat-32, a CPU to bfloat16.
