@@ -77,7 +77,7 @@ def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
     }
     samples = fields.pop(SAMPLES, args.samples)
     pattern = fields.pop(PATTERN, args.pattern)
-    prune = partial(prune_by_fields, pattern=pattern, fields=fields)
+    prune = partial(prune_by_fields, pattern=pattern, method="fista", fields=fields)
     return measure(args, prune, samples, args.seed)
 
 

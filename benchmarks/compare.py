@@ -37,15 +37,19 @@ from fista_modifier.evaluation.comparison import (
 from fista_modifier.evaluation.methods import PRESETS, Pruner, pruner, recipe
 from fista_modifier.evaluation.results import Results, Row, versions, write_whole
 from fista_modifier.evaluation.texts import load_texts
-from fista_modifier.solver import SparsityPattern, parse_pattern
+from fista_modifier.solver import SolverOptions, SparsityPattern, parse_pattern
 
 SOLVERS = {"alps": peers.ALPS, "boza": peers.Boza}
-# what differs from the package's own methods: the fields of their recipes
-VARIANTS: dict[str, dict[str, Any]] = {
-    "boza": {"reconstruction_epochs": 0},
-    "alps": {"reconstruction_epochs": 0},
-    "fista-dense": {"warm_start": "dense", "reconstruction_epochs": 0},
-    "fista-operators": {"reconstruction_epochs": 0},
+# one of the package's own methods, and the fields of its recipe that differ
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "boza": ("fista", {"reconstruction_epochs": 0}),
+    "alps": ("fista", {"reconstruction_epochs": 0}),
+    "fista-dense": ("fista", {"warm_start": "dense", "reconstruction_epochs": 0}),
+    "fista-operators": ("fista", {"reconstruction_epochs": 0}),
+    "sparsegpt-damped": (
+        "sparsegpt",
+        {"dampening_frac": SolverOptions().dampening_frac},
+    ),
 }
 METHODS = ("wanda", "sparsegpt", *PRESETS, *VARIANTS)
 PATTERNS = ("2:4", "0.5")
@@ -62,9 +66,13 @@ def method_pruner(method: str, pattern: str) -> Pruner:
     """The package's methods and those that only the benchmarks have."""
     if method not in VARIANTS:
         return pruner(method, pattern_of(pattern))
-    solver = SOLVERS.get(method)
+    base, fields = VARIANTS[method]
     return partial(
-        prune_by_fields, pattern=pattern, fields=VARIANTS[method], solver=solver
+        prune_by_fields,
+        pattern=pattern,
+        method=base,
+        fields=fields,
+        solver=SOLVERS.get(method),
     )
 
 
@@ -74,12 +82,13 @@ def prune_by_fields(
     calibration: Any,
     *,
     pattern: str,
+    method: str,
     fields: dict[str, Any],
     solver: type | None = None,
 ) -> pipeline.PruningRun:
-    """The default recipe with some fields changed, and maybe another's solver."""
+    """A method's recipe with some fields changed, and maybe another's solver."""
     layer.StageSolver = solver or layer.StageSolver
-    modifier = recipe("fista", pattern_of(pattern), **fields)
+    modifier = recipe(method, pattern_of(pattern), **fields)
     return pipeline.prune(model, tokenizer, calibration, modifier)
 
 
