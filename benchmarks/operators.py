@@ -1,10 +1,11 @@
 """
-What each part of the solver is worth, on single operators of a real model: all of those
-in every third decoder layer (--every), each by itself.
+What each part of the solver is worth, operator by operator: in every third decoder
+layer (--every) of a real model, as the default prunes it without reconstruction.
 
-Squared relative output errors ‖W*X − WX‖² / ‖WX‖², X* = X, as shares of those of
-SparseGPT (llm-compressor's, with its own defaults) from the same Gram matrices, and the
-same on the first tokens of another text, which no solver sees.
+Squared relative output errors ‖W*X* − WX‖² / ‖WX‖² of each solver's W* beside those of
+SparseGPT (llm-compressor's, with its own defaults) on the same Gram matrices: those of
+the layer in which the default has pruned the operators before. And the same on the
+first tokens of another text, which no solver sees.
 
     python benchmarks/operators.py --model DIR --calibration FILE.txt --text FILE.txt \\
         --out benchmarks/results/operators.md
@@ -12,29 +13,30 @@ same on the first tokens of another text, which no solver sees.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import inputs
 import peers
-import torch
 from compare import pattern_of
-from torch import nn
+from datasets import Dataset
+from torch import Tensor
 
-from fista_modifier import pipeline
-from fista_modifier.calibration.operators import Operator, find_operators
+from fista_modifier import layer, pipeline
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, TARGETS
+from fista_modifier.evaluation.methods import IGNORE, recipe
 from fista_modifier.evaluation.results import write_whole
 from fista_modifier.solver import (
     FAST,
     PAPER,
     GramStatistics,
+    PrunedWeight,
     SolverOptions,
     SparsityPattern,
     StageSolver,
@@ -43,89 +45,131 @@ from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.quadratic import Quadratic
 
 DEFAULT = SolverOptions()
-SPARSEGPT = "SparseGPT"
+PRUNES = "default (from ADMM)"
+REFERENCE = "SparseGPT"
 VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
-    SPARSEGPT: (StageSolver, replace(PAPER, patience=0)),
+    REFERENCE: (StageSolver, replace(PAPER, patience=0)),
     "paper": (StageSolver, PAPER),
     "paper + scaling + refit": (StageSolver, replace(DEFAULT, start="sparsegpt")),
     "the same from dense weights": (StageSolver, replace(DEFAULT, start="dense")),
-    "default (from ADMM)": (StageSolver, DEFAULT),
+    PRUNES: (StageSolver, DEFAULT),
     "fast": (StageSolver, FAST),
     "default, damping 0.01": (StageSolver, replace(DEFAULT, dampening_frac=0.01)),
+    "the same, 40 steps of ADMM": (
+        StageSolver,
+        replace(DEFAULT, dampening_frac=0.01, admm_steps=40),
+    ),
     "ALPS": (peers.ALPS, DEFAULT),
     "Boža": (peers.Boza, DEFAULT),
 }
 PATTERNS = ("2:4", "0.5")
 
-
-def gram_matrices(
-    model: nn.Module, operators: Sequence[Operator], blocks: torch.Tensor
-) -> list[GramStatistics]:
-    """Of the inputs of operators, in one pass over the blocks."""
-    statistics = [GramStatistics.empty(one.weight.shape[1]) for one in operators]
-    hooks = [
-        operator.module.register_forward_pre_hook(
-            lambda _module, args, sums=sums: sums.accumulate(args[0].flatten(0, 1))
-        )
-        for operator, sums in zip(operators, statistics, strict=True)
-    ]
-    with torch.no_grad():
-        for block in blocks.split(4):
-            model(block)
-    for hook in hooks:
-        hook.remove()
-    return statistics
+Solve = Callable[[Tensor, GramStatistics], PrunedWeight]
+"""from an operator's W and its statistics to its W*"""
 
 
-class Errors:
-    """Squared relative errors of each variant, by kind of operator, and seconds."""
+@dataclass(frozen=True)
+class Measured:
+    """Squared relative errors of an operator by variant, and seconds."""
 
-    def __init__(self) -> None:
-        self.seen: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        self.unseen: defaultdict[str, list[float]] = defaultdict(list)
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+    kind: str
+    seen: dict[str, float]
+    unseen: dict[str, float]
+    seconds: dict[str, float]
 
-    def measure(
-        self,
-        operator: Operator,
-        statistics: GramStatistics,
-        elsewhere: GramStatistics,
-        pattern: SparsityPattern,
-    ) -> None:
-        kind = operator.name.rpartition(".")[2]
-        other = LayerObjective(operator.weight, Quadratic(elsewhere))
+
+def prune_with(
+    solve: Solve, args: argparse.Namespace, pattern: SparsityPattern, data: Dataset
+) -> list[str]:
+    """
+    Run the default with another solver. Returns the operators' names, in the order in
+    which it was asked.
+    """
+
+    class Solver:
+        def __init__(self, statistics: GramStatistics, *_: Any) -> None:
+            self.statistics = statistics
+
+        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
+            return [solve(weight, self.statistics) for weight in weights]
+
+    layer.StageSolver = Solver  # type: ignore[assignment,misc]
+    modifier = recipe(
+        "fista",
+        pattern,
+        ignore=IGNORE + inputs.dense_layers(args.model, args.every),
+        reconstruction_epochs=0,
+    )
+    model = pipeline.load_model(args.model, "float32")
+    tokenizer = pipeline.load_tokenizer(args.model)
+    run = pipeline.prune(model, tokenizer, data, modifier)
+    return [operator.name for operator in run.results]
+
+
+def measure(args: argparse.Namespace, pattern: SparsityPattern) -> list[Measured]:
+    """Of each operator, all variants on the same statistics."""
+    solutions: list[dict[str, PrunedWeight]] = []
+    seconds: list[dict[str, float]] = []
+    unseen: list[dict[str, float]] = []
+
+    def solve(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
+        solutions.append({})
+        seconds.append({})
         for variant, (solver, options) in VARIANTS.items():
             started = time.perf_counter()
-            (solution,) = solver(statistics, pattern, options).prune([operator.weight])
-            self.seconds[variant] += time.perf_counter() - started
-            self.seen[variant][kind].append(solution.relative_error**2)
-            relative = other.error(solution.weight) / other.output_norm
-            self.unseen[variant].append(relative**2)
+            (solution,) = solver(statistics, pattern, options).prune([weight])
+            seconds[-1][variant] = time.perf_counter() - started
+            solutions[-1][variant] = solution
+        return solutions[-1][PRUNES]
 
-    def rows(self, pattern: SparsityPattern) -> list[list[str]]:
-        reference = self.seen[SPARSEGPT]
-        rows = []
-        for variant in VARIANTS:
-            errors = self.seen[variant]
-            if variant == SPARSEGPT:
-                cells = [f"{fmean(errors[kind]):.4f}" for kind in reference]
-                cells += [f"{fmean(sum(errors.values(), [])):.4f}", "", ""]
-                cells += [f"{fmean(self.unseen[variant]):.4f}", "", ""]
-            else:
-                shares = (sum(errors[k]) / sum(reference[k]) for k in reference)
-                cells = [f"{share:.2f}" for share in shares]
-                for one, base in (
-                    (sum(errors.values(), []), sum(reference.values(), [])),
-                    (self.unseen[variant], self.unseen[SPARSEGPT]),
-                ):
-                    ratios = [a / b for a, b in zip(one, base, strict=True)]
-                    cells += [f"{fmean(ratios):.2f}", f"{max(ratios):.2f}"]
-                    cells.append(f"{sum(ratio > 1 for ratio in ratios)}")
-            seconds = f"{self.seconds[variant]:.0f}"
-            rows.append([str(pattern), variant, *cells, seconds])
-        return rows
+    def judge(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
+        solved = solutions[len(unseen)]
+        objective = LayerObjective(weight, Quadratic(statistics))
+        unseen.append(
+            {
+                variant: (objective.error(one.weight) / objective.output_norm) ** 2
+                for variant, one in solved.items()
+            }
+        )
+        return solved[PRUNES]
+
+    names = prune_with(solve, args, pattern, inputs.calibration(args))
+    prune_with(judge, args, pattern, inputs.calibration(args, text=args.text))
+    return [
+        Measured(
+            name.rpartition(".")[2],
+            {variant: one.relative_error**2 for variant, one in solved.items()},
+            *rest,
+        )
+        for name, solved, *rest in zip(names, solutions, unseen, seconds, strict=True)
+    ]
+
+
+def row(variant: str, operators: Sequence[Measured]) -> list[str]:
+    """Errors of SparseGPT as they are, those of others as shares of SparseGPT's."""
+    kinds: defaultdict[str, list[Measured]] = defaultdict(list)
+    for operator in operators:
+        kinds[operator.kind].append(operator)
+    cells = [
+        mean(variant, [operator.seen for operator in same]) for same in kinds.values()
+    ]
+    for errors in (
+        [operator.seen for operator in operators],
+        [operator.unseen for operator in operators],
+    ):
+        shares = [one[variant] / one[REFERENCE] for one in errors]
+        above = sum(share > 1 for share in shares)
+        cells.append(mean(variant, errors))
+        cells += [f"{fmean(shares):.2f}", f"{max(shares):.2f}", f"{above}"]
+    return [*cells, f"{sum(operator.seconds[variant] for operator in operators):.0f}"]
+
+
+def mean(variant: str, errors: Sequence[dict[str, float]]) -> str:
+    """Over operators: SparseGPT's, or a share of it"""
+    reference = fmean(one[REFERENCE] for one in errors)
+    if variant == REFERENCE:
+        return f"{reference:.4f}"
+    return f"{fmean(one[variant] for one in errors) / reference:.2f}"
 
 
 def main() -> None:
@@ -133,33 +177,25 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--every", type=int, default=3)
     args = parser.parse_args()
-    model = pipeline.load_model(args.model, "float32")
-    ignore = IGNORE + inputs.dense_layers(args.model, args.every)
-    operators = find_operators(model, TARGETS, ignore)
-    statistics, elsewhere = (
-        gram_matrices(model, operators, torch.tensor(data["input_ids"]))
-        for data in (inputs.calibration(args), inputs.calibration(args, text=args.text))
-    )
-    kinds = dict.fromkeys(one.name.rpartition(".")[2] for one in operators)
-    columns = ["all", "worst", "above SparseGPT"]
-    others = [f"{column}, unseen" for column in columns]
-    header = ["", "solver", *kinds, *columns, *others, "seconds"]
     lines: list[list[str]] = []
     for name in PATTERNS:
-        pattern, errors = pattern_of(name), Errors()
-        for one in zip(operators, statistics, elsewhere, strict=True):
-            errors.measure(*one, pattern)
-        lines += errors.rows(pattern)
+        pattern = pattern_of(name)
+        operators = measure(args, pattern)
+        lines += [[str(pattern), one, *row(one, operators)] for one in VARIANTS]
+        kinds = dict.fromkeys(operator.kind for operator in operators)
+        columns = ["mean", "mean share", "worst share", "above SparseGPT"]
+        others = [f"{column}, unseen" for column in columns]
+        header = ["", "solver", *kinds, *columns, *others, "seconds"]
         table = markdown_table(header, lines)
         write_whole(
             args.out,
             f"{table}\n\n{Path(args.model).name}, the {len(operators)} operators "
             f"of one layer in {args.every}, {args.samples} × {args.seq_len} tokens of "
             f"{Path(args.calibration).name}; unseen: as many of "
-            f"{Path(args.text).name}. "
-            "SparseGPT: means of squared relative errors; the others: shares of "
-            "SparseGPT's mean, of all operators the mean of their shares, the largest, "
-            "how many are above SparseGPT's error, and seconds for all operators, warm "
+            f"{Path(args.text).name}. X* is what the default's operators before leave. "
+            "SparseGPT: means of squared relative errors; the others: means as shares "
+            "of SparseGPT's, the mean of the operators' own shares, the largest, how "
+            "many are above SparseGPT's error, and seconds for all operators, warm "
             "start included.\n",
         )
         print(table, flush=True)
