@@ -60,6 +60,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"reconstruction_epochs": 2},
         {"reconstruction_rate": 0.003},
         {"reconstruction_rate": 0.03},
+        {"preset": "fast", "reconstruction_epochs": 1},
+        {"preset": "paper", "reconstruction_epochs": 1},
+        {"preset": "paper", "patience": 0, "reconstruction_epochs": 1},
     ],
     "calibration size (Figure 4b)": [{SAMPLES: count} for count in (8, 16, 64)],
     "sparsity (Figure 3)": [
