@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier import FISTAPruningModifier, layer, pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.perplexity import perplexity
-from fista_modifier.solver import NofM
+from fista_modifier.solver import (
+    PAPER,
+    GramStatistics,
+    NofM,
+    PrunedWeight,
+    SolverOptions,
+    SparsityPattern,
+    StageSolver,
+)
 
 
 def test_pruned_smollm2_still_predicts_news(
@@ -49,3 +62,44 @@ def test_pruned_smollm2_still_predicts_news(
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     reply = loaded.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert "Paris" in tokenizer.decode(reply[0])
+
+
+def test_with_sparsegpts_damping_every_operator_beats_sparsegpt(
+    smollm2: Path, wikipedia: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same Gram matrices, those of a partly pruned layer."""
+    shares: list[float] = []
+
+    class BesideSparseGPT(StageSolver):
+        def __init__(
+            self,
+            statistics: GramStatistics,
+            pattern: SparsityPattern,
+            options: SolverOptions,
+        ) -> None:
+            super().__init__(statistics, pattern, options)
+            sparsegpt = replace(PAPER, patience=0)
+            self.other = StageSolver(statistics, pattern, sparsegpt)
+
+        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
+            ours, theirs = super().prune(weights), self.other.prune(weights)
+            for one, other in zip(ours, theirs, strict=True):
+                shares.append((one.error / other.error) ** 2)
+            return ours
+
+    monkeypatch.setattr(layer, "StageSolver", BesideSparseGPT)
+    tokenizer = pipeline.load_tokenizer(str(smollm2))
+    pipeline.prune(
+        pipeline.load_model(str(smollm2), "float32"),
+        tokenizer,
+        calibration_dataset(str(wikipedia), tokenizer, samples=8, seq_len=256),
+        FISTAPruningModifier(
+            mask_structure="2:4",
+            targets=[r"re:.*layers\.(0|15)$"],
+            dampening_frac=PAPER.dampening_frac,
+            reconstruction_epochs=0,
+        ),
+    )
+    assert len(shares) == 14
+    assert max(shares) < 1
+    assert fmean(shares) <= 0.72
