@@ -19,7 +19,13 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
         (
             "compare",
             "2:4",
-            {"sparsegpt": 3, "fista": 3, "fista-best": 3, "fista-paper": 1},
+            {
+                "sparsegpt": 3,
+                "fista": 3,
+                "fista-best": 3,
+                "fista-fast": 2,
+                "fista-paper": 1,
+            },
         ),
         ("compare", "0.5", {"sparsegpt": 3, "fista": 3, "fista-paper": 1}),
         *(
