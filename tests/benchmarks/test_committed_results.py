@@ -16,18 +16,20 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 @pytest.mark.parametrize(
     ("name", "pattern", "seeds"),
     [
-        (
-            "compare",
-            "2:4",
-            {
-                "sparsegpt": 3,
-                "fista": 3,
-                "fista-best": 3,
-                "fista-fast": 2,
-                "fista-paper": 1,
-            },
+        *(
+            (
+                "compare",
+                pattern,
+                {
+                    "sparsegpt": 3,
+                    "fista": 3,
+                    "fista-best": 3,
+                    "fista-fast": 2,
+                    "fista-paper": 1,
+                },
+            )
+            for pattern in ("2:4", "0.5")
         ),
-        ("compare", "0.5", {"sparsegpt": 3, "fista": 3, "fista-paper": 1}),
         *(
             ("compare-32", pattern, {"sparsegpt": 1, "fista": 1, "fista-paper": 1})
             for pattern in ("0.5", "0.6", "0.7", "2:4", "4:8")
