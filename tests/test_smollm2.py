@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,7 @@ from transformers import AutoModelForCausalLM
 from fista_modifier import FISTAPruningModifier, layer, pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.perplexity import perplexity
-from fista_modifier.solver import (
-    PAPER,
-    GramStatistics,
-    NofM,
-    PrunedWeight,
-    SolverOptions,
-    SparsityPattern,
-    StageSolver,
-)
+from fista_modifier.solver import PAPER, NofM, PrunedWeight, StageSolver
 
 
 def test_pruned_smollm2_still_predicts_news(
@@ -71,15 +64,10 @@ def test_with_sparsegpts_damping_every_operator_beats_sparsegpt(
     shares: list[float] = []
 
     class BesideSparseGPT(StageSolver):
-        def __init__(
-            self,
-            statistics: GramStatistics,
-            pattern: SparsityPattern,
-            options: SolverOptions,
-        ) -> None:
-            super().__init__(statistics, pattern, options)
-            sparsegpt = replace(PAPER, patience=0)
-            self.other = StageSolver(statistics, pattern, sparsegpt)
+        def __init__(self, *problem: Any) -> None:
+            super().__init__(*problem)
+            statistics, pattern, _ = problem
+            self.other = StageSolver(statistics, pattern, replace(PAPER, patience=0))
 
         def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
             ours, theirs = super().prune(weights), self.other.prune(weights)
