@@ -28,7 +28,7 @@ from compare import (
 )
 
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, warm_starts
+from fista_modifier.evaluation.methods import warm_starts
 from fista_modifier.evaluation.results import Results, Row
 
 SAMPLES = "samples"
@@ -75,9 +75,7 @@ def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
     """Prune by the default with some fields changed; None only evaluates."""
     if variant is None:
         return measure(args, None, args.samples, args.seed)
-    fields = dict(variant) | {
-        "ignore": IGNORE + inputs.dense_layers(args.model, args.every)
-    }
+    fields = dict(variant) | {"ignore": inputs.ignored(args)}
     samples = fields.pop(SAMPLES, args.samples)
     pattern = fields.pop(PATTERN, args.pattern)
     prune = partial(prune_by_fields, pattern=pattern, method="fista", fields=fields)

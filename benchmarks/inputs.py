@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fista_modifier import pipeline
 from fista_modifier.data import calibration_dataset
+from fista_modifier.evaluation.methods import IGNORE
 
-__all__ = ["arguments", "calibration", "dense_layers", "first_layers"]
+__all__ = ["arguments", "calibration", "first_layers", "ignored"]
 
 
 def arguments(documentation: str, samples: int) -> argparse.ArgumentParser:
@@ -55,7 +56,9 @@ def first_layers(model: str, layers: int) -> PreTrainedModel:
     )
 
 
-def dense_layers(model: str, every: int) -> list[str]:
-    """Patterns of the names in layers left dense: all but one in so many."""
-    layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    return [rf"re:.*layers\.{number}\..*" for number in range(layers) if number % every]
+def ignored(args: argparse.Namespace) -> list[str]:
+    """Patterns of the names of what is left dense: the head, and all but one layer in
+    so many."""
+    layers = AutoConfig.from_pretrained(args.model).num_hidden_layers
+    left = (number for number in range(layers) if number % args.every)
+    return IGNORE + [rf"re:.*layers\.{number}\..*" for number in left]

@@ -24,13 +24,12 @@ from typing import Any
 
 import inputs
 import peers
-from compare import pattern_of
+from compare import pattern_of, prune_by_fields
 from datasets import Dataset
 from torch import Tensor
 
-from fista_modifier import layer, pipeline
+from fista_modifier import pipeline
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, recipe
 from fista_modifier.evaluation.results import write_whole
 from fista_modifier.solver import (
     FAST,
@@ -38,7 +37,6 @@ from fista_modifier.solver import (
     GramStatistics,
     PrunedWeight,
     SolverOptions,
-    SparsityPattern,
     StageSolver,
 )
 from fista_modifier.solver.objective import LayerObjective
@@ -79,7 +77,7 @@ class Measured:
 
 
 def prune_with(
-    solve: Solve, args: argparse.Namespace, pattern: SparsityPattern, data: Dataset
+    solve: Solve, args: argparse.Namespace, pattern: str, data: Dataset
 ) -> list[str]:
     """
     Run the default with another solver. Returns the operators' names, in the order in
@@ -93,21 +91,21 @@ def prune_with(
         def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
             return [solve(weight, self.statistics) for weight in weights]
 
-    layer.StageSolver = Solver  # type: ignore[assignment,misc]
-    modifier = recipe(
-        "fista",
-        pattern,
-        ignore=IGNORE + inputs.dense_layers(args.model, args.every),
-        reconstruction_epochs=0,
+    run = prune_by_fields(
+        pipeline.load_model(args.model, "float32"),
+        pipeline.load_tokenizer(args.model),
+        data,
+        pattern=pattern,
+        method="fista",
+        fields={"ignore": inputs.ignored(args), "reconstruction_epochs": 0},
+        solver=Solver,
     )
-    model = pipeline.load_model(args.model, "float32")
-    tokenizer = pipeline.load_tokenizer(args.model)
-    run = pipeline.prune(model, tokenizer, data, modifier)
     return [operator.name for operator in run.results]
 
 
-def measure(args: argparse.Namespace, pattern: SparsityPattern) -> list[Measured]:
-    """Of each operator, all variants on the same statistics."""
+def measure(args: argparse.Namespace, name: str) -> list[Measured]:
+    """Of each operator, all variants on the same statistics, for a pattern."""
+    pattern = pattern_of(name)
     solutions: list[dict[str, PrunedWeight]] = []
     seconds: list[dict[str, float]] = []
     unseen: list[dict[str, float]] = []
@@ -133,15 +131,17 @@ def measure(args: argparse.Namespace, pattern: SparsityPattern) -> list[Measured
         )
         return solved[PRUNES]
 
-    names = prune_with(solve, args, pattern, inputs.calibration(args))
-    prune_with(judge, args, pattern, inputs.calibration(args, text=args.text))
+    names = prune_with(solve, args, name, inputs.calibration(args))
+    prune_with(judge, args, name, inputs.calibration(args, text=args.text))
     return [
         Measured(
-            name.rpartition(".")[2],
+            operator.rpartition(".")[2],
             {variant: one.relative_error**2 for variant, one in solved.items()},
             *rest,
         )
-        for name, solved, *rest in zip(names, solutions, unseen, seconds, strict=True)
+        for operator, solved, *rest in zip(
+            names, solutions, unseen, seconds, strict=True
+        )
     ]
 
 
@@ -179,9 +179,9 @@ def main() -> None:
     args = parser.parse_args()
     lines: list[list[str]] = []
     for name in PATTERNS:
-        pattern = pattern_of(name)
-        operators = measure(args, pattern)
-        lines += [[str(pattern), one, *row(one, operators)] for one in VARIANTS]
+        operators = measure(args, name)
+        label = str(pattern_of(name))
+        lines += [[label, one, *row(one, operators)] for one in VARIANTS]
         kinds = dict.fromkeys(operator.kind for operator in operators)
         columns = ["mean", "mean share", "worst share", "above SparseGPT"]
         others = [f"{column}, unseen" for column in columns]
