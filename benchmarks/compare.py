@@ -37,7 +37,7 @@ from fista_modifier.evaluation.comparison import (
 from fista_modifier.evaluation.methods import PRESETS, Pruner, pruner, recipe
 from fista_modifier.evaluation.results import Results, Row, versions, write_whole
 from fista_modifier.evaluation.texts import load_texts
-from fista_modifier.solver import SolverOptions, SparsityPattern, parse_pattern
+from fista_modifier.solver import SparsityPattern, parse_pattern
 
 SOLVERS = {"alps": peers.ALPS, "boza": peers.Boza}
 # one of the package's own methods, and the fields of its recipe that differ
@@ -46,10 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "alps": ("fista", {"reconstruction_epochs": 0}),
     "fista-dense": ("fista", {"warm_start": "dense", "reconstruction_epochs": 0}),
     "fista-operators": ("fista", {"reconstruction_epochs": 0}),
-    "sparsegpt-damped": (
-        "sparsegpt",
-        {"dampening_frac": SolverOptions().dampening_frac},
-    ),
+    "sparsegpt-damped": ("sparsegpt", {"dampening_frac": 0.4}),
 }
 METHODS = ("wanda", "sparsegpt", *PRESETS, *VARIANTS)
 PATTERNS = ("2:4", "0.5")

@@ -17,7 +17,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -66,14 +66,20 @@ Solve = Callable[[Tensor, GramStatistics], PrunedWeight]
 """from an operator's W and its statistics to its W*"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    """Squared relative errors of an operator by variant, and seconds."""
+    """Of an operator by variant: W*, seconds, squared relative errors."""
 
-    kind: str
-    seen: dict[str, float]
-    unseen: dict[str, float]
-    seconds: dict[str, float]
+    kind: str = ""
+    solved: dict[str, PrunedWeight] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    unseen: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> dict[str, float]:
+        return {
+            one: solution.relative_error**2 for one, solution in self.solved.items()
+        }
 
 
 def prune_with(
@@ -106,43 +112,33 @@ def prune_with(
 def measure(args: argparse.Namespace, name: str) -> list[Measured]:
     """Of each operator, all variants on the same statistics, for a pattern."""
     pattern = pattern_of(name)
-    solutions: list[dict[str, PrunedWeight]] = []
-    seconds: list[dict[str, float]] = []
-    unseen: list[dict[str, float]] = []
+    operators: list[Measured] = []
 
     def solve(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
-        solutions.append({})
-        seconds.append({})
+        operator = Measured()
+        operators.append(operator)
         for variant, (solver, options) in VARIANTS.items():
             started = time.perf_counter()
             (solution,) = solver(statistics, pattern, options).prune([weight])
-            seconds[-1][variant] = time.perf_counter() - started
-            solutions[-1][variant] = solution
-        return solutions[-1][PRUNES]
-
-    def judge(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
-        solved = solutions[len(unseen)]
-        objective = LayerObjective(weight, Quadratic(statistics))
-        unseen.append(
-            {
-                variant: (objective.error(one.weight) / objective.output_norm) ** 2
-                for variant, one in solved.items()
-            }
-        )
-        return solved[PRUNES]
+            operator.seconds[variant] = time.perf_counter() - started
+            operator.solved[variant] = solution
+        return operator.solved[PRUNES]
 
     names = prune_with(solve, args, name, inputs.calibration(args))
+    in_order = iter(operators)
+
+    def judge(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
+        operator = next(in_order)
+        objective = LayerObjective(weight, Quadratic(statistics))
+        for variant, one in operator.solved.items():
+            error = objective.error(one.weight) / objective.output_norm
+            operator.unseen[variant] = error**2
+        return operator.solved[PRUNES]
+
     prune_with(judge, args, name, inputs.calibration(args, text=args.text))
-    return [
-        Measured(
-            operator.rpartition(".")[2],
-            {variant: one.relative_error**2 for variant, one in solved.items()},
-            *rest,
-        )
-        for operator, solved, *rest in zip(
-            names, solutions, unseen, seconds, strict=True
-        )
-    ]
+    for operator, full_name in zip(operators, names, strict=True):
+        operator.kind = full_name.rpartition(".")[2]
+    return operators
 
 
 def row(variant: str, operators: Sequence[Measured]) -> list[str]:

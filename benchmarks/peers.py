@@ -39,6 +39,7 @@ class ALPS(StageSolver):
     then columns scaled to norm one.
     """
 
+    DAMPING = 0.01
     FIRST_PENALTY = 0.1
     MOST_STEPS = 300
     STEPS_PER_PENALTY = 3
@@ -49,8 +50,10 @@ class ALPS(StageSolver):
         pattern: SparsityPattern,
         options: SolverOptions,
     ) -> None:
+        ridge = self.DAMPING * float(statistics.gram.diagonal().mean())
+        share = ridge / statistics.typical_power
         super().__init__(
-            statistics, pattern, replace(options, dampening_frac=0.01, patience=0)
+            statistics, pattern, replace(options, dampening_frac=share, patience=0)
         )
 
     def _starter(self) -> Starter:

@@ -121,8 +121,9 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         0 for no search, the result is then the warm start
     :param epsilon: ε, relative improvement of the error below which the search ends
     :param xi: ξ: λ is raised while rounding causes more than this share of the error
-    :param dampening_frac: damping of the least squares problem (with ``refit``) and of
-        a SparseGPT warm start, as a fraction of the mean of diag(G)
+    :param dampening_frac: damping of the least squares problem (with ``refit``), as a
+        fraction of the geometric mean of diag(G), and of a SparseGPT warm start, as a
+        fraction of its arithmetic mean
     :param block_size: block size of a SparseGPT warm start, in columns
     :param reconstruction_epochs: passes over the calibration batches in which the kept
         weights of a layer are trained together towards the dense layer's output, once

@@ -57,8 +57,13 @@ def test_pruned_smollm2_still_predicts_news(
     assert "Paris" in tokenizer.decode(reply[0])
 
 
-def test_with_sparsegpts_damping_every_operator_beats_sparsegpt(
-    smollm2: Path, wikipedia: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damping, mean_share", [(None, 0.79), (0.01, 0.72)])
+def test_every_operator_beats_sparsegpt(
+    smollm2: Path,
+    wikipedia: Path,
+    damping: float | None,
+    mean_share: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the same Gram matrices, those of a partly pruned layer."""
     shares: list[float] = []
@@ -84,10 +89,10 @@ def test_with_sparsegpts_damping_every_operator_beats_sparsegpt(
         FISTAPruningModifier(
             mask_structure="2:4",
             targets=[r"re:.*layers\.(0|15)$"],
-            dampening_frac=PAPER.dampening_frac,
+            dampening_frac=damping,
             reconstruction_epochs=0,
         ),
     )
     assert len(shares) == 14
     assert max(shares) < 1
-    assert fmean(shares) <= 0.72
+    assert fmean(shares) <= mean_share

@@ -79,6 +79,15 @@ class GramStatistics:
         """bool n: features that no calibration token excites (G_jj = 0)"""
         return self.gram.diagonal() == 0
 
+    @property
+    def typical_power(self) -> float:
+        """
+        the geometric mean of diag(G) over features that are not dead (0 if all are), on
+        which a few features of great power have little hold
+        """
+        powers = self.gram.diagonal()[~self.dead].double()
+        return float(powers.log().mean().exp()) if len(powers) else 0.0
+
     def accumulate(
         self,
         pruned: Tensor,

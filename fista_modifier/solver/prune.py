@@ -63,8 +63,9 @@ class SolverOptions:
         and the problem is better conditioned
     :param refit: after each rounding, give the kept entries their least squares values
         (:func:`~fista_modifier.solver.support.refit_`), free of the ℓ1 term's shrinkage
-    :param dampening_frac: damping of a SparseGPT warm start, and with ``refit`` of the
-        whole problem, as a fraction of the mean of diag(G)
+    :param dampening_frac: damping of the whole problem (with ``refit``), as a fraction
+        of :attr:`~fista_modifier.solver.gram.GramStatistics.typical_power`, and of a
+        SparseGPT warm start, as a fraction of the mean of diag(G)
     :param block_size: columns that a SparseGPT warm start prunes at once
     """
 
@@ -78,11 +79,11 @@ class SolverOptions:
     admm_steps: int = 10
     column_scaling: bool = True
     refit: bool = True
-    dampening_frac: float = 0.4
+    dampening_frac: float = 0.45
     block_size: int = 128
 
 
-FAST = SolverOptions(patience=0, dampening_frac=0.1)
+FAST = SolverOptions(patience=0, dampening_frac=0.15)
 """ADMM and a refit, without FISTA, for layers that are not reconstructed."""
 
 PAPER = SolverOptions(
@@ -208,7 +209,7 @@ class StageSolver:
         self._scale: Tensor | None = None
         damping: Tensor | None = None
         if options.refit:
-            ridge = options.dampening_frac * float(statistics.gram.diagonal().mean())
+            ridge = options.dampening_frac * statistics.typical_power
             damping = torch.full_like(statistics.gram[0], ridge)
         if options.column_scaling:
             self._scale = statistics.column_scale(damping)

@@ -110,6 +110,12 @@ def test_a_feature_that_no_token_excites_is_dead():
     assert bool(GramStatistics.empty(FEATURES).dead.all())
 
 
+def test_typical_power_is_the_geometric_mean_over_features_with_power():
+    pruned = torch.diag(torch.tensor([1.0, 2.0, 0.0, 16.0]))
+    assert gram_statistics(pruned).typical_power == pytest.approx(1024 ** (1 / 3))
+    assert GramStatistics.empty(FEATURES).typical_power == 0
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("where", ["pruned", "dense"])
 def test_broken_activations_are_not_finite(broken, where):

@@ -108,6 +108,20 @@ def test_fista_improves_on_starts_that_only_select(tokens, start, pattern):
     assert solution.relative_error == pytest.approx(solution.error / output, rel=1e-4)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("preset", ["default", "fast"])
+def test_a_feature_of_great_power_hardly_changes_the_result(tokens, preset, pattern):
+    """The same operator, but for the unit of its first input and of weights on it."""
+    unit = torch.ones(FEATURES)
+    unit[0] = 100
+    weight, errors = normal(ROWS, FEATURES), []
+    for scale in (torch.ones(FEATURES), unit):
+        statistics = gram_statistics(*(one * scale for one in tokens))
+        solution = prune_weight(weight / scale, statistics, pattern, PRESETS[preset])
+        errors.append(solution.error)
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
 def test_nothing_to_prune_leaves_the_dense_weight():
     weight, pruned = normal(ROWS, FEATURES), inputs(TOKENS, FEATURES)
     for pattern in [Unstructured(0.0), NofM(4, 4)]:
