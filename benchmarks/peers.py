@@ -50,11 +50,10 @@ class ALPS(StageSolver):
         pattern: SparsityPattern,
         options: SolverOptions,
     ) -> None:
-        ridge = self.DAMPING * float(statistics.gram.diagonal().mean())
-        share = ridge / statistics.typical_power
-        super().__init__(
-            statistics, pattern, replace(options, dampening_frac=share, patience=0)
-        )
+        super().__init__(statistics, pattern, replace(options, patience=0))
+
+    def _ridge(self, statistics: GramStatistics) -> float:
+        return self.DAMPING * float(statistics.gram.diagonal().mean())
 
     def _starter(self) -> Starter:
         values, vectors = torch.linalg.eigh(self._quadratic.shifted(0.0))

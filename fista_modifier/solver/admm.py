@@ -30,7 +30,7 @@ class ADMM:
     operators. The constraint is not convex, so this is a heuristic, and ρ is more than
     a matter of speed: with much less the support does not settle, and one that grows
     from less finds lower errors on the calibration data and worse models
-    (docs/method.md).
+    (docs/experiments.md).
 
     Products may be those of TensorFloat-32. With FISTA's they change 0.1 % of the
     support and, after the refit, the squared error by 0.1 % at most (docs/cost.md).

@@ -209,8 +209,7 @@ class StageSolver:
         self._scale: Tensor | None = None
         damping: Tensor | None = None
         if options.refit:
-            ridge = options.dampening_frac * statistics.typical_power
-            damping = torch.full_like(statistics.gram[0], ridge)
+            damping = torch.full_like(statistics.gram[0], self._ridge(statistics))
         if options.column_scaling:
             self._scale = statistics.column_scale(damping)
             statistics = statistics.scaled(self._scale)
@@ -226,6 +225,10 @@ class StageSolver:
         # the last one used takes with it what they share, such as an inverse of G
         starters = [self._starter()] * len(weights)
         return [self._prune(weight, starters) for weight in weights]
+
+    def _ridge(self, statistics: GramStatistics) -> float:
+        """What damping adds to each entry of diag(G)."""
+        return self.options.dampening_frac * statistics.typical_power
 
     def _prune(self, weight: Tensor, starters: list[Starter]) -> PrunedWeight:
         """Algorithm 1 and what comes before and after it, for one operator."""
