@@ -125,6 +125,8 @@ def measure(args: argparse.Namespace, name: str) -> list[Measured]:
         return operator.solved[PRUNES]
 
     names = prune_with(solve, args, name, inputs.calibration(args))
+    for operator, full_name in zip(operators, names, strict=True):
+        operator.kind = full_name.rpartition(".")[2]
     in_order = iter(operators)
 
     def judge(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
@@ -136,8 +138,6 @@ def measure(args: argparse.Namespace, name: str) -> list[Measured]:
         return operator.solved[PRUNES]
 
     prune_with(judge, args, name, inputs.calibration(args, text=args.text))
-    for operator, full_name in zip(operators, names, strict=True):
-        operator.kind = full_name.rpartition(".")[2]
     return operators
 
 
