@@ -24,7 +24,6 @@ from compare import (
     common_setup,
     measure,
     prune_by_fields,
-    show,
 )
 
 from fista_modifier.evaluation.formatting import markdown_table
@@ -129,6 +128,12 @@ def _ratio(one: float | None, other: float | None) -> str:
     return f"{one / other:.2f}" if one and other else ""
 
 
+def setup(args: argparse.Namespace) -> dict[str, Any]:
+    """What results must share to stand in this table."""
+    own = {key: getattr(args, key) for key in ("pattern", "seed", "every")}
+    return common_setup(args) | own
+
+
 def main() -> None:
     parser = common_arguments(__doc__, 32, 16384)
     parser.add_argument("--pattern", default="2:4")
@@ -136,15 +141,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--groups", nargs="+", default=list(VARIANTS))
     args = parser.parse_args()
-    own = {key: getattr(args, key) for key in ("pattern", "seed", "every")}
-    setup = common_setup(args) | own
-    results = Results.resume(args.out.with_suffix(".json"), setup)
+    results = Results.resume(args.out.with_suffix(".json"), setup(args))
     chosen = [variant for group in args.groups for variant in VARIANTS[group]]
     for variant in [None, *chosen]:
         if results.find(variant=variant):
             continue
         results.add({"variant": variant} | pruned(args, variant))
-        show(args.out, table(results))
+        inputs.show(args.out.with_suffix(".md"), table(results))
 
 
 if __name__ == "__main__":

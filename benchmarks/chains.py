@@ -98,9 +98,7 @@ def main() -> None:
         ]
         cells = [f"{value:.2f}" for value in found]
         rows.append([scheme, quantiser, *cells, f"{lost:.2f} %"])
-        table = markdown_table(header, rows)
-        args.out.write_text(table + "\n", encoding="utf-8")
-        print(table, flush=True)
+        inputs.show(args.out, markdown_table(header, rows) + "\n")
 
     zeros: dict[str, torch.Tensor] = {}
     add("dense", "", args.model)

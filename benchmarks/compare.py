@@ -11,8 +11,9 @@ is not measured again.
 
 Methods run with their own defaults. "fista-paper" is Algorithm 1 as published,
 "fista-operators" the default without reconstruction of layers, "fista-dense" that from
-dense weights. "alps" and "boza" are the solvers of peers.py in the place of
-this project's, without reconstruction.
+dense weights, "sparsegpt-damped" SparseGPT with forty times its damping. "alps" and
+"boza" are the solvers of peers.py in the place of this project's, without
+reconstruction.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import inputs
 import peers
 
 from fista_modifier import layer, pipeline
 from fista_modifier.evaluation.comparison import (
-    PACKAGES,
-    Trial,
+    Measurement,
     comparison_table,
     in_own_process,
 )
-from fista_modifier.evaluation.methods import PRESETS, Pruner, pruner, recipe
-from fista_modifier.evaluation.results import Results, Row, versions, write_whole
+from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, recipe
+from fista_modifier.evaluation.results import Results, Row, versions
 from fista_modifier.evaluation.texts import load_texts
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
@@ -48,8 +49,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fista-operators": ("fista", {"reconstruction_epochs": 0}),
     "sparsegpt-damped": ("sparsegpt", {"dampening_frac": 0.4}),
 }
-METHODS = ("wanda", "sparsegpt", *PRESETS, *VARIANTS)
+METHODS = ("wanda", "sparsegpt", *FISTA_METHODS, *VARIANTS)
 PATTERNS = ("2:4", "0.5")
+# without this package's own version: a row takes hours, and README.md says which rows
+# of a committed table are older than the others
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
 def pattern_of(name: str) -> SparsityPattern:
@@ -84,9 +88,9 @@ def prune_by_fields(
     solver: type | None = None,
 ) -> pipeline.PruningRun:
     """A method's recipe with some fields changed, and maybe another's solver."""
-    layer.StageSolver = solver or layer.StageSolver
     modifier = recipe(method, pattern_of(pattern), **fields)
-    return pipeline.prune(model, tokenizer, calibration, modifier)
+    with patch.object(layer, "StageSolver", solver or layer.StageSolver):
+        return pipeline.prune(model, tokenizer, calibration, modifier)
 
 
 def common_arguments(
@@ -114,15 +118,19 @@ def measure(
 ) -> Row:
     """In a process of its own; without a pruner it only evaluates."""
     texts = load_texts(args.text)
-    trial = Trial(args.model, texts, args.eval_seq_len, args.eval_tokens, "float32")
+    measurement = Measurement(
+        args.model, texts, args.eval_seq_len, args.eval_tokens, "float32"
+    )
     calibration = inputs.calibration(args, samples, seed)
-    return in_own_process(trial.run, prune, calibration)
+    return in_own_process(measurement.run, prune, calibration)
 
 
-def show(out: Path, table: str) -> None:
-    """Write and print what there is so far."""
-    write_whole(out.with_suffix(".md"), table)
-    print(table, flush=True)
+def setup(args: argparse.Namespace) -> dict[str, Any]:
+    """The same, and the machine, as there are times and memory in the table."""
+    return common_setup(args) | {
+        "cpus": os.cpu_count(),
+        "versions": versions(*PACKAGES),
+    }
 
 
 def main() -> None:
@@ -131,12 +139,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     args = parser.parse_args()
-
-    setup = common_setup(args) | {
-        "cpus": os.cpu_count(),
-        "versions": versions(*PACKAGES),
-    }
-    results = Results.resume(args.out.with_suffix(".json"), setup)
+    results = Results.resume(args.out.with_suffix(".json"), setup(args))
     jobs: list[tuple[str, str, int | None]] = [("dense", "-", None)]
     jobs += [
         (method, pattern, seed)
@@ -148,7 +151,7 @@ def main() -> None:
             continue
         prune = None if method == "dense" else method_pruner(method, pattern)
         results.add(identity | measure(args, prune, args.samples, seed or 0))
-        show(args.out, comparison_table(results))
+        inputs.show(args.out.with_suffix(".md"), comparison_table(results))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.cost import layer_cost, shape_of
+from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.presets import PRESETS
 from fista_modifier.solver import StageSolver
 
@@ -82,9 +83,7 @@ def counted(model: Any, tokenizer: Any, data: Dataset, preset: str) -> dict[str,
             for owner, name in functions:
                 wrapper = counting(phase, getattr(owner, name))
                 stack.enter_context(patch.object(owner, name, wrapper))
-        total = stack.enter_context(
-            FlopCounterMode(display=False, custom_mapping=UNKNOWN)
-        )
+        total = stack.enter_context(counter())
         pipeline.prune(model, tokenizer, data, modifier)
     found["recording"] = total.get_total_flops() - sum(found.values())
     return dict(found)
@@ -113,22 +112,18 @@ def predicted(config: Any, samples: int, seq_len: int, preset: str) -> dict[str,
 def table(measured: dict[str, float], expected: dict[str, float]) -> str:
     measured |= {"all": sum(measured.values())}
     expected |= {"all": sum(expected.values())}
-    lines = [
-        "| phase | measured, Gflop | predicted, Gflop | ratio |",
-        "|---|---|---|---|",
-    ]
+    lines: list[list[str]] = []
     for phase, value in expected.items():
         if value:
             real = measured[phase]
-            cells = f"{real / 1e9:.1f} | {value / 1e9:.1f} | {value / real:.2f}"
-            lines.append(f"| {phase} | {cells} |")
-    return "\n".join(lines) + "\n"
+            figures = [f"{real / 1e9:.1f}", f"{value / 1e9:.1f}", f"{value / real:.2f}"]
+            lines.append([phase, *figures])
+    header = ["phase", "measured, Gflop", "predicted, Gflop", "ratio"]
+    return markdown_table(header, lines) + "\n"
 
 
 def main() -> None:
-    parser = inputs.arguments(__doc__, 16)
-    parser.add_argument("--layers", type=int, default=2)
-    args = parser.parse_args()
+    args = inputs.arguments(__doc__, 16, layers=2).parse_args()
     tokenizer = pipeline.load_tokenizer(args.model)
     data = inputs.calibration(args)
     pages = []
@@ -137,8 +132,7 @@ def main() -> None:
         measured = counted(model, tokenizer, data, preset)
         expected = predicted(model.config, args.samples, args.seq_len, preset)
         pages.append(f"`preset: {preset}`\n\n{table(measured, expected)}")
-    args.out.write_text("\n".join(pages), encoding="utf-8")
-    print(args.out.read_text())
+    inputs.show(args.out, "\n".join(pages))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import inputs
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fista_modifier import FISTAPruningModifier
+from fista_modifier.evaluation.formatting import markdown_table
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -60,19 +62,16 @@ def main() -> None:
     data = Dataset.from_dict(
         {"input_ids": tokens.tolist(), "attention_mask": ones.tolist()}
     )
-    rows: list[str] = []
+    rows: list[list[str]] = []
     with TemporaryDirectory() as folder:
         LlamaForCausalLM(CONFIG).save_pretrained(folder)
         for prune in range(1, args.prunes + 1):
             prune_once(folder, data)
             if prune in (1, 10) or prune % 50 == 0:
                 found = measure()
-                if not rows:
-                    rows += [f"| prunes | {' | '.join(found)} |", "|---" * 5 + "|"]
-                cells = " | ".join(f"{value:.0f}" for value in found.values())
-                rows.append(f"| {prune} | {cells} |")
-                args.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    print(args.out.read_text())
+                rows.append([f"{prune}", *(f"{value:.0f}" for value in found.values())])
+                table = markdown_table(["prunes", *found], rows)
+                inputs.show(args.out, table + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the benchmarks have in common: what is pruned, and on what it is calibrated."""
+"""
+What the benchmarks have in common: what is pruned, on what it is calibrated, and where
+the table goes.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fista_modifier import pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.methods import IGNORE
+from fista_modifier.evaluation.results import write_whole
 
-__all__ = ["arguments", "calibration", "first_layers", "ignored"]
+__all__ = ["arguments", "calibration", "first_layers", "ignored", "show"]
 
 
-def arguments(documentation: str, samples: int) -> argparse.ArgumentParser:
+def arguments(
+    documentation: str, samples: int, layers: int | None = None
+) -> argparse.ArgumentParser:
     """
     :param documentation: of the script; its first paragraph is its description
     :param samples: how many it calibrates on where nothing else is said
+    :param layers: how many, from the first, are pruned where nothing else is said; None
+        for a benchmark that does not cut the model short
     :return: options of every benchmark
     """
     parser = argparse.ArgumentParser(description=documentation.split("\n\n")[0])
@@ -28,6 +36,8 @@ def arguments(documentation: str, samples: int) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
+    if layers is not None:
+        parser.add_argument("--layers", type=int, default=layers)
     return parser
 
 
@@ -62,3 +72,9 @@ def ignored(args: argparse.Namespace) -> list[str]:
     layers = AutoConfig.from_pretrained(args.model).num_hidden_layers
     left = (number for number in range(layers) if number % args.every)
     return IGNORE + [rf"re:.*layers\.{number}\..*" for number in left]
+
+
+def show(file: Path, table: str) -> None:
+    """Write a table, completely or not at all, and print it."""
+    write_whole(file, table)
+    print(table, flush=True)

@@ -62,9 +62,7 @@ def measured(args: argparse.Namespace, method: str, on_disk: bool) -> float:
 
 
 def main() -> None:
-    parser = inputs.arguments(__doc__, 64)
-    parser.add_argument("--layers", type=int, default=2)
-    args = parser.parse_args()
+    args = inputs.arguments(__doc__, 64, layers=2).parse_args()
     os.environ |= RETURN_WHAT_IS_FREED
     header = ["method", "GiB", "above SparseGPT", "on disk", "above SparseGPT"]
     lines: list[list[str]] = []
@@ -76,9 +74,7 @@ def main() -> None:
             peaks.append(in_own_process(measured, args, method, True))
         cells = [[f"{peak:.3f}", f"{peak - reference:+.3f}"] for peak in peaks]
         lines.append([method, *sum(cells, [])])
-        table = markdown_table(header, lines)
-        args.out.write_text(table + "\n", encoding="utf-8")
-        print(table, flush=True)
+        inputs.show(args.out, markdown_table(header, lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.results import write_whole
 from fista_modifier.solver import (
     FAST,
     PAPER,
@@ -48,8 +47,8 @@ REFERENCE = "SparseGPT"
 VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
     REFERENCE: (StageSolver, replace(PAPER, patience=0)),
     "paper": (StageSolver, PAPER),
-    "paper + scaling + refit": (StageSolver, replace(DEFAULT, start="sparsegpt")),
-    "the same from dense weights": (StageSolver, replace(DEFAULT, start="dense")),
+    "default, SparseGPT's weights": (StageSolver, replace(DEFAULT, start="sparsegpt")),
+    "default, dense weights": (StageSolver, replace(DEFAULT, start="dense")),
     PRUNES: (StageSolver, DEFAULT),
     "fast": (StageSolver, FAST),
     "default, damping 0.01": (StageSolver, replace(DEFAULT, dampening_frac=0.01)),
@@ -183,7 +182,7 @@ def main() -> None:
         others = [f"{column}, unseen" for column in columns]
         header = ["", "solver", *kinds, *columns, *others, "seconds"]
         table = markdown_table(header, lines)
-        write_whole(
+        inputs.show(
             args.out,
             f"{table}\n\n{Path(args.model).name}, the {len(operators)} operators "
             f"of one layer in {args.every}, {args.samples} × {args.seq_len} tokens of "
@@ -194,7 +193,6 @@ def main() -> None:
             "many are above SparseGPT's error, and seconds for all operators, warm "
             "start included.\n",
         )
-        print(table, flush=True)
 
 
 if __name__ == "__main__":

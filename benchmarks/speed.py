@@ -59,6 +59,9 @@ def run(
 
 
 def measure(args: argparse.Namespace, method: str, size: int, threads: int) -> None:
+    """
+    :raises RuntimeError: if a process failed; what went wrong is in its own output
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         args.port = free.getsockname()[1]
@@ -71,6 +74,12 @@ def measure(args: argparse.Namespace, method: str, size: int, threads: int) -> N
         rank.start()
     for rank in ranks:
         rank.join()
+    for number, rank in enumerate(ranks):
+        if rank.exitcode:
+            raise RuntimeError(
+                f"{method}, {threads} threads: process {number + 1} of {size} failed "
+                f"with status {rank.exitcode}"
+            )
 
 
 def table(found: Any) -> str:
@@ -85,16 +94,13 @@ def table(found: Any) -> str:
 
 
 def main() -> None:
-    parser = inputs.arguments(__doc__, 128)
-    parser.add_argument("--layers", type=int, default=4)
-    args = parser.parse_args()
+    args = inputs.arguments(__doc__, 128, layers=4).parse_args()
     with multiprocessing.Manager() as manager:
         args.found = manager.dict()
         jobs = [(method, 1, 2) for method in METHODS]
         for job in [*jobs, ("fista", 1, 1), ("fista", 2, 1)]:
             measure(args, *job)
-            args.out.write_text(table(dict(args.found)), encoding="utf-8")
-            print(args.out.read_text(), flush=True)
+            inputs.show(args.out, table(dict(args.found)))
 
 
 if __name__ == "__main__":

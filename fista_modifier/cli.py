@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import typer
 from datasets import Dataset
+from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
+from loguru import logger
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
@@ -26,7 +29,11 @@ from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import calibration_dataset, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.distributed import current_ranks, join_ranks
-from fista_modifier.evaluation.comparison import Comparison, Trial, comparison_table
+from fista_modifier.evaluation.comparison import (
+    Comparison,
+    Measurement,
+    comparison_table,
+)
 from fista_modifier.evaluation.engines import Backend
 from fista_modifier.evaluation.evaluate import (
     Evaluation,
@@ -83,11 +90,11 @@ FULL = DemoSize(32, 512, 16384, {})
 CalibrationText = Annotated[
     str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
 ]
-Samples = Annotated[int, typer.Option(help="calibration sequences")]
+Samples = Annotated[int, typer.Option(min=1, help="calibration sequences")]
 SequenceLength = Annotated[
     int | None,
     typer.Option(
-        help="tokens in a sequence (default: the model's maximum, at most 2048)"
+        min=1, help="tokens in a sequence (default: the model's maximum, at most 2048)"
     ),
 ]
 Seed = Annotated[int, typer.Option(help="seed of the choice of sequences")]
@@ -112,6 +119,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
+        logger.opt(exception=error).debug("where it came from")
         message = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False)
         raise typer.Exit(1) from error
@@ -135,17 +143,22 @@ def prune(
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="sequences in a forward pass")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="sequences in a forward pass")
+    ] = 1,
     preset: Annotated[
-        Preset,
+        Preset | None,
         typer.Option(
             help="'best' is more accurate, 'fast' faster; 'paper' is Algorithm 1 as "
-            "published"
+            "published (default: 'default')"
         ),
-    ] = "default",
+    ] = None,
     error_correction: Annotated[
         ErrorCorrection | None,
-        typer.Option(help="what X* follows, if not as in the preset: see the README"),
+        typer.Option(
+            help="whose errors an operator makes up for, if not as in the preset: "
+            "nobody's, those inside its layer, or those of the whole model"
+        ),
     ] = None,
     warm_start: Annotated[
         WarmStart | None,
@@ -159,7 +172,7 @@ def prune(
         typer.Option(
             "--format",
             help="how the pruned weights are stored; anything but 'dense' is for "
-            "engines of 2025 and needs 'unpack' for current ones",
+            "engines of 2025, and current vLLM refuses it ('sparse-*' can be unpacked)",
         ),
     ] = "dense",
     overwrite: Annotated[
@@ -191,37 +204,22 @@ def prune(
 
     Calibrates by default as the paper does: on 128 sequences of the first shard of C4,
     each as long as the model allows (at most 2048 tokens). Under torchrun, the
-    processes prune different layers at the same time.
+    processes prune different layers at the same time (or, with 'best', parts of each).
     """
     with errors_as_messages():
         join_ranks()
         pipeline.check_output(output, overwrite)
-        if (pattern is None) == (recipe is None):
-            raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
-        if recipe is not None and not recipe.is_file():
-            raise FileNotFoundError(f"the recipe {recipe} does not exist")
-        if storage_format == "sparse-24-bitmask" and pattern not in (None, "2:4"):
-            raise ValueError(
-                f"sparse-24-bitmask stores 2:4 weights, not {pattern}: use "
-                "--format sparse-bitmask"
-            )
-        if recipe is not None and (resume or layers or activations):
-            raise ValueError(
-                "--resume, --layers and --activations go with --pattern; in a recipe "
-                "they are the fields resume_dir, layers and activations_dir"
-            )
-        modifier = None
-        if pattern is not None:
-            modifier = FISTAPruningModifier(
-                **pattern_fields(pattern),
-                ignore=["re:.*lm_head"],
-                error_correction=error_correction,
-                preset=preset,
-                warm_start=warm_start,
-                resume_dir=resume and str(resume),
-                layers=layers,
-                activations_dir=activations and str(activations),
-            )
+        fields = {
+            "preset": preset,
+            "error_correction": error_correction,
+            "warm_start": warm_start,
+            "resume_dir": resume and str(resume),
+            "layers": layers,
+            "activations_dir": activations and str(activations),
+        }
+        fields = {name: value for name, value in fields.items() if value is not None}
+        modifiers = modifiers_of(pattern, recipe, fields)
+        check_format(storage_format, modifiers)
         tokenizer = pipeline.load_tokenizer(model)
         dense = pipeline.load_model(model, dtype)
         data = Calibration(
@@ -229,16 +227,65 @@ def prune(
         )
         calibration = calibration_of(data, tokenizer)
         run = pipeline.prune(
-            dense, tokenizer, calibration, modifier or recipe, batch_size=batch_size
+            dense, tokenizer, calibration, recipe or modifiers, batch_size=batch_size
         )
         if run.unfinished:
             console.print(
                 f"{len(run.unfinished)} layers are not finished yet, so no checkpoint "
-                f"was written. When all are in {resume}, run this again without "
-                "--layers."
+                "was written. When all are in the folder of finished layers, run this "
+                "again without choosing layers."
             )
         else:
             finish(model, run, tokenizer, data, output, storage_format)
+
+
+def modifiers_of(
+    pattern: str | None, recipe: Path | None, fields: dict[str, Any]
+) -> list[Modifier]:
+    """
+    :param pattern: "n:m" or a sparsity such as "0.5", or
+    :param recipe: a file
+    :param fields: of the modifier that are given by options, which go with a pattern
+    :return: what is to be done to the model
+    :raises ValueError: if there are both or neither, if a recipe leaves options without
+        effect, or if one of them makes no sense
+    :raises FileNotFoundError: if there is no such recipe
+    """
+    if (pattern is None) == (recipe is None):
+        raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
+    if recipe is None:
+        assert pattern is not None
+        given = {**pattern_fields(pattern), "ignore": ["re:.*lm_head"], **fields}
+        return [FISTAPruningModifier(**given)]
+    if not recipe.is_file():
+        raise FileNotFoundError(f"the recipe {recipe} does not exist")
+    if fields:
+        raise ValueError(
+            f"{', '.join(fields)} can be given by options only with --pattern: set "
+            f"these fields in {recipe}"
+        )
+    return list(Recipe.create_instance(str(recipe)).modifiers)
+
+
+def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:
+    """
+    :param storage_format: of the pruned weights
+    :param modifiers: what is to be done to the model
+    :raises ValueError: if the weights will not be such that they can be stored so
+    """
+    if storage_format == "dense":
+        return
+    for modifier in modifiers:
+        if not isinstance(modifier, FISTAPruningModifier):
+            raise ValueError(
+                f"--format {storage_format} stores what was pruned and nothing else, "
+                f"and the recipe has a {type(modifier).__name__}: use --format dense"
+            )
+        if storage_format == "sparse-24-bitmask" and modifier.mask_structure != "2:4":
+            raise ValueError(
+                "sparse-24-bitmask stores 2:4 weights, not "
+                f"'{modifier.mask_structure}': use --format sparse-bitmask"
+            )
 
 
 def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -601,14 +648,15 @@ def compare(
         # fails for a missing model before anything is downloaded
         pipeline.load_tokenizer(model)
         length = seq_len or max_sequence_length(AutoConfig.from_pretrained(model))
-        trial = Trial(
+        measurement = Measurement(
             model,
             load_texts(text or list(PAPER_TEXTS)),
             eval_seq_len or length,
             max_tokens,
             dtype,
         )
-        comparison = Comparison(trial, Calibration(dataset, samples, length, seed))
+        calibration = Calibration(dataset, samples, length, seed)
+        comparison = Comparison(measurement, calibration)
         results = comparison.run(comma_separated(methods), patterns, json_file)
         show(comparison_table(results), markdown)
 

@@ -311,7 +311,9 @@ def _solve(
             rows = sum(solution.weight.shape[0] for solution in solutions)
             for operator, solution in zip(operators, solutions, strict=True):
                 share = seconds * solution.weight.shape[0] / rows
-                solved[operator.name] = solution.moved_to("cpu"), share
+                if ranks.size > 1:
+                    solution = solution.moved_to("cpu")
+                solved[operator.name] = solution, share
         return solved
 
     solved = dict(chain(*(part.items() for part in ranks.each(solve_mine))))

@@ -106,7 +106,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         columns scaled, support found by ADMM, kept entries refitted, and layers
         reconstructed (docs/method.md). "best" is the most accurate, for half as much
         time again: "full" error correction and two epochs of reconstruction. "fast"
-        stops at a shorter ADMM and its refit. "paper" is Algorithm 1 as published
+        ends with ADMM and its refit, of less damping, and trains no layer. "paper" is
+        Algorithm 1 as published
     :param error_correction: "none", "intra" or "full", see above
     :param warm_start: W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"
     :param admm_steps: steps of an "admm" warm start

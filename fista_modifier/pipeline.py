@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -26,6 +28,7 @@ from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.shards import new_folder
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.distributed import current_ranks
+from fista_modifier.experts import native_experts
 from fista_modifier.layer import OperatorResult
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.reconstruction import ReconstructionResult
@@ -79,11 +82,17 @@ def load_model(
     :param model: folder of a checkpoint, or its id on the hub
     :param dtype: dtype of the weights; "auto" is that of the checkpoint
     :param to_accelerator: whether to spread it over the accelerators, if there are
-        any. For pruning it stays on the CPU: the toolkit onloads layer by layer
+        any. For pruning it stays on the CPU: the toolkit onloads layer by layer. Of
+        several ranks the first one loads it, and all share its memory
     :return: the model
     :raises FileNotFoundError: if there is no such model
     """
     load_config(model)
+    if current_ranks().size > 1 and not to_accelerator:
+        with load_offloaded_model():  # the first rank loads, the others share
+            return AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, device_map={"": "cpu"}, max_memory={}
+            )
     spread = to_accelerator and torch.accelerator.is_available()
     return AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, device_map="auto" if spread else None
@@ -107,11 +116,24 @@ def load_config(model: str) -> PretrainedConfig:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """
+    A checkpoint is written beside its folder and takes its place in the end.
+
     :param folder: where a checkpoint is about to be written
     :param overwrite: whether what is there may be replaced
     :raises FileExistsError: if the folder is not empty and may not be replaced, or is
         a file
+    :raises OSError: if it cannot be replaced, or nothing can be written beside it
     """
+    absolute = folder.resolve()
+    if absolute.is_mount() or Path.cwd().is_relative_to(absolute):
+        raise OSError(
+            f"the output folder {folder} is in use as a whole: name one inside it"
+        )
+    there = next(parent for parent in absolute.parents if parent.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"the output folder {folder} cannot be written: no permission for {there}"
+        )
     if folder.is_file():
         raise FileExistsError(f"the output folder {folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -190,25 +212,34 @@ def save(
 ) -> None:
     """
     Write a checkpoint, its report and its model card, completely or not at all: into a
-    folder beside the target, which then takes its place.
+    folder beside the target, which then takes its place. Tensors get the names of the
+    checkpoint that the model came from; the model itself stays as it is.
 
     :param model: what to save
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
     :param report: what was done to the model, saved with it and a model card
     :param storage_format: of the operators in the report
+    :raises ValueError: if they cannot have the format; the checkpoint is then dense
     :raises OSError: if the disk is full, naming the folder; what was there stays
     """
     if current_ranks().rank:
-        model.save_pretrained(folder)  # all take part; only the first rank writes
+        with native_experts(model):
+            model.save_pretrained(folder)  # all take part; only the first rank writes
         return
+    refused: ValueError | None = None
     with new_folder(folder) as unfinished:
         try:
-            model.save_pretrained(unfinished)
+            with native_experts(model):
+                model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             if report:
                 operators = [operator.name for operator in report.operators]
-                share = convert(unfinished, operators, storage_format)
+                share = 1.0
+                try:
+                    share = convert(unfinished, operators, storage_format)
+                except ValueError as error:  # for which no work is to be lost
+                    refused, storage_format = error, "dense"
                 report = replace(
                     report, storage_format=storage_format, stored_share=share
                 )
@@ -218,3 +249,7 @@ def save(
             raise OSError(
                 f"could not write the checkpoint {folder}: {error}"
             ) from error
+    if refused is not None:
+        raise ValueError(
+            f"{refused}. The checkpoint {folder} is whole, with dense weights"
+        ) from refused

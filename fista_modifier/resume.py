@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fista_modifier.calibration.layers import DecoderLayer
+from fista_modifier.checkpoint.report import PACKAGES
 from fista_modifier.layer import OperatorResult, PrunedLayer
 from fista_modifier.reconstruction import ReconstructionResult
 
 __all__ = ["CallDigest", "FinishedLayers", "TensorDigest", "fingerprint"]
 
 RUN_FILE = "run.json"
-PACKAGES = ("fista-modifier", "llmcompressor", "transformers", "torch")
 SHOWN = 3
 """how many differences a message names"""
 

@@ -103,12 +103,13 @@ class Schedule:
 
     @property
     def unfinished(self) -> list[str]:
-        """names of the layers with operators that are neither pruned nor on disk"""
+        """names of the layers with operators that are left to other runs"""
         pruned = {result.name for result in self.results}
         return [
             layer.name
             for layer in self._layers
-            if any(operator.name not in pruned for operator in layer.operators)
+            if layer not in self._open
+            and any(operator.name not in pruned for operator in layer.operators)
         ]
 
     def hooks(self) -> Iterator[tuple[DecoderLayer, Hook]]:
@@ -119,13 +120,15 @@ class Schedule:
         """
         if self._disk is not None:
             self._look_on_disk(self._disk)
-        first = self._layers[0]
         if self._disk is not None or self._ranks.size > 1:
             self._data = CallDigest()
-            yield first, (first.module, self._data.add, "forward_pre")
+            embedding = self._model.get_input_embeddings()
+            yield self._layers[0], (embedding, self._data.add, "forward_pre")
         self._progress = RunProgress(-(-len(self._open) // self._by_layers.size))
-        if first.in_sequence:
-            yield first, (first.module, self._attention.choose, "forward_pre")
+        kinds = {type(layer.module): layer for layer in reversed(self._layers)}
+        for layer in kinds.values():  # the first of each
+            if layer.in_sequence:
+                yield layer, (layer.module, self._attention.choose, "forward_pre")
         for layer in self._layers:
             if layer in self._open or self._stream:
                 layer.recording = Recording(
@@ -244,7 +247,7 @@ class Schedule:
 
     def _accept(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
         weights = {
-            operator: pruned.weights[operator.name].to(operator.weight.device)
+            operator: pruned.weights[operator.name]
             for operator in layer.operators
             if operator.name in pruned.weights
         }
@@ -255,12 +258,23 @@ class Schedule:
         if self._stream and layer.in_sequence and layer.recording:
             inputs = layer.recording.inputs
             pruned_inputs = self._stream.inputs_of(inputs, layer.name)
-            self._stream.advance(inputs, pruned_inputs, weights)
+            onloaded = {one: new.to(one.weight) for one, new in weights.items()}
+            self._stream.advance(inputs, pruned_inputs, onloaded)
         layer.recording = None
 
     def finish(self) -> None:
         """To be called when the pipeline has run all of the model."""
+        if self._due:
+            with calibration_runs(self._model), self._attention.used():
+                self._prune_due()
         self.store()
+        if self._open:  # such as the vision tower of a model that was given text
+            names = sorted(layer.name for layer in self._open)
+            logger.warning(
+                f"The calibration data do not reach {len(names)} layers, which stay "
+                f"dense, among them {names[0]}: put them on the ignore list, or "
+                "calibrate with data that do"
+            )
         self._stream = None  # the user may keep the modifier, not the activations
 
     def store(self) -> None:

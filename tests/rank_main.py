@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -22,12 +23,15 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     :param family: of the tiny model
     :param fields: of the modifier, JSON
     :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
-        "same data": the ranks share one part of the data
+        "same data": the ranks share one part of the data; "unreached": nothing dies,
+        but the model has one more layer, which it does not run
     """
     torch.set_num_threads(1)
     model = tiny_model(family)  # once there are ranks, only the first saves models
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    if dies == "unreached":
+        model.tower = torch.nn.ModuleList([deepcopy(model.model.layers[0])])
 
     def end(*_: object) -> None:
         if dies == "killed":

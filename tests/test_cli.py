@@ -178,6 +178,17 @@ def test_an_output_folder_with_files_is_replaced_only_on_request(
     assert (output / "model.safetensors").exists()
 
 
+def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("."), Path(".."), Path("/proc")):
+        refused = prune(model, text, folder, "--pattern", "2:4", "--overwrite")
+        assert refused.exit_code == 1
+        assert "name one inside it" in refused.output
+    assert text.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -190,6 +201,20 @@ def test_an_output_folder_with_files_is_replaced_only_on_request(
         (["--recipe", "missing.yaml"], ["missing.yaml"]),
         (["--pattern", "2:4", "--dataset", "missing.txt"], ["missing.txt"]),
         (["--pattern", "2:4", "--samples", "4000"], ["4000", "--samples"]),
+        (
+            ["--recipe", "recipes/fista-2of4.yaml", "--preset", "best"],
+            ["preset", "--pattern", "fista-2of4.yaml"],
+        ),
+        (
+            ["--recipe", "recipes/fista-unstructured-50.yaml"]
+            + ["--format", "sparse-24-bitmask"],
+            ["0:0", "--format sparse-bitmask"],
+        ),
+        (
+            ["--recipe", "recipes/fista-2of4-w8a8.yaml"]
+            + ["--format", "sparse-bitmask"],
+            ["QuantizationModifier", "--format dense"],
+        ),
     ],
 )
 def test_bad_arguments_are_a_message_and_leave_nothing(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import cost as profile
 import pytest
 import torch
 from command_line import invoke
@@ -19,10 +19,6 @@ from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.cost import peak_device_memory, reconstruction_memory, shape_of
 from fista_modifier.presets import PRESETS
 from fista_modifier.reconstruction import reconstruct
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import cost as profile  # noqa: E402
 
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 64}
 
@@ -81,6 +77,15 @@ def test_experts_are_given_their_share_of_the_tokens(family: str) -> None:
     assert [stage.share for stage in experts] == 8 * [0.5]
     assert sorted(len(stage.rows) for stage in experts) == 4 * [1] + 4 * [2]
     assert {stage.wave for stage in experts} == {2, 3}
+
+
+def test_operators_outside_the_layers_have_no_part_in_their_shape() -> None:
+    """OPT-350m's embeddings are narrower than its layers: the first is a projection."""
+    projected = AutoConfig.from_pretrained(checkpoint("opt", word_embed_proj_dim=16))
+    shape = shape_of(projected, 16)
+    usual = shape_of(AutoConfig.from_pretrained(checkpoint("opt")), 16)
+    assert (shape.layers, shape.hidden) == (usual.layers, usual.hidden)
+    assert shape.stages == usual.stages
 
 
 def test_a_70b_model_fits_a_device_of_24_gb() -> None:

@@ -87,8 +87,32 @@ def test_several_ranks_give_the_weights_of_one(
             assert torch.equal(weight == 0, expected[name] == 0), name
             if by_layers:
                 assert torch.equal(weight, expected[name]), name
-            elif fields.get("preset") == "fast":  # Adam would amplify the rounding
+            else:  # without reconstruction, whose Adam would amplify the rounding
                 torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_are_pruned_though_another_is_not_reached(tmp_path: Path) -> None:
+    """Of two layers, both wait for a third in vain."""
+    processes = start(3, tmp_path, "llama", {"preset": "fast"}, "unreached")
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, output
+        assert "do not reach 1 layers" in output
+    alone = tiny_model("llama")
+    prune(alone, preset="fast")
+    found, _ = torch.load(tmp_path / "2.pt")
+    for name, weight in weights(alone).items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_ranks_go_on_from_what_one_process_left(tmp_path: Path) -> None:
+    """Qwen 2 leaves out the mask of a whole batch, all but the first of each rank."""
+    fields = {"preset": "fast", "resume_dir": str(tmp_path / "layers")}
+    alone = tiny_model("qwen2")
+    prune(alone, layers="0", **fields)
+    processes = start(2, tmp_path, "qwen2", fields)
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, output
+        assert "Resuming: 1 layers" in output
 
 
 @pytest.mark.parametrize("fields", [{}, {"distribute": "data"}], ids=str)

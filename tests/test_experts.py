@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from families import MIXTURES, tiny_model
-from llmcompressor.modeling.moe.linearize import linearize_moe
+from families import MIXTURES, checkpoint, tiny_model
+from llmcompressor.modeling.moe.linearize import get_linearized_moes, linearize_moe
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
-from runs import prune, samples
+from runs import prune, run, samples, weights
 from torch import Tensor
 from torch.nn.functional import silu
-from transformers import PreTrainedModel
+from transformers import (
+    AfmoeConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.operators import find_operators
+from fista_modifier.checkpoint.shards import locate, read
+from fista_modifier.checkpoint.verification import verify
+from fista_modifier.experts import linearize, native_experts
 from fista_modifier.solver import NofM
 
 
@@ -22,6 +39,16 @@ def linearized(family: str) -> PreTrainedModel:
     model = tiny_model(family)
     linearize_moe(model)
     return model
+
+
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
+    try:
+        yield messages
+    finally:
+        logger.remove(sink)
 
 
 def inputs_of(model: PreTrainedModel, name: str) -> list[Tensor]:
@@ -85,12 +112,8 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(correction: str) -> Non
     name = "model.layers.0.mlp.experts.2.down_proj"
     model, dense = model_of_five(), model_of_five()
     linearize_moe(dense)
-    messages: list[str] = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
-    try:
+    with warnings() as messages:
         modifier = prune(model, error_correction=correction)
-    finally:
-        logger.remove(sink)
     result = next(one for one in modifier.results if one.name == name)
     assert result.tokens == 0
     weight = dense.get_submodule(name).weight
@@ -110,3 +133,137 @@ def test_routers_are_pruned_only_if_named() -> None:
     assert router not in names("Linear")
     assert router in names("Linear", router)
     assert router in names("re:.*gate$")
+
+
+SETTINGS = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # a Linear beside the experts, and one in a module beside them
+        PhimoeConfig(**SETTINGS, intermediate_size=48, num_local_experts=4),
+        AfmoeConfig(**SETTINGS, num_experts=4, moe_intermediate_size=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_linear_operator_may_be_a_router(config: PretrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    linearize(model)
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    routers = {name for name in linears if "router" in name}
+    assert routers
+    found = {operator.name for operator in find_operators(model, ["Linear"], [])}
+    assert found == linears - routers
+
+
+@pytest.mark.parametrize("through", ["save_pretrained", "pipeline"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_pruned_mixture_is_saved_as_the_checkpoint_that_it_came_from(
+    family: str,
+    through: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(family)
+    modifier = prune(model, preset="fast")
+    before = weights(model)
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        if through == "pipeline":
+            pipeline.save(model, tiny_tokenizer, folder)
+        else:
+            model.save_pretrained(folder)
+        after = weights(model)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+        files, problems = locate(folder)
+        assert files.keys() == locate(checkpoint(family))[0].keys()
+        experts = [
+            tensor for _, name, tensor in read(files, problems) if ".experts." in name
+        ]
+        assert not problems and len(experts) == 2 * 4 * 3
+        assert all(NofM(2, 4).holds(tensor) for tensor in experts)
+        loaded, loading = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not any(loading.values())
+        with torch.no_grad():
+            logits = [one(samples()).logits for one in (loaded, model)]
+        torch.testing.assert_close(*logits)
+        for verification in (verify(folder), verify(folder, NofM(2, 4))):
+            assert verification.passed
+            names = {check.name for check in verification.operators}
+            assert names == {result.name for result in modifier.results}
+
+
+def test_what_other_modifiers_pruned_is_saved_so_too(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral")
+    run(model, WandaPruningModifier(sparsity=0.5, mask_structure="2:4"))
+    pipeline.save(model, tiny_tokenizer, tmp_path / "saved")
+    assert verify(tmp_path / "saved", NofM(2, 4)).passed
+
+
+def test_a_mixture_on_disk_is_saved_and_stays_there(tmp_path: Path) -> None:
+    offloaded = tmp_path / "offloaded"
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint("mixtral"),
+        device_map=dict.fromkeys(parts, "cpu") | {"model.layers": "disk"},
+        offload_folder=offloaded,
+    )
+    prune(model, preset="fast")
+    before, files = weights(model), len(list(offloaded.iterdir()))
+    model.save_pretrained(tmp_path / "saved")
+    assert len(list(offloaded.iterdir())) == files
+    assert all(
+        torch.equal(value, before[name]) for name, value in weights(model).items()
+    )
+    assert verify(tmp_path / "saved").passed
+
+
+def test_weights_are_not_kept_by_those_who_refer_to_an_expert() -> None:
+    model = linearized("mixtral")
+    held = [experts for _, experts in get_linearized_moes(model)]
+    with native_experts(model):
+        assert not get_linearized_moes(model)
+        assert not any(list(experts.parameters()) for experts in held)
+    assert len(get_linearized_moes(model)) == len(held)
+
+
+def test_quantised_experts_are_saved_as_the_toolkit_does(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    scheme = {"scheme": "W8A8", "targets": ["Linear"], "ignore": ["lm_head"]}
+    pruning = FISTAPruningModifier(mask_structure="2:4", preset="fast")
+    run(model, [pruning, QuantizationModifier(**scheme)])
+    experts = get_linearized_moes(model)
+    model.save_pretrained(tmp_path)
+    assert [one for _, one in get_linearized_moes(model)] == [one for _, one in experts]
+    assert "model.layers.1.mlp.experts.3.up_proj.weight_scale" in locate(tmp_path)[0]
+
+
+def test_experts_that_the_toolkit_would_fuse_wrongly_are_left_alone() -> None:
+    config = GptOssConfig(**SETTINGS, intermediate_size=48, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config)
+    linearize(model)
+    before = weights(model)
+    with warnings() as messages, native_experts(model):
+        within = weights(model)
+    assert within.keys() == before.keys()
+    assert all(torch.equal(within[name], before[name]) for name in before)
+    assert any("cannot fuse GptOssExpertMLP" in message for message in messages)

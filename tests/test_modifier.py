@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import re
@@ -16,6 +17,7 @@ from compressed_tensors.config import SparsityCompressionConfig
 from families import FAMILIES, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -499,6 +501,40 @@ def test_a_model_may_be_pruned_after_a_run_that_failed():
     assert same(model, fresh)
     assert hooks(model) == hooks_before
     assert model.config.to_dict() == fresh.config.to_dict()
+
+
+def test_a_run_that_ended_in_the_toolkits_own_pass_leaves_nothing_to_the_next():
+    """No event tells of it; the session undoes it when the next one starts."""
+    model, fresh = tiny_model("llama"), tiny_model("llama")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ending = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, **QUICK)
+    ending.remove()
+    prune(model, **QUICK)
+    prune(fresh, **QUICK)
+    assert same(model, fresh)
+    assert hooks(model) == hooks(fresh)
+    assert model.config.to_dict() == fresh.config.to_dict()
+
+
+def test_layers_that_the_data_do_not_reach_stay_dense_and_are_named():
+    model = tiny_model("llama")
+    model.tower = torch.nn.ModuleList([copy.deepcopy(model.model.layers[0])])
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
+    try:
+        modifier = prune(model, **QUICK)
+    finally:
+        logger.remove(sink)
+    assert {result.name for result in modifier.results} == FAMILIES["llama"].operators
+    assert modifier.unfinished == []
+    untouched = tiny_model("llama").model.layers[0]
+    assert same(model.tower[0], untouched)
+    assert any("do not reach 1 layers" in m and "tower.0" in m for m in messages)
 
 
 def test_a_run_that_failed_leaves_the_configuration_as_it_was():

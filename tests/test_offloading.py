@@ -47,6 +47,18 @@ def test_layers_on_disk_end_with_the_same_weights(
         assert torch.equal(weight, expected[name]), name
 
 
+def test_tied_embeddings_on_disk_are_known_to_be_tied(tmp_path: Path) -> None:
+    parts = ("model.embed_tokens", "model.layers", "lm_head")
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint("gemma3"),
+        device_map=dict.fromkeys(parts, "disk")
+        | {"model.norm": "cpu", "model.rotary_emb": "cpu"},
+        offload_folder=tmp_path,
+    )
+    with pytest.raises(ValueError, match="'lm_head' shares its weight"):
+        prune(model, targets=["Linear", "lm_head"])
+
+
 def test_matrices_in_main_memory_end_with_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,10 +21,18 @@ from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.solver import PAPER, NofM, PrunedWeight, StageSolver
 
 
+@pytest.fixture(autouse=True)
+def all_threads() -> Iterator[None]:
+    """Operators of hundreds of columns gain from them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_pruned_smollm2_still_predicts_news(
     smollm2: Path, wikipedia: Path, news: Path, tmp_path: Path
 ) -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = pipeline.load_tokenizer(str(smollm2))
     model = pipeline.load_model(str(smollm2))
     text = news.read_text()

@@ -8,14 +8,27 @@ from typing import Any
 
 import torch
 from compressed_tensors.utils import patch_attr
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import LayerCall, LayerInputs, calibration_runs
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    calibration_runs,
+    outputs_of_parts,
+    real_rows,
+)
 
-__all__ = ["FusedAttention", "check_causal", "traced_with_masks", "traces_forgotten"]
+__all__ = [
+    "FusedAttention",
+    "check_causal",
+    "same_output",
+    "traced_with_masks",
+    "traces_forgotten",
+]
 
 ROUNDING = 1e-4
-"""what attention kernels may differ by in float32, as a share of a layer's output"""
+"""what kernels may differ by in float32, as a share of a module's output"""
 
 
 @contextmanager
@@ -88,13 +101,26 @@ def check_causal(call: LayerCall, name: str) -> None:
         )
 
 
+def same_output(one: Tensor, other: Tensor) -> bool:
+    """
+    :param one: what a module put out
+    :param other: what it put out in another run
+    :return: whether they differ by no more than kernels do, in the dtype of ``other``
+    """
+    tolerance = max(ROUNDING, torch.finfo(other.dtype).eps)
+    difference = one.float() - other.float()
+    return bool(difference.norm() <= tolerance * other.float().norm())
+
+
 class FusedAttention:
     """
     Runs attention by torch's fused kernels in the place of the eager one that the
     toolkit asks for, which holds a matrix of tokens×tokens for each head. The two are
     the same up to rounding, but not in every model: transformers leaves out soft caps
     of the scores, and puts in a causal mask where there is none. So the first batch of
-    the first layer is run both ways, and only if the outputs agree is eager left.
+    the first layer of each class is run both ways, and only if the outputs agree is
+    eager left. What is compared is the first part of the layer that differs at all,
+    attention itself: beside the residual stream, a change of it may look like rounding.
 
     :param model: the model being calibrated
     """
@@ -102,6 +128,7 @@ class FusedAttention:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._implementation: str | None = None
+        self._seen: set[type[torch.nn.Module]] = set()
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -114,10 +141,11 @@ class FusedAttention:
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """
-        A forward pre-hook with keyword arguments, of the first decoder layer. What it
-        sets holds for the toolkit's passes until it restores the model's own.
+        A forward pre-hook with keyword arguments, of the first layer of each class.
+        What it sets holds for the toolkit's passes until it restores the model's own.
         """
-        if self._implementation is None:
+        if self._implementation != "eager" and type(layer) not in self._seen:
+            self._seen.add(type(layer))
             inputs = LayerInputs(layer)
             inputs.append(args, kwargs)
             same = self._model._supports_sdpa and self._agree(inputs[0])
@@ -125,12 +153,15 @@ class FusedAttention:
             self._model.config._attn_implementation = self._implementation
 
     def _agree(self, call: LayerCall) -> bool:
-        with calibration_runs(self._model):
-            eager = call.run()
-            with patch_attr(self._model.config, "_attn_implementation", "sdpa"):
-                difference = call.run() - eager
         real = call.real_tokens()
-        if real is not None:
-            difference, eager = difference[real], eager[real]
-        tolerance = max(ROUNDING, torch.finfo(eager.dtype).eps)
-        return bool(difference.float().norm() <= tolerance * eager.float().norm())
+
+        def outputs(implementation: str) -> list[Tensor]:
+            config = self._model.config
+            with patch_attr(config, "_attn_implementation", implementation):
+                found = outputs_of_parts(call)
+            return [real_rows(output, real) for output in found]
+
+        with calibration_runs(self._model):
+            pairs = list(zip(outputs("sdpa"), outputs("eager"), strict=True))
+        first = next((pair for pair in pairs if not torch.equal(*pair)), None)
+        return first is None or same_output(*first)

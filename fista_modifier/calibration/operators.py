@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.offload import disable_onloading, update_offload_parameter
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_name, match_named_modules
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.utils.pytorch.module import expand_special_targets
 from llmcompressor.utils.transformers import get_embeddings
 from loguru import logger
@@ -175,7 +175,7 @@ def find_operators(
         if module is head:
             if not named:
                 continue
-            if module.weight is getattr(embedding, "weight", None):
+            if _share_weight(module, embedding):
                 raise ValueError(
                     f"'{name}' shares its weight with the input embedding, which "
                     "would be pruned too; load the model with untied embeddings "
@@ -191,16 +191,34 @@ def find_operators(
     return operators
 
 
+def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
+    """Also if they are offloaded, and each access gives another tensor."""
+    with disable_onloading():
+        weight = getattr(one, "weight", None)
+        return weight is not None and weight is getattr(other, "weight", None)
+
+
 def _is_router(model: PreTrainedModel, name: str) -> bool:
-    """Whether it gives each expert beside it a score, or all of them together one."""
-    parent = model.get_submodule(name.rpartition(".")[0])
+    """
+    Whether it gives each expert beside it a score, or all of them together one; or
+    does so within a router that is beside the experts.
+    """
+    module = model.get_submodule(name)
+    parent, _, _ = name.rpartition(".")
+    grandparent, _, _ = parent.rpartition(".")
     counts = {
-        len(child)
-        for child in parent.children()
+        # a linearised mixture has its activation function in the list
+        getattr(child, "num_experts", len(child))
+        for child in model.get_submodule(parent).children()
         if isinstance(child, torch.nn.ModuleList)
     }
-    operator = Operator(name, cast(torch.nn.Linear, model.get_submodule(name)))
-    return bool(counts) and operator.weight.shape[0] in counts | {1}
+    around = {
+        child.num_experts
+        for child in model.get_submodule(grandparent).children()
+        if isinstance(child, LinearExperts2D)
+    }
+    scores = module.nf if isinstance(module, Conv1D) else module.out_features
+    return scores in counts | around or (bool(counts) and scores == 1)
 
 
 def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:

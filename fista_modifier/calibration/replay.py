@@ -29,6 +29,7 @@ __all__ = [
     "calibration_runs",
     "first_tensor",
     "inputs_of",
+    "outputs_of_parts",
     "real_rows",
 ]
 
@@ -37,8 +38,10 @@ __all__ = [
 def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
     """
     The context of every run of a layer outside the toolkit's own passes: no gradients,
-    no KV cache, evaluation mode, eager attention, weights that stay onloaded, no hooks
-    of other modifiers, and experts that see the tokens that are routed to them.
+    no KV cache, evaluation mode, eager attention (unless
+    :class:`~fista_modifier.calibration.attention.FusedAttention` sets another), weights
+    that stay onloaded, no hooks of other modifiers, and experts that see the tokens
+    that are routed to them.
 
     :param model: the model being calibrated
     """
@@ -176,18 +179,21 @@ class LayerCall:
 
     def real_tokens(self) -> Tensor | None:
         """
-        Which tokens are not padding. The toolkit calibrates with eager attention, for
-        which transformers builds a full mask (batch×1×query×key, additive or boolean):
-        a token may attend to itself exactly if it is not padding, whatever the side of
-        the padding and the width of a sliding window.
+        Which tokens are not padding. Of the mask that transformers builds for attention
+        (batch×1×query×key, additive or boolean): a token may attend to itself exactly
+        if it is not padding, whatever the side of the padding and the width of a
+        sliding window. Layers without attention are given batch×sequence, nonzero at
+        real tokens.
 
         :return: bool batch×sequence, or None for a layer that takes no such mask
         """
         signature = inspect.signature(self.layer.forward)
         arguments = signature.bind(*self.args, **self.kwargs).arguments
         mask = arguments.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
             return None
+        if mask.ndim == 2:
+            return mask.bool()
         own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         real = own if own.dtype == torch.bool else own == 0
         return real.expand(self.hidden_states.shape[0], -1)
@@ -222,6 +228,24 @@ def inputs_of(
             stack.enter_context(module.register_forward_pre_hook(watch))
         stack.enter_context(suppress(_Stop))
         call.run()
+    return seen
+
+
+def outputs_of_parts(call: LayerCall) -> list[Tensor]:
+    """
+    :param call: of a layer
+    :return: what each of its children puts out, in the order in which they run, and the
+        layer itself
+    """
+    seen: list[Tensor] = []
+
+    def watch(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+        seen.append(first_tensor(output))
+
+    with ExitStack() as stack:
+        for child in call.layer.children():
+            stack.enter_context(child.register_forward_hook(watch))
+        seen.append(call.run())
     return seen
 
 

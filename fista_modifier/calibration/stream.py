@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fista_modifier.calibration.activations import ActivationStorage
+from fista_modifier.calibration.attention import same_output
 from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.replay import LayerInputs
 
@@ -35,7 +35,7 @@ class PrunedStream:
         if self._hidden_states is None:
             return dense_inputs
         received = next(iter(dense_inputs)).hidden_states
-        if self._dense_output is None or not torch.equal(received, self._dense_output):
+        if self._dense_output is None or not same_output(received, self._dense_output):
             raise ValueError(
                 f"{name} is not called with the output of the decoder layer before it, "
                 "so error_correction: full cannot follow the pruned model through this "

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.data import LOCAL_SUFFIXES
+from fista_modifier.serving import LOAD_FORMAT
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 
@@ -95,6 +96,7 @@ def model_card(
         perplexities=perplexities,
         report=report,
         report_name=REPORT_NAME,
+        load_format=LOAD_FORMAT,
     )
     return card
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fista_modifier.checkpoint.model_card import update_model_card
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.sparsity_config import write_sparsity
+from fista_modifier.experts import native_experts
 
 __all__ = ["describe_on_save"]
 
@@ -22,6 +23,9 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     ``config.json``, a report and a model card (unless there is one that somebody else
     wrote). The toolkit wraps ``save_pretrained`` as well, and restores the original
     ``config.json``: setting an attribute of ``model.config`` would not do.
+
+    Tensors get the names of the checkpoint that the model came from; the model itself
+    stays as it is: see ``native_experts``.
 
     :param model: that was pruned
     :param report: what was done to it; added to what was done before
@@ -43,7 +47,8 @@ def _write_on_save(model: PreTrainedModel, reports: list[PruningReport]) -> None
 
     @wraps(save)
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save(save_directory, *args, **kwargs)
+        with native_experts(model):
+            save(save_directory, *args, **kwargs)
         if is_source_process():
             folder = Path(save_directory)
             report = reduce(PruningReport.followed_by, reports)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
 
-__all__ = ["REPORT_NAME", "Calibration", "PruningReport"]
+__all__ = ["PACKAGES", "REPORT_NAME", "Calibration", "PruningReport"]
 
 REPORT_NAME = "pruning_report.json"
 PACKAGES = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +36,14 @@ def convert(
     folder: Path, operators: Iterable[str], storage_format: StorageFormat
 ) -> float:
     """
-    Give a dense checkpoint another format, in place, one file at a time.
+    Give a dense checkpoint another format, in place. On any error it stays dense.
 
     :param folder: the checkpoint, not quantised
     :param operators: names of its pruned operators
     :param storage_format: the format
     :return: bytes of the pruned operators, as a share of what they were
     :raises ValueError: if the checkpoint is quantised, or naming the operator whose
-        weight cannot have the format
+        weight cannot have the format, or which has another name in the files
     """
     names = sorted(operators)
     if storage_format == "dense":
@@ -49,24 +51,43 @@ def convert(
     write_legacy_sparsity(folder, names, storage_format.removesuffix("-legacy"))
     if storage_format == "dense-legacy":
         return 1.0
+    try:
+        return _pack_operators(folder, set(names), storage_format)
+    except BaseException:
+        restore_sparsity(folder)
+        raise
+
+
+def _pack_operators(
+    folder: Path, operators: set[str], packed_format: PackedFormat
+) -> float:
+    files, problems = locate(folder)
+    unknown = sorted(name for name in operators if f"{name}.weight" not in files)
+    if unknown:
+        raise ValueError(
+            f"{packed_format} is for tensors with the names of their operators, and "
+            f"the files have {unknown[0]} under another name: use --format dense"
+        )
     before = after = 0
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
         nonlocal before, after
         operator = name.removesuffix(".weight")
-        if operator == name or operator not in names:
+        if operator == name or operator not in operators:
             return {name: tensor}
         try:
-            parts = pack(tensor, storage_format)
+            parts = pack(tensor, packed_format)
         except ValueError as error:
             raise ValueError(f"{operator}: {error}") from None
         before += tensor.nbytes
         after += sum(part.nbytes for part in parts.values())
         return {f"{operator}.{part}": value for part, value in parts.items()}
 
-    files, problems = locate(folder)
-    rewrite(read(files, problems), folder, packed)
-    _check(folder, problems)
+    with tempfile.TemporaryDirectory(prefix=".packed-", dir=folder) as temporary:
+        rewrite(read(files, problems), Path(temporary), packed)
+        _check(folder, problems)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
     return after / before if before else 1.0
 
 

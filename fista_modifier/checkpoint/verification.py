@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from fista_modifier.calibration.operators import Operator, find_operators
 from fista_modifier.checkpoint.packing import parts_of, stored_twice
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
+from fista_modifier.experts import linearize, linearize_weightless
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
@@ -87,7 +91,9 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     config.json describes, no value is NaN or infinite, tied weights are equal, and the
     pruned operators have their zeros. Only safetensors files are read, never a pickle.
     A quantised checkpoint is loaded as a whole, in dense form, by transformers and
-    compressed-tensors, and may have more zeros than pruning chose, but not fewer.
+    compressed-tensors, and may have more zeros than pruning chose, but not fewer. So is
+    a mixture of experts whose tensors do not have the names of its operators, such as
+    Mixtral's: transformers knows which are which.
 
     :param folder: the checkpoint
     :param pattern: what every linear operator but the output embedding must have;
@@ -105,7 +111,13 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         return Verification(problems=[str(error)])
     model = _described_model(folder, len(files))
     if model is None:
-        return _verify_quantised(folder, pattern, problems)
+        return _verify_loaded(folder, pattern, problems)
+    if get_non_linearized_moes(model):
+        size = sum(file.stat().st_size for file in set(files.values()))
+        if model.num_parameters() > size:  # do not load what is not there
+            problems.append(f"the files have {size} bytes, too few for config.json")
+            return Verification(problems=problems)
+        return _verify_loaded(folder, pattern, problems, model.config)
     expected = _expectations(folder, model, pattern)
     parameters = model.state_dict(keep_vars=True)
     problems += stored_twice(files)
@@ -130,23 +142,33 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     return Verification(checks, list(dict.fromkeys(problems)))
 
 
-def _verify_quantised(
-    folder: Path, pattern: SparsityPattern | None, problems: list[str]
+def _verify_loaded(
+    folder: Path,
+    pattern: SparsityPattern | None,
+    problems: list[str],
+    config: PretrainedConfig | None = None,
 ) -> Verification:
-    """The same of a checkpoint whose weights only compressed-tensors can read."""
+    """
+    The same of a checkpoint that transformers loads as a whole.
+
+    :param config: the model's; None if the weights are quantised
+    """
+    dense = CompressedTensorsConfig(run_compressed=False)
+    how = {"config": config} if config else {"quantization_config": dense}
     try:
         with as_value_error(f"{folder} cannot be loaded"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
-                quantization_config=CompressedTensorsConfig(run_compressed=False),
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
+            linearize(model)
     except (OSError, ValueError) as error:
-        return Verification(problems=[str(error)])
-    problems = problems + [
-        f"{name} is missing" for name in sorted(loading["missing_keys"])
-    ]
+        return Verification(problems=[*problems, str(error)])
+    missing, unknown = loading["missing_keys"], loading["unexpected_keys"]
+    problems = problems + _named_disagreements(sorted(missing), sorted(unknown))
     for name, parameter in model.named_parameters():
         problems += _faults(name, parameter, parameter)
     checks = []
@@ -156,12 +178,16 @@ def _verify_quantised(
             problems.append(f"{name}.weight is missing")
             continue
         weight = Operator(name, modules[name]).weight
-        checks.append(_check(name, weight, replace(expected, exact=False)))
+        expected = replace(expected, exact=config is not None)
+        checks.append(_check(name, weight, expected))
     return Verification(checks, problems)
 
 
 def _described_model(folder: Path, tensors: int) -> PreTrainedModel | None:
-    """The model of config.json, without memory for its weights; None if quantised."""
+    """
+    The model of config.json, without memory for its weights; None if quantised. The
+    experts of a mixture are linear operators if its files have the same names.
+    """
     file = folder / "config.json"
     with as_value_error(f"{file} describes no model"):
         _check_depth(json.loads(file.read_text(encoding="utf-8")), tensors)
@@ -172,8 +198,24 @@ def _described_model(folder: Path, tensors: int) -> PreTrainedModel | None:
         if not quantization or not quantization.get("config_groups"):
             config.__dict__.pop("quantization_config", None)
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config)
+            if _stores_operators(model, tensors):
+                linearize_weightless(model)
+            return model
     return None
+
+
+def _stores_operators(model: PreTrainedModel, tensors: int) -> bool:
+    """Whether transformers saves a mixture under the names of its operators."""
+    fused = dict(get_non_linearized_moes(model))
+    count = sum(len(experts.down_proj) for experts in fused.values())
+    if not 0 < count <= tensors:  # a billion would be under construction for ever, too
+        return False
+    named = model.state_dict()
+    stored = set(revert_weight_conversion(model, named))
+    experts = tuple(f"{name}." for name in fused)
+    linear = {f"{name}0.up_proj.weight" for name in experts}
+    return linear | {name for name in named if not name.startswith(experts)} <= stored
 
 
 def _check_depth(config: dict[str, Any], tensors: int) -> None:
@@ -218,6 +260,10 @@ def _disagreements(parameters: dict[str, Tensor], present: set[str]) -> list[str
     stored = {id(parameters[name]) for name in present if name in parameters}
     missing = [name for name, value in parameters.items() if id(value) not in stored]
     unknown = sorted(present - set(parameters))
+    return _named_disagreements(missing, unknown)
+
+
+def _named_disagreements(missing: list[str], unknown: list[str]) -> list[str]:
     return [f"{name} is missing" for name in missing] + [
         f"{name} is no part of the model that config.json describes" for name in unknown
     ]

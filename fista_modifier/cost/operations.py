@@ -18,7 +18,7 @@ __all__ = ["Cost", "layer_cost"]
 
 SYMMETRIC = 10 / 16
 """of a product with its own transpose that is computed: solver/blocks.py"""
-ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS, LANCZOS = 6, 3, 2, 50
+ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS, LANCZOS = 5, 3, 2, 50
 """products with an n×n matrix; a refit may take 20 steps, and mostly takes two"""
 CHECKS = 5
 """runs of a layer with one batch: attention both ways, causality, stages"""

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
 from fista_modifier.calibration.operators import blocks_of, find_operators
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
+from fista_modifier.experts import linearize_weightless
 from fista_modifier.solver.drift import narrows
 
 __all__ = ["LayerShape", "StageShape", "shape_of"]
@@ -130,11 +132,11 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        # linearize_moe would copy the weights, of which there are none
-        for name, fused in get_non_linearized_moes(model):
-            linear = LinearExperts2D.get_linear_experts_cls(type(fused))
-            model.set_submodule(name, linear(getattr(fused, "config", model.config)))
+    linearize_weightless(model)
     operators = find_operators(model, ["Linear"], [])
+    grouped = group_by_layer(model, operators, infer_sequential_targets(model))
+    layers = [layer for layer in grouped if layer.in_sequence and layer.operators]
+    largest = max(layers, key=_parameters)
     counter = FlopCounterMode(display=False)
     tokens: dict[torch.nn.Module, int] = {}
 
@@ -143,9 +145,8 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
 
     with ExitStack() as stack:
         stack.enter_context(patch_attr(LinearExperts2D, "forward", _evenly_routed))
-        call = _call_of_largest_layer(model, operators[0].name, seq_len)
-        inside = {id(module) for module in call.layer.modules()}
-        own = [operator for operator in operators if id(operator.module) in inside]
+        call = _call_of(largest, model, seq_len)
+        own = largest.operators
         for operator in own:
             stack.enter_context(operator.module.register_forward_pre_hook(count))
         stages = find_stages(own, [call])
@@ -170,7 +171,7 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     )
     products = seq_len * math.fsum(shape.products for shape in shapes)
     return LayerShape(
-        layers=config.get_text_config().num_hidden_layers,
+        layers=len(layers),
         hidden=call.hidden_states.shape[-1],
         stages=shapes,
         attention=counter.get_total_flops() - products,
@@ -195,17 +196,12 @@ class _Seen(Exception):
     """Carries a call of a decoder layer out of the model."""
 
 
-def _call_of_largest_layer(
-    model: torch.nn.Module, operator: str, seq_len: int
-) -> LayerCall:
-    """Decoder layers are the children of the first list around an operator."""
-    parts = operator.split(".")
-    number = next(index for index, part in enumerate(parts) if part.isdigit())
-    layers = model.get_submodule(".".join(parts[:number]))
-    layer = max(
-        layers.children(),
-        key=lambda one: sum(weight.numel() for weight in one.parameters()),
-    )
+def _parameters(layer: DecoderLayer) -> int:
+    return sum(weight.numel() for weight in layer.module.parameters())
+
+
+def _call_of(layer: DecoderLayer, model: torch.nn.Module, seq_len: int) -> LayerCall:
+    """What the model calls the layer with."""
 
     def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise _Seen(LayerCall(module, args, kwargs))
@@ -213,7 +209,8 @@ def _call_of_largest_layer(
     tokens = torch.ones(1, seq_len, dtype=torch.long, device="meta")
     # a ready mask: what the model makes of a plain one looks at values
     mask = torch.zeros(1, 1, seq_len, seq_len, device="meta")
-    with layer.register_forward_pre_hook(stop, with_kwargs=True), torch.no_grad():
+    watched = layer.module.register_forward_pre_hook(stop, with_kwargs=True)
+    with watched, torch.no_grad():
         try:
             model(
                 input_ids=tokens,
@@ -224,4 +221,4 @@ def _call_of_largest_layer(
         except _Seen as seen:
             call: LayerCall = seen.args[0]
             return call
-    raise ValueError(f"{'.'.join(parts[:number])} are not run by the model")
+    raise ValueError(f"{layer.name} is not run by the model")

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
 from fista_modifier.calibration.operators import find_operators
-from fista_modifier.checkpoint.report import Calibration
+from fista_modifier.checkpoint.report import PACKAGES, Calibration
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import (
@@ -44,18 +44,17 @@ from fista_modifier.evaluation.results import (
     versions,
 )
 from fista_modifier.evaluation.texts import Text
+from fista_modifier.experts import linearize_weightless
 from fista_modifier.solver import SparsityPattern
 
 __all__ = [
-    "PACKAGES",
     "Comparison",
-    "Trial",
+    "Measurement",
     "check_methods",
     "comparison_table",
     "in_own_process",
 ]
 
-PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 DENSE, REFERENCE = "dense", "sparsegpt"
 STARTS = "error, warm start → solver"
 
@@ -64,7 +63,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Trial:
+class Measurement:
     """
     One model, to be pruned in one way and then measured.
 
@@ -169,11 +168,11 @@ class Comparison:
     """
     Methods on the same model, calibration tokens and texts.
 
-    :param trial: the model and how it is measured
+    :param measurement: the model and how it is measured
     :param calibration: the data of all methods
     """
 
-    trial: Trial
+    measurement: Measurement
     calibration: Calibration
 
     def run(
@@ -194,12 +193,12 @@ class Comparison:
         :raises FileNotFoundError: if the model does not exist
         :raises RuntimeError: if a method's process was killed
         """
-        self.trial.check()
-        check_methods(self.trial.model, methods, patterns.values())
+        self.measurement.check()
+        check_methods(self.measurement.model, methods, patterns.values())
         results = Results.resume(file, self._setup())
         tokens = calibration_dataset(
             self.calibration.dataset,
-            pipeline.load_tokenizer(self.trial.model),
+            pipeline.load_tokenizer(self.measurement.model),
             samples=self.calibration.samples,
             seq_len=self.calibration.seq_len,
             seed=self.calibration.seed,
@@ -217,21 +216,21 @@ class Comparison:
             if results.find(**identity):
                 continue
             prune = None if method == DENSE else pruner(method, patterns[pattern])
-            results.add(identity | in_own_process(self.trial.run, prune, tokens))
+            results.add(identity | in_own_process(self.measurement.run, prune, tokens))
         return results
 
     def _setup(self) -> dict[str, Any]:
         """What rows must share to stand in one table."""
-        texts = {text.name: digest(text.content) for text in self.trial.texts}
+        texts = {text.name: digest(text.content) for text in self.measurement.texts}
         return {
-            "model": self.trial.model,
-            "checkpoint": fingerprint(self.trial.model),
-            "dtype": self.trial.dtype,
+            "model": self.measurement.model,
+            "checkpoint": fingerprint(self.measurement.model),
+            "dtype": self.measurement.dtype,
             "calibration": self.calibration.dataset,
             "samples": self.calibration.samples,
             "seq_len": self.calibration.seq_len,
-            "eval_seq_len": self.trial.seq_len,
-            "eval_tokens": self.trial.max_tokens,
+            "eval_seq_len": self.measurement.seq_len,
+            "eval_tokens": self.measurement.max_tokens,
             "texts_digest": texts,
             "cpus": os.cpu_count(),
             "versions": versions(*PACKAGES),
@@ -253,6 +252,7 @@ def check_methods(
             raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    linearize_weightless(skeleton)
     operators = find_operators(skeleton, TARGETS, IGNORE)
     foreign = {"wanda", "sparsegpt"}.intersection(methods)
     if foreign and any(isinstance(operator.module, Conv1D) for operator in operators):

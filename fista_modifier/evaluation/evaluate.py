@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,6 +29,8 @@ from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 
 __all__ = ["Evaluation", "evaluation_table", "perplexities"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Evaluation:
         :param models: folders of checkpoints, or ids on the hub
         :param file: the results are kept there as they come; None keeps none
         :return: a row for each model and text, and for each model and task
-        :raises ValueError: if a text is too short for a block of a model, or the file
-            has results of other settings
+        :raises ValueError: if a text is too short for a block of a model, a task has no
+            metric, or the file has results of other settings
         :raises FileNotFoundError: if a model does not exist
         :raises RuntimeError: if the backend is not installed
         """
@@ -85,7 +87,6 @@ class Evaluation:
             "dtype": self.dtype,
             "seq_len": self.seq_len,
             "max_tokens": self.max_tokens,
-            "limit": self.suite.limit if self.suite else None,
             "versions": versions("torch", "transformers", *packages),
         }
 
@@ -116,7 +117,12 @@ class Evaluation:
         ]
         texts = [name for name in blocks if not results.find(model=model, text=name)]
         suite = self.suite.names if self.suite else []
-        tasks = [name for name in suite if not results.find(model=model, task=name)]
+        limit = self.suite.limit if self.suite else None
+        tasks = [
+            name
+            for name in suite
+            if not results.find(model=model, task=name, limit=limit)
+        ]
         if not texts and not tasks:
             return
         engine: Engine = start(self.backend, model, self.dtype, self.batch_size)
@@ -159,15 +165,20 @@ def evaluation_table(results: Results) -> str:
     """
     :param results: of an evaluation
     :return: Markdown: a row for each model, a column for each text and task, a value
-        with its standard error; the last column is the mean of the tasks
+        with its standard error; the last column is the mean of the tasks, where all
+        have the same limit
     """
     models = _distinct(row["model"] for row in results.rows)
     texts = _distinct(row["text"] for row in results.rows if "text" in row)
-    tasks = _distinct(row["task"] for row in results.rows if "task" in row)
+    tasks = _tasks(results)
     header = ["model", *(f"{text}, ppl" for text in texts)]
-    metrics = {task: _metric(results, task) for task in tasks}
-    header += [f"{task}, {metrics[task]}" for task in tasks]
-    header += ["mean of the tasks"] if len(tasks) > 1 else []
+    metrics = {task: _metric(results, task) for task, _ in tasks}
+    limited = len({limit for _, limit in tasks}) > 1
+    for task, limit in tasks:
+        label = f"{task} (first {limit})" if limited and limit else task
+        header.append(f"{label}, {metrics[task]}")
+    averaged = len(tasks) > 1 and not limited
+    header += ["mean of the tasks"] if averaged else []
     lines = []
     for model in models:
         cells = [model]
@@ -175,15 +186,22 @@ def evaluation_table(results: Results) -> str:
             row = results.find(model=model, text=text)
             cells.append(with_error(row["value"], row["stderr"]) if row else "")
         scores = []
-        for task in tasks:
-            row = results.find(model=model, task=task)
+        for task, limit in tasks:
+            row = results.find(model=model, task=task, limit=limit)
             score = row["metrics"].get(metrics[task]) if row else None
             cells.append(with_error(**score) if score else "")
             scores += [score] if score else []
-        if len(tasks) > 1 and len(scores) == len(tasks):
+        if averaged and len(scores) == len(tasks):
             cells.append(_mean(scores))
         lines.append(cells)
     return markdown_table(header, lines) + "\n\n" + _caption(results) + "\n"
+
+
+def _tasks(results: Results) -> list[tuple[str, int | None]]:
+    """Each with the limit of its examples: with another it is another column."""
+    return _distinct(
+        (row["task"], row["limit"]) for row in results.rows if "task" in row
+    )
 
 
 def _metric(results: Results, task: str) -> str:
@@ -193,8 +211,8 @@ def _metric(results: Results, task: str) -> str:
     return "acc" if "acc" in row["metrics"] else next(iter(row["metrics"]))
 
 
-def _distinct(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+def _distinct(things: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(things))
 
 
 def _mean(scores: Sequence[dict[str, Any]]) -> str:
@@ -215,11 +233,13 @@ def _caption(results: Results) -> str:
             f"Perplexity (ppl) in contiguous blocks of {tokens} tokens"
             + (f" of the first {limit} tokens." if limit else ".")
         )
-    if any("task" in row for row in results.rows):
-        limit = setup["limit"]
-        parts.append(
-            "Tasks zero-shot by lm-eval"
-            + (f", on their first {limit} examples." if limit else ".")
-        )
+    limits = _distinct(limit for _, limit in _tasks(results))
+    if limits:
+        tasks = "Tasks zero-shot by lm-eval"
+        if len(limits) > 1:
+            tasks += ", on their first examples where a number is given"
+        elif limits[0]:
+            tasks += f", on their first {limits[0]} examples"
+        parts.append(f"{tasks}.")
     parts.append(f"± is one standard error. Run by {setup['backend']}.")
     return " ".join(parts)

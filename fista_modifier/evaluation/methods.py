@@ -11,22 +11,32 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fista_modifier import pipeline, presets
+from fista_modifier import pipeline
 from fista_modifier.calibration.operators import check_prunable, find_operators
+from fista_modifier.experts import linearize
 from fista_modifier.modifier import FISTAPruningModifier
+from fista_modifier.presets import PRESETS, Preset
 from fista_modifier.solver import NofM, SparsityPattern
 from fista_modifier.solver.patterns import project
 
-__all__ = ["IGNORE", "METHODS", "TARGETS", "Pruner", "pruner", "warm_starts"]
+__all__ = [
+    "FISTA_METHODS",
+    "IGNORE",
+    "METHODS",
+    "TARGETS",
+    "Pruner",
+    "pruner",
+    "warm_starts",
+]
 
 TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
-PRESETS: dict[str, presets.Preset] = {
+FISTA_METHODS: dict[str, Preset] = {
     "fista-paper": "paper",
     "fista-fast": "fast",
     "fista": "default",
     "fista-best": "best",
 }
-METHODS = ("dense", "magnitude", "wanda", "sparsegpt", *PRESETS)
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", *FISTA_METHODS)
 """Methods by their names; "dense" prunes nothing."""
 
 
@@ -44,8 +54,8 @@ class Pruner(Protocol):
 def warm_starts() -> str:
     """:return: a sentence on where each preset of FISTAPruner starts"""
     starts = [
-        f"{presets.PRESETS[preset].solver.start} ({method})"
-        for method, preset in PRESETS.items()
+        f"{PRESETS[preset].solver.start} ({method})"
+        for method, preset in FISTA_METHODS.items()
     ]
     return f"Warm starts: {', '.join(starts)}."
 
@@ -99,8 +109,9 @@ def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
         "ignore": IGNORE,
     }
     keep, group = (pattern.n, pattern.m) if isinstance(pattern, NofM) else (0, 0)
-    if method in PRESETS:
-        fields |= {"mask_structure": f"{keep}:{group}", "preset": PRESETS[method]}
+    if method in FISTA_METHODS:
+        fields["mask_structure"] = f"{keep}:{group}"
+        fields["preset"] = FISTA_METHODS[method]
         return FISTAPruningModifier(**fields | changes)
     # llm-compressor's own modifiers count the pruned weights of a group
     peer = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
@@ -125,6 +136,7 @@ def prune_by_magnitude(
     :return: the pruned model
     """
     started = time.perf_counter()
+    linearize(model)  # as oneshot() does for the other methods
     for operator in find_operators(model, TARGETS, IGNORE):
         check_prunable(operator, pattern)
         operator.save(project(operator.weight, pattern))

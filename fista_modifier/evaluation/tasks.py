@@ -21,6 +21,8 @@ PAPER_TASKS = (
     "wnli",
 )
 """The tasks of the paper's Table 5."""
+SHOWN = 3
+"""how many tasks of a group a message names"""
 
 
 class TaskSuite:
@@ -33,7 +35,7 @@ class TaskSuite:
     :param limit: use only so many examples of each task
     :raises RuntimeError: if lm-eval is not installed
     :raises FileNotFoundError: if the folder does not exist
-    :raises ValueError: for a name that is no task
+    :raises ValueError: for a name that is no task, or a group that has no score
     :raises ConnectionError: if the data of a task cannot be downloaded
     """
 
@@ -78,6 +80,13 @@ class TaskSuite:
                 f"the data of the task {name} could not be read ({error}); check the "
                 "network, or define the task on local files: --task-path FOLDER"
             ) from error
+        group = loaded.get("groups", {}).get(name)
+        if group is not None and not group.aggregate_metric_list:
+            examples = ", ".join(list(loaded["tasks"])[:SHOWN])
+            raise ValueError(
+                f"lm-eval has no score of the group '{name}' as a whole: name its "
+                f"tasks instead, such as {examples}"
+            )
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
         return loaded
@@ -89,7 +98,8 @@ class TaskSuite:
         :param model: a language model of lm-eval
         :param name: one of the suite's tasks
         :return: "metrics", each with its "value" and "stderr" (None where lm-eval has
-            none), and the number of "examples"
+            none), the number of "examples" and the "limit" that they were taken with
+        :raises ValueError: if lm-eval gives no metric
         """
         import lm_eval
 
@@ -107,8 +117,12 @@ class TaskSuite:
                 "value": value,
                 "stderr": stderr if isinstance(stderr, float) else None,
             }
+        if not metrics:
+            # such as of a group that is to aggregate what its tasks do not measure
+            raise ValueError(f"lm-eval gives no metric of '{name}': leave it out")
         samples = outcome["n-samples"].values()
         return {
             "metrics": metrics,
             "examples": sum(sample["effective"] for sample in samples),
+            "limit": self.limit,
         }

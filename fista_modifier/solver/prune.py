@@ -95,7 +95,8 @@ PAPER = SolverOptions(
     refit=False,
     dampening_frac=0.01,
 )
-"""Algorithm 1 as published (section 4.1's values), λ in this project's unit."""
+"""Algorithm 1 as published, λ in this project's unit. Section 4.1 has ε = 1e-6 for OPT,
+and for LLaMA starts from Wanda."""
 
 
 @dataclass(frozen=True)
@@ -255,11 +256,13 @@ class StageSolver:
         undamped = LayerObjective(
             objective.weight, Quadratic(self._quadratic.statistics)
         )
-        filled = self._cast(fill_support(undamped, best, self.pattern), weight.dtype)
-        filled_error = objective.error(filled)
-        # few tokens may ask for values that half precision cannot hold
-        if filled_error <= max(best_error, RESOLUTION * objective.output_norm):
-            best, best_error = filled, filled_error
+        filled = fill_support(undamped, best, self.pattern)
+        if filled is not best:
+            filled = self._cast(filled, weight.dtype)
+            filled_error = objective.error(filled)
+            # few tokens may ask for values that half precision cannot hold
+            if filled_error <= max(best_error, RESOLUTION * objective.output_norm):
+                best, best_error = filled, filled_error
         return PrunedWeight(
             weight=self._unscaled(best).add(0.0).to(weight),  # and no zero is negative
             error=best_error,

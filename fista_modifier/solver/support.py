@@ -101,7 +101,8 @@ def fill_support(
     :param objective: f
     :param weight: V with the pattern, m×n, float32
     :param pattern: sparsity asked for
-    :return: V with as many non-zeros as the pattern allows, f not higher
+    :return: V with as many non-zeros as the pattern allows, f not higher; ``weight``
+        itself if it has them
     """
     zero = weight == 0
     if not (pattern.support(weight.abs()) & zero).any():

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
+import peers
 import pytest
 import torch
 from problems import normal
@@ -19,22 +15,10 @@ from fista_modifier.solver import (
     prune_weight,
 )
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("peer", ["ALPS", "Boza"])
+@pytest.mark.parametrize("peer", [peers.ALPS, peers.Boza])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7"])
-def test_a_peer_is_exact_and_better_than_sparsegpt(peers, peer, pattern):
+def test_a_peer_is_exact_and_better_than_sparsegpt(peer, pattern):
     """As their papers report, on correlated features of unequal power."""
     powers = torch.logspace(-1, 1, 64)[:, None]
     inputs = (normal(64, 64, seed=1) @ normal(64, 512, seed=2)) * powers
@@ -45,7 +29,7 @@ def test_a_peer_is_exact_and_better_than_sparsegpt(peers, peer, pattern):
         wanted = parse_pattern(pattern, None)
     else:
         wanted = parse_pattern("0:0", float(pattern))
-    solver = getattr(peers, peer)(statistics, wanted, SolverOptions())
+    solver = peer(statistics, wanted, SolverOptions())
     [solution] = solver.prune([weight])
     assert wanted.holds(solution.weight)
     assert int((solution.weight == 0).sum()) == round(wanted.sparsity * weight.numel())

@@ -21,8 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 import fista_modifier.layer
 import fista_modifier.modifier
+from fista_modifier.calibration.activations import MAIN_MEMORY
 from fista_modifier.calibration.attention import check_causal
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.replay import LayerCall, LayerInputs
+from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.layer import OperatorResult
 from fista_modifier.solver import GramStatistics, PrunedWeight, StageSolver
 
@@ -292,14 +294,21 @@ def test_a_layer_that_the_toolkit_runs_without_mask_is_refused(family, monkeypat
 
 
 @pytest.mark.parametrize("family, fused", [("llama", True), ("gemma2", False)])
-def test_attention_is_fused_only_where_it_is_the_same(family, fused):
-    """transformers' fused attention leaves out Gemma 2's soft caps."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_is_fused_only_where_it_is_the_same(family, fused, dtype):
+    """
+    transformers' fused attention leaves out Gemma 2's soft caps. They are seen even
+    where attention adds little to the hidden states.
+    """
     implementations = set()
 
     def look(module: torch.nn.Module, _args: Any) -> None:
         implementations.add(module.config._attn_implementation)
 
-    model = tiny_model(family)
+    model = tiny_model(family, dtype)
+    if family == "gemma2":  # whose norms multiply by 1 + weight
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.data.fill_(-0.99)
     last = model.model.layers[-1].self_attn
     last.register_forward_pre_hook(look)
     own = model.config._attn_implementation
@@ -320,6 +329,34 @@ class Mean(torch.nn.Module):
             return hidden_states + hidden_states.mean(1, keepdim=True)
         counts = torch.arange(1, hidden_states.shape[1] + 1)[:, None]
         return hidden_states + hidden_states.cumsum(1) / counts
+
+
+def test_a_layer_without_attention_is_given_a_mask_of_tokens():
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+            return hidden_states
+
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    call = LayerCall(Layer(), (normal(2, 3, 4),), {"attention_mask": mask})
+    real = call.real_tokens()
+    assert real is not None
+    assert real.tolist() == mask.bool().tolist()
+
+
+@pytest.mark.parametrize("change, refused", [(1e-6, False), (1e-1, True)])
+def test_the_pruned_stream_passes_from_layer_to_layer(change, refused):
+    """The toolkit may compute an expert's output otherwise, and round otherwise."""
+    layer, stream = Mean(causal=True), PrunedStream(MAIN_MEMORY)
+    first, second = LayerInputs(layer), LayerInputs(layer)
+    first.append((normal(2, 5, 4),), {})
+    stream.advance(first, first, {})
+    second.append((first[0].run() * (1 + change),), {})
+    if refused:
+        with pytest.raises(ValueError, match=r"layers\.1 is not called with the out"):
+            stream.inputs_of(second, "layers.1")
+    else:
+        inputs = stream.inputs_of(second, "layers.1")
+        assert torch.equal(inputs[0].hidden_states, first[0].run())
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 16])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from problems import normal
 from runs import samples
 from torch import Tensor
 
@@ -44,6 +45,44 @@ def test_stages_follow_the_execution_and_share_an_input(family):
         assert [stage.returned for stage in stages] == (
             [False, True, family == "opt", True]
         )
+
+
+def test_what_a_block_returned_is_kept_as_it_was():
+    """Falcon's layer adds to it in place."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.linear(hidden_states)
+
+    class Adding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            output = self.block(hidden_states)
+            output += hidden_states
+            return output
+
+    layer = Adding()
+    operators = [Operator("block.linear", layer.block.linear)]
+    recording = Recording(layer, operators, with_outputs=False, with_block_outputs=True)
+    for module, hook, kind in recording.hooks():
+        if kind == "forward":
+            module.register_forward_hook(hook)
+        else:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    hidden_states = normal(1, 3, 4)
+    with torch.no_grad():
+        layer(hidden_states)
+        (stage,) = find_stages(operators, recording.inputs)
+        outputs = recording.take_outputs(stage)
+        assert outputs is not None
+        assert torch.equal(outputs[0], layer.block(hidden_states))
 
 
 class Layer(torch.nn.Module):

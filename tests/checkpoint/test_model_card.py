@@ -79,6 +79,9 @@ def test_local_files_are_named_without_their_place(
     ("storage", "words"),
     [
         ("sparse-24-bitmask", "fista-prune unpack n"),
+        # the load format is one for both packed formats
+        ("sparse-24-bitmask", "`--load-format sparse-bitmask`"),
+        ("sparse-bitmask", "`--load-format sparse-bitmask`"),
         ("dense-legacy", "--format dense`"),
     ],
 )

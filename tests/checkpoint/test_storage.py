@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import checkpoint
+from families import tiny_model
 from problems import normal
 from runs import run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fista_modifier import FISTAPruningModifier
+from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.checkpoint.packing import pack, unpack
+from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.storage import convert, unpack_checkpoint
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.serving import unpacked
@@ -96,10 +97,10 @@ def test_parts_that_do_not_belong_together_are_refused(name, value, match):
 def pruned(tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]:
     """A pruned bfloat16 checkpoint of the given pattern, and its operators."""
 
-    def make(pattern: str = "2:4", **settings: object) -> tuple[Path, list[str]]:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint("llama", **settings), dtype=torch.bfloat16
-        )
+    def make(
+        pattern: str = "2:4", family: str = "llama", **settings: object
+    ) -> tuple[Path, list[str]]:
+        model = tiny_model(family, torch.bfloat16, **settings)
         modifier = FISTAPruningModifier(
             mask_structure=pattern, sparsity=0.5, preset="fast"
         )
@@ -144,6 +145,43 @@ def test_a_packed_checkpoint_is_smaller_and_unpacks_to_the_same(
     assert all(torch.equal(again[name], dense[name]) for name in dense)
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert torch.equal(loaded.get_submodule(LAST).weight, dense[f"{LAST}.weight"])
+
+
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_experts_are_packed_where_they_are_stored_one_by_one(
+    packed_format, pruned, tmp_path
+):
+    folder, operators = pruned(family="qwen3_moe")
+    dense = tensors(folder)
+    convert(folder, operators, packed_format)
+    packed = tensors(folder)
+    assert "model.layers.1.mlp.experts.3.up_proj.bitmask" in packed
+    assert not any(f"{name}.weight" in packed for name in operators)
+    for checked in (verify(folder), verify(folder, TWO_OF_FOUR)):
+        assert checked.passed and len(checked.operators) == len(operators)
+    assert unpack_checkpoint(folder, tmp_path / "unpacked") == len(operators)
+    again = tensors(tmp_path / "unpacked")
+    assert again.keys() == dense.keys()
+    assert all(torch.equal(again[name], dense[name]) for name in dense)
+
+
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_what_cannot_be_packed_stays_dense_and_whole(
+    packed_format, tiny_tokenizer, tmp_path
+):
+    """Mixtral's files have other names than its operators."""
+    model = tiny_model("mixtral", torch.bfloat16)
+    modifier = FISTAPruningModifier(mask_structure="2:4", preset="fast")
+    run(model, modifier)
+    report = PruningReport("mixtral", None, 1.0, modifier.results)
+    folder = tmp_path / "pruned"
+    with pytest.raises(ValueError, match=r"experts\.0.* use --format dense.* is whole"):
+        pipeline.save(model, tiny_tokenizer, folder, report, packed_format)
+    assert PruningReport.load(folder).storage_format == "dense"
+    assert "sparsity_config" in json.loads((folder / "config.json").read_text())
+    checked = verify(folder)
+    assert checked.passed and len(checked.operators) == len(modifier.results)
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned"}
 
 
 @pytest.fixture(scope="session")
@@ -221,7 +259,6 @@ def test_unstructured_sparsity_packs_too(pruned, tmp_path):
     dense = tensors(folder)
     with pytest.raises(ValueError, match=r"_proj: sparse-24-bitmask is for 2:4"):
         convert(folder, operators, "sparse-24-bitmask")
-    folder, operators = pruned("0:0", hidden_size=256, intermediate_size=512)
     assert convert(folder, operators, "sparse-bitmask") <= 0.58
     unpack_checkpoint(folder, tmp_path / "unpacked")
     again = tensors(tmp_path / "unpacked")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, checkpoint
+from families import FAMILIES, MIXTURES, checkpoint
 from operator_results import operator_result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from fista_modifier.calibration.operators import find_operators
 from fista_modifier.checkpoint.report import Calibration, PruningReport
@@ -26,6 +32,7 @@ from fista_modifier.checkpoint.verification import (
     Verification,
     verify,
 )
+from fista_modifier.experts import linearize, native_experts
 from fista_modifier.solver import NofM, Unstructured
 from fista_modifier.solver.patterns import SparsityPattern, project
 from fista_modifier.tables import verification_table
@@ -44,9 +51,11 @@ def sparse(
 ) -> Path:
     """A tiny model, pruned by magnitude and saved."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint(family, **settings))
+    linearize(model)
     for operator in find_operators(model, ["Linear"], ["re:.*lm_head"]):
         operator.save(project(operator.weight, pattern))
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    with native_experts(model):
+        model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
 
 
@@ -76,6 +85,64 @@ def test_a_sparse_checkpoint_of_every_family_passes(
     assert faults(verification) == []
     assert len(verification.operators) == len(FAMILIES[family].operators)
     assert all(check.zeros == check.entries / 2 for check in verification.operators)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_experts_of_a_mixture_are_among_its_operators(
+    family: str, tmp_path: Path
+) -> None:
+    verification = verify(sparse(tmp_path, family), PATTERN)
+    assert faults(verification) == []
+    names = {check.name for check in verification.operators}
+    assert sum(".experts." in name for name in names) == 2 * 4 * 3
+    assert not any(name.endswith("gate") for name in names)
+    assert all(check.zeros == check.entries / 2 for check in verification.operators)
+    assert not verify(tmp_path, Unstructured(0.6)).passed
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_damaged_expert_is_found(family: str, tmp_path: Path) -> None:
+    sparse(tmp_path, family)
+    intact = load_file(tmp_path / "model.safetensors")
+    (damaged, *_) = (name for name in intact if re.search(r"s\.1\..*s\.2\.", name))
+    change(tmp_path, lambda tensors: tensors[damaged][3, :4].fill_(1.0))
+    (failed,) = verify(tmp_path, PATTERN).failures
+    assert ".layers.1.mlp.experts.2." in failed.name
+    change(tmp_path, lambda tensors: tensors[damaged][3, :1].fill_(float("nan")))
+    (problem, *_) = verify(tmp_path, PATTERN).problems
+    assert ".layers.1.mlp.experts.2." in problem and "NaN" in problem
+    change(tmp_path, lambda tensors: tensors.pop(damaged))
+    assert verify(tmp_path, PATTERN).problems
+    change(tmp_path, lambda tensors: tensors.update(intact, stranger=torch.zeros(1)))
+    (problem,) = faults(verify(tmp_path, PATTERN))
+    assert "stranger" in problem
+
+
+@pytest.mark.parametrize("family", [MixtralConfig, GptOssConfig])
+def test_experts_under_names_that_transformers_does_not_know_are_missing(
+    family: type[PretrainedConfig], tmp_path: Path
+) -> None:
+    """As the toolkit saves them."""
+    sizes = MIXTURES["mixtral"].settings | {"head_dim": 8}
+    model = AutoModelForCausalLM.from_config(family(**sizes))
+    linearize(model)
+    model.save_pretrained(tmp_path)
+    problems = verify(tmp_path, Unstructured(0.0)).problems
+    assert any("experts.gate_up_proj is missing" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("number", [3, 5, 10**3, 10**9])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_another_number_of_experts_is_refused_at_once(
+    family: str, number: int, tmp_path: Path
+) -> None:
+    sparse(tmp_path, family)
+    content = json.loads((tmp_path / "config.json").read_text())
+    name = {"num_experts", "num_local_experts"} & content.keys()
+    config(**{name.pop(): number})(tmp_path)
+    started = time.perf_counter()
+    assert not verify(tmp_path, PATTERN).passed
+    assert time.perf_counter() - started < 5
 
 
 def test_shards_pass_and_a_missing_one_is_named(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import invoke
-from families import FAMILIES, checkpoint
+from families import FAMILIES, MIXTURES, checkpoint
 from runs import calibration
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from fista_modifier.calibration.operators import find_operators
 from fista_modifier.evaluation.comparison import check_methods, comparison_table
-from fista_modifier.evaluation.methods import METHODS, pruner
+from fista_modifier.evaluation.methods import IGNORE, METHODS, TARGETS, pruner
 from fista_modifier.evaluation.results import Results
 from fista_modifier.solver import NofM, SparsityPattern, Unstructured
 
@@ -43,22 +45,39 @@ def test_every_method_prunes_the_same_operators_to_the_pattern(
     assert torch.equal(model.lm_head.weight, dense["lm_head.weight"])
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_magnitude_prunes_experts_too(
+    family: str, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    pruner("magnitude", NofM(2, 4))(model, tiny_tokenizer, calibration())
+    operators = find_operators(model, TARGETS, IGNORE)
+    assert sum(".experts." in operator.name for operator in operators) == 2 * 4 * 3
+    assert all(NofM(2, 4).holds(operator.weight) for operator in operators)
+
+
+def test_experts_that_cannot_have_the_pattern_are_refused_at_once() -> None:
+    narrow = str(checkpoint("qwen3_moe", moe_intermediate_size=18))
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj: .*18"):
+        check_methods(narrow, ["magnitude"], [NofM(2, 4)])
+
+
 def test_a_comparison_is_kept_and_continued(
-    tiny_llama: Path, fox: Path, tmp_path: Path
+    model: Path, text: Path, tmp_path: Path
 ) -> None:
     file, table = tmp_path / "results.json", tmp_path / "results.md"
-    arguments: tuple[object, ...] = ("compare", tiny_llama, "--pattern", "2:4")
-    arguments += ("--dataset", fox, "--samples", 4, "--seq-len", 16, "--text", fox)
+    arguments: tuple[object, ...] = ("compare", model, "--pattern", "2:4")
+    arguments += ("--dataset", text, "--samples", 4, "--seq-len", 16, "--text", text)
     arguments += ("--json", file, "--markdown", table, "--methods")
     result = invoke(*arguments, "dense")
     assert result.exit_code == 0, result.output
     content = json.loads(file.read_text())
     [dense] = content["rows"]
     assert dense["method"] == "dense"
-    assert dense["perplexity_stderr"]["fox"] > 0
-    assert f"{dense['perplexity']['fox']:.2f}" in table.read_text()
+    assert dense["perplexity_stderr"]["text"] > 0
+    assert f"{dense['perplexity']['text']:.2f}" in table.read_text()
 
-    dense["perplexity"]["fox"] = 12345.0
+    dense["perplexity"]["text"] = 12345.0
     file.write_text(json.dumps(content))
     result = invoke(*arguments, "magnitude")
     assert result.exit_code == 0, result.output
@@ -67,11 +86,19 @@ def test_a_comparison_is_kept_and_continued(
     assert (magnitude["method"], magnitude["pattern"]) == ("magnitude", "2:4")
     assert magnitude["zeros"] == pytest.approx(0.5)
     assert magnitude["peak_memory_bytes"] > 1e8
-    assert f"{magnitude['perplexity']['fox']:.2f}" in table.read_text()
+    assert f"{magnitude['perplexity']['text']:.2f}" in table.read_text()
 
     refused = invoke(*arguments, "magnitude", "--samples", 5)
     assert refused.exit_code == 1
     assert "samples 4, not 5" in " ".join(refused.output.split())
+
+    versions = content["setup"]["versions"]
+    assert versions["fista-modifier"] == version("fista-modifier")
+    versions["fista-modifier"] = "0.0.1"
+    file.write_text(json.dumps(content))
+    refused = invoke(*arguments, "magnitude")
+    assert refused.exit_code == 1
+    assert "'fista-modifier': '0.0.1'" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize(
@@ -81,17 +108,17 @@ def test_a_comparison_is_kept_and_continued(
         (["--pattern", "2:3"], ["q_proj", "32"]),
         (["--pattern", "half"], ["half", "2:4"]),
         (["--text", "missing.txt"], ["missing.txt"]),
-        (["--eval-seq-len", "4000"], ["fox", "4000"]),
+        (["--eval-seq-len", "4000"], ["text: the text", "4000"]),
         (["--samples", "4000"], ["4000", "--samples"]),
     ],
 )
 def test_bad_arguments_are_a_message_before_anything_runs(
-    tiny_llama: Path, fox: Path, tmp_path: Path, arguments: list[str], words: list[str]
+    model: Path, text: Path, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
     file = tmp_path / "results.json"
-    common: tuple[object, ...] = ("--pattern", "2:4", "--dataset", fox, "--text", fox)
-    common += ("--seq-len", 16, "--json", file)
-    result = invoke("compare", tiny_llama, *common, *arguments)
+    common: tuple[object, ...] = ("--pattern", "2:4", "--dataset", text)
+    common += ("--text", text, "--seq-len", 16, "--json", file)
+    result = invoke("compare", model, *common, *arguments)
     assert result.exit_code == 1
     assert "Traceback" not in result.output
     for word in words:

@@ -15,6 +15,7 @@ from command_line import invoke
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fista_modifier.evaluation import perplexity
+from fista_modifier.evaluation.tasks import TaskSuite
 
 QUESTIONS = [
     {"question": f"{subject} is", "choices": choices, "label": label}
@@ -72,18 +73,18 @@ def accuracy(
 
 
 def test_texts_and_tasks_are_measured_for_each_model(
-    tiny_llama: Path,
-    fox: Path,
+    model: Path,
+    text: Path,
     task_folder: Path,
     tmp_path: Path,
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    twin = shutil.copytree(tiny_llama, tmp_path / "twin")
+    twin = shutil.copytree(model, tmp_path / "twin")
     other = tmp_path / "other.txt"
     other.write_text("Sphinx of black quartz, judge my vow. " * 10)
     file, table = tmp_path / "results.json", tmp_path / "results.md"
-    arguments: tuple[object, ...] = ("eval", tiny_llama, twin, "--seq-len", 32)
-    arguments += ("--text", fox, "--text", other, "--tasks", "water,sky")
+    arguments: tuple[object, ...] = ("eval", model, twin, "--seq-len", 32)
+    arguments += ("--text", text, "--text", other, "--tasks", "water,sky")
     arguments += ("--task-path", task_folder, "--json", file, "--markdown", table)
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
@@ -91,41 +92,43 @@ def test_texts_and_tasks_are_measured_for_each_model(
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 8
     expected = perplexity(
-        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        AutoModelForCausalLM.from_pretrained(model),
         tiny_tokenizer,
-        fox.read_text(),
+        text.read_text(),
         seq_len=32,
     )
-    share = accuracy(tiny_llama, tiny_tokenizer, QUESTIONS)
+    share = accuracy(model, tiny_tokenizer, QUESTIONS)
     assert 0 < share < 1
     spread = math.sqrt(share * (1 - share) / (len(QUESTIONS) - 1))
-    for model in (str(tiny_llama), str(twin)):
+    for folder in (str(model), str(twin)):
         own = {
-            row.get("text") or row["task"]: row for row in rows if row["model"] == model
+            row.get("text") or row["task"]: row
+            for row in rows
+            if row["model"] == folder
         }
-        assert own["fox"]["value"] == pytest.approx(expected.value)
-        assert own["fox"]["stderr"] == pytest.approx(expected.stderr)
+        assert own["text"]["value"] == pytest.approx(expected.value)
+        assert own["text"]["stderr"] == pytest.approx(expected.stderr)
         assert own["water"]["metrics"]["acc"]["value"] == pytest.approx(share)
         assert own["water"]["metrics"]["acc"]["stderr"] == pytest.approx(spread)
         assert (own["water"]["examples"], own["sky"]["examples"]) == (10, 5)
     [header, _, line, *_] = table.read_text().splitlines()
-    columns = "model", "fox, ppl", "other, ppl", "water, acc", "sky, acc"
+    columns = "model", "text, ppl", "other, ppl", "water, acc", "sky, acc"
     assert header == f"| {' | '.join(columns)} | mean of the tasks |"
     cells = line.strip("| ").split(" | ")
-    assert cells[0] == str(tiny_llama)
+    assert cells[0] == str(model)
     assert cells[1] == f"{expected.value:.3f} ± {expected.stderr:.3f}"
     assert cells[3] == f"{share:.3f} ± {spread:.3f}"
-    sky = accuracy(tiny_llama, tiny_tokenizer, QUESTIONS[:5])
+    sky = accuracy(model, tiny_tokenizer, QUESTIONS[:5])
     both = math.hypot(spread, math.sqrt(sky * (1 - sky) / 4)) / 2
     assert cells[5] == f"{(share + sky) / 2:.3f} ± {both:.3f}"
     assert f"{expected.value:.3f}" in result.output
 
 
 def test_what_is_measured_is_kept_until_checkpoint_or_text_change(
-    tiny_llama: Path, fox: Path, tmp_path: Path
+    model: Path, text: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
-    arguments = ("eval", tiny_llama, "--text", fox, "--seq-len", 32, "--json", file)
+    arguments = ("eval", model, "--text", text, "--seq-len", 32, "--json", file)
     assert invoke(*arguments).exit_code == 0
     content = json.loads(file.read_text())
     measured = content["rows"][0]["value"]
@@ -135,26 +138,97 @@ def test_what_is_measured_is_kept_until_checkpoint_or_text_change(
 
     other = tmp_path / "other.txt"
     other.write_text("Sphinx of black quartz, judge my vow. " * 10)
-    beside = invoke("eval", tiny_llama, "--text", other, *arguments[4:])
+    beside = invoke("eval", model, "--text", other, *arguments[4:])
     assert "12345.000" in beside.output and "other, ppl" in beside.output
     other.write_text("Pack my box with five dozen liquor jugs. " * 10)
-    again = invoke("eval", tiny_llama, "--text", other, *arguments[4:])
+    again = invoke("eval", model, "--text", other, *arguments[4:])
     rows = json.loads(file.read_text())["rows"]
     assert "12345.000" in again.output
-    assert [row["text"] for row in rows] == ["fox", "other"]
+    assert [row["text"] for row in rows] == ["text", "other"]
     assert f"{rows[1]['value']:.3f}" not in beside.output
 
     refused = invoke(*arguments, "--max-tokens", 64)
     assert refused.exit_code == 1
     assert "max_tokens None, not 64" in " ".join(refused.output.split())
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.lm_head.weight.data.zero_()
-    model.save_pretrained(tiny_llama)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    network.lm_head.weight.data.zero_()
+    network.save_pretrained(model)
     assert invoke(*arguments).exit_code == 0
     [row] = json.loads(file.read_text())["rows"]  # that of the other text is gone too
     assert row["value"] != pytest.approx(measured)
-    assert row["value"] == pytest.approx(model.config.vocab_size, rel=1e-4)
+    assert row["value"] == pytest.approx(network.config.vocab_size, rel=1e-4)
+
+
+def test_tasks_of_another_limit_are_others(
+    model: Path, text: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    file, table = tmp_path / "results.json", tmp_path / "results.md"
+    kept = ("--seq-len", 32, "--json", file, "--markdown", table)
+    tasks = ("--tasks", "water", "--task-path", task_folder)
+    for arguments in ((*tasks, "--limit", 4), ("--text", text), tasks):
+        result = invoke("eval", model, *arguments, *kept)
+        assert result.exit_code == 0, result.output
+    content = json.loads(file.read_text())
+    first, _, whole = content["rows"]
+    assert (first["limit"], first["examples"]) == (4, 4)
+    assert (whole["limit"], whole["examples"]) == (None, 10)
+
+    first["metrics"]["acc"]["value"] = 12345.0
+    file.write_text(json.dumps(content))
+    both = (*tasks[:1], "water,sky", *tasks[2:], "--limit", 4)
+    result = invoke("eval", model, *both, *kept)
+    assert result.exit_code == 0, result.output
+    [header, _, line, *_] = table.read_text().splitlines()
+    columns = "text, ppl", "water (first 4), acc", "water, acc", "sky (first 4), acc"
+    assert header == f"| model | {' | '.join(columns)} |"
+    score = f"{whole['metrics']['acc']['value']:.3f}"
+    cells = line.strip("| ").split(" | ")
+    assert cells[2].startswith("12345.000") and cells[3].startswith(score)
+
+
+GROUP = """
+group: {name}
+task: [water, sky]
+aggregate_metric_list:
+  - metric: {metric}
+"""
+
+
+def test_a_group_is_measured_as_a_whole(
+    model: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    (task_folder / "lakes.yaml").write_text(GROUP.format(name="lakes", metric="acc"))
+    file = tmp_path / "results.json"
+    arguments = ("--task-path", task_folder, "--json", file)
+    result = invoke("eval", model, "--tasks", "lakes", *arguments)
+    assert result.exit_code == 0, result.output
+    [row] = json.loads(file.read_text())["rows"]
+    expected = accuracy(model, tiny_tokenizer, [*QUESTIONS, *QUESTIONS[:5]])
+    assert row["metrics"]["acc"]["value"] == pytest.approx(expected)
+    assert row["examples"] == 15
+
+
+def test_a_group_without_a_score_is_refused(task_folder: Path) -> None:
+    definition = GROUP.format(name="rivers", metric="acc").partition("aggregate")[0]
+    (task_folder / "rivers.yaml").write_text(definition)
+    with pytest.raises(ValueError, match="'rivers' as a whole: .* as water, sky"):
+        TaskSuite(["rivers"], task_folder)
+
+
+def test_a_group_that_turns_out_to_have_no_score_is_not_kept(
+    model: Path, text: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    (task_folder / "seas.yaml").write_text(GROUP.format(name="seas", metric="f1"))
+    file = tmp_path / "results.json"
+    arguments = ("eval", model, "--text", text, "--json", file)
+    refused = invoke(*arguments, "--tasks", "seas", "--task-path", task_folder)
+    assert refused.exit_code == 1
+    assert "no metric of 'seas'" in " ".join(refused.output.split())
+    assert invoke(*arguments).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -166,12 +240,12 @@ def test_what_is_measured_is_kept_until_checkpoint_or_text_change(
     ],
 )
 def test_bad_tasks_are_a_message(
-    tiny_llama: Path, task_folder: Path, arguments: list[str], words: list[str]
+    model: Path, task_folder: Path, arguments: list[str], words: list[str]
 ) -> None:
     definition = TASK.format(name="no-data", data=task_folder / "missing.jsonl")
     (task_folder / "no-data.yaml").write_text(definition)
-    text = [] if arguments else ["--text", "fox.txt"]
-    result = invoke("eval", tiny_llama, *text, *arguments, "--task-path", task_folder)
+    text = [] if arguments else ["--text", "text.txt"]
+    result = invoke("eval", model, *text, *arguments, "--task-path", task_folder)
     assert result.exit_code == 1
     assert "Traceback" not in result.output
     for word in words:
@@ -183,7 +257,7 @@ def test_bad_tasks_are_a_message(
     [
         (["--tasks", "water", "--task-path", "nowhere"], ["nowhere"]),
         (["--text", "missing.txt"], ["missing.txt"]),
-        (["--seq-len", "4000"], ["fox", "4000", "--seq-len"]),
+        (["--seq-len", "4000"], ["text, ", "4000", "--seq-len"]),
         (["--batch-size", "0"], ["--batch-size"]),
         (["--max-tokens", "0"], ["--max-tokens"]),
         (["--limit", "0"], ["--limit"]),
@@ -191,10 +265,10 @@ def test_bad_tasks_are_a_message(
     ],
 )
 def test_bad_arguments_are_a_message_before_anything_runs(
-    tiny_llama: Path, fox: Path, arguments: list[str], words: list[str], tmp_path: Path
+    model: Path, text: Path, arguments: list[str], words: list[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
-    result = invoke("eval", tiny_llama, "--text", fox, "--json", file, *arguments)
+    result = invoke("eval", model, "--text", text, "--json", file, *arguments)
     assert result.exit_code in (1, 2)
     assert "Traceback" not in result.output
     for word in words:
@@ -203,9 +277,9 @@ def test_bad_arguments_are_a_message_before_anything_runs(
 
 
 def test_without_lm_eval_the_extra_is_named(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    result = invoke("eval", tiny_llama, "--tasks", "paper")
+    result = invoke("eval", model, "--tasks", "paper")
     assert result.exit_code == 1
     assert "fista-modifier[eval]" in result.output

@@ -1,0 +1,112 @@
+"""Mixtures of experts: fused in transformers, linear operators for the pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_offloading, disable_onloading
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import (
+    get_linearized_moes,
+    get_non_linearized_moes,
+)
+from loguru import logger
+from transformers import PreTrainedModel
+
+__all__ = ["linearize", "linearize_weightless", "native_experts"]
+
+
+def linearize(model: PreTrainedModel) -> None:
+    """
+    Make each expert's projections linear operators, as ``oneshot()`` does with the
+    toolkit's ``linearize_moe``, but with memory for the experts of one layer beside the
+    model, not for all of them.
+
+    :param model: changed in place; one without a mixture stays as it is
+    """
+    _replace_fused(model, lambda linear, *copied: linear.from_experts_module(*copied))
+
+
+def linearize_weightless(model: PreTrainedModel) -> None:
+    """
+    The same of a model on the meta device, which has no weights to copy.
+
+    :param model: changed in place
+    """
+    with torch.device("meta"):
+        _replace_fused(model, lambda linear, _, config: linear(config))
+
+
+def _replace_fused(
+    model: PreTrainedModel,
+    make: Callable[[type[LinearExperts2D], torch.nn.Module, Any], LinearExperts2D],
+) -> None:
+    """:param make: given a class, the module that it replaces, and its configuration"""
+    for name, fused in get_non_linearized_moes(model):
+        linear = LinearExperts2D.get_linear_experts_cls(type(fused))
+        config = getattr(fused, "config", model.config)
+        with disable_onloading():
+            dtype = fused.down_proj.dtype
+        # after save_pretrained the configuration's is a word; and what is offloaded is
+        # onloaded once, not for each expert
+        with patch_attr(config, "dtype", dtype), disable_offloading():
+            model.set_submodule(name, make(linear, fused, config))
+        _drop_weights(fused)
+
+
+@contextmanager
+def native_experts(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within, the experts are fused as in transformers, whose ``save_pretrained`` then
+    gives tensors the names of the checkpoint that the model came from. Afterwards they
+    are linear operators of the same names as before, in new modules. There is memory
+    for the experts of one layer beside the model, whoever still refers to the old
+    modules (the toolkit's session does): these are left without weights.
+
+    Quantised experts stay as they are, and so do those that the toolkit cannot fuse:
+    with a warning, unless ``load_quantizable_moe`` loaded them, which gives them the
+    names of the checkpoint itself.
+
+    :param model: may be one without a mixture
+    """
+    linear = dict(get_linearized_moes(model))
+    if any(is_module_quantized(one) for it in linear.values() for one in it.modules()):
+        linear = {}
+    try:
+        for name, experts in linear.items():
+            if _can_be_fused(experts):
+                model.set_submodule(name, experts.to_experts_module())
+                _drop_weights(experts)
+        yield
+    finally:
+        if any(model.get_submodule(name) is not linear[name] for name in linear):
+            linearize(model)
+
+
+def _can_be_fused(experts: LinearExperts2D) -> bool:
+    if not hasattr(experts, "_source_experts_cls"):
+        return False
+    copies = type(experts[0]).__mro__
+    # GPT-OSS's gate and up alternate: the inherited inverse would not restore that
+    source = next(one for one in copies if "copy_from_experts_module" in vars(one))
+    if "copy_to_experts_module" in vars(source):
+        return True
+    logger.bind(log_once=True).warning(
+        f"The toolkit cannot fuse {source.__name__} again: experts are saved under the "
+        "names of linear operators, which transformers does not know"
+    )
+    return False
+
+
+def _drop_weights(module: torch.nn.Module) -> None:
+    """Also from where they are offloaded to."""
+    for part in module.modules():
+        with disable_onloading():
+            names = [name for name, _ in part.named_parameters(recurse=False)]
+        for name in names:
+            delattr(part, name)
