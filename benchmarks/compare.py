@@ -38,7 +38,7 @@ from fista_modifier.evaluation.comparison import (
 from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, recipe
 from fista_modifier.evaluation.results import Results, Row, versions
 from fista_modifier.evaluation.texts import load_texts
-from fista_modifier.solver import SparsityPattern, parse_pattern
+from fista_modifier.solver import pattern_of
 
 SOLVERS = {"alps": peers.ALPS, "boza": peers.Boza}
 # one of the package's own methods, and the fields of its recipe that differ
@@ -54,13 +54,6 @@ PATTERNS = ("2:4", "0.5")
 # without this package's own version: a row takes hours, and README.md says which rows
 # of a committed table are older than the others
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
-
-
-def pattern_of(name: str) -> SparsityPattern:
-    """From "n:m" or a share of zeros."""
-    if ":" in name:
-        return parse_pattern(name, None)
-    return parse_pattern("0:0", float(name))
 
 
 def method_pruner(method: str, pattern: str) -> Pruner:

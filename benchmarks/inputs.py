@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fista_modifier import pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.methods import IGNORE
-from fista_modifier.evaluation.results import write_whole
+from fista_modifier.files import write_whole
 
 __all__ = ["arguments", "calibration", "first_layers", "ignored", "show"]
 

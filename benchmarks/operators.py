@@ -24,7 +24,7 @@ from typing import Any
 
 import inputs
 import peers
-from compare import pattern_of, prune_by_fields
+from compare import prune_by_fields
 from datasets import Dataset
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from fista_modifier.solver import (
     PrunedWeight,
     SolverOptions,
     StageSolver,
+    pattern_of,
 )
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.quadratic import Quadratic

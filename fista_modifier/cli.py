@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import typer
 from datasets import Dataset
@@ -41,14 +41,15 @@ from fista_modifier.evaluation.evaluate import (
     perplexities,
 )
 from fista_modifier.evaluation.methods import METHODS
+from fista_modifier.evaluation.methods import recipe as pruning_recipe
 from fista_modifier.evaluation.perplexity import perplexity
-from fista_modifier.evaluation.results import write_whole
 from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
+from fista_modifier.files import write_whole
 from fista_modifier.layer import ErrorCorrection
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.presets import PRESETS, Preset
-from fista_modifier.solver import SparsityPattern, WarmStart, parse_pattern
+from fista_modifier.solver import WarmStart, pattern_of
 from fista_modifier.tables import (
     cost_table,
     layer_table,
@@ -254,9 +255,7 @@ def modifiers_of(
     if (pattern is None) == (recipe is None):
         raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
     if recipe is None:
-        assert pattern is not None
-        given = {**pattern_fields(pattern), "ignore": ["re:.*lm_head"], **fields}
-        return [FISTAPruningModifier(**given)]
+        return [pruning_recipe("fista", pattern_of(str(pattern)), **fields)]
     if not recipe.is_file():
         raise FileNotFoundError(f"the recipe {recipe} does not exist")
     if fields:
@@ -356,30 +355,6 @@ def check(verification: Verification, folder: Path) -> None:
         raise RuntimeError(f"{folder} failed verification:\n" + "\n".join(faults))
 
 
-class PatternFields(TypedDict, total=False):
-    """The modifier's fields that say how sparse."""
-
-    sparsity: float
-    mask_structure: str
-
-
-def pattern_fields(pattern: str) -> PatternFields:
-    """
-    :param pattern: "n:m" or a sparsity such as "0.5"
-    :return: the modifier's fields for it
-    :raises ValueError: if it is neither
-    """
-    if ":" in pattern:
-        return {"mask_structure": pattern}
-    try:
-        return {"sparsity": float(pattern)}
-    except ValueError:
-        raise ValueError(
-            f"--pattern must be n:m such as 2:4, or a sparsity such as 0.5; got "
-            f"'{pattern}'"
-        ) from None
-
-
 @app.command()
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
@@ -398,21 +373,11 @@ def verify(
     status 1, with all that is wrong, if anything is. Reads safetensors only.
     """
     with errors_as_messages():
-        expected = None if pattern is None else parsed(pattern)
+        expected = None if pattern is None else pattern_of(pattern)
         verification = verify_checkpoint(checkpoint, expected)
         console.print(verification_table(verification))
         check(verification, checkpoint)
         console.print(f"[bold]{escape(str(checkpoint))}[/] is whole.")
-
-
-def parsed(pattern: str) -> SparsityPattern:
-    """
-    :param pattern: "n:m" or a sparsity such as "0.5"
-    :return: the pattern
-    :raises ValueError: if it is neither
-    """
-    given = pattern_fields(pattern)
-    return parse_pattern(given.get("mask_structure", "0:0"), given.get("sparsity"))
 
 
 @app.command("report")
@@ -644,7 +609,7 @@ def compare(
     measured again.
     """
     with errors_as_messages():
-        patterns = {name: parsed(name) for name in pattern}
+        patterns = {name: pattern_of(name) for name in pattern}
         # fails for a missing model before anything is downloaded
         pipeline.load_tokenizer(model)
         length = seq_len or max_sequence_length(AutoConfig.from_pretrained(model))

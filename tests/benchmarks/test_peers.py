@@ -11,7 +11,7 @@ from fista_modifier.solver import (
     PAPER,
     GramStatistics,
     SolverOptions,
-    parse_pattern,
+    pattern_of,
     prune_weight,
 )
 
@@ -25,10 +25,7 @@ def test_a_peer_is_exact_and_better_than_sparsegpt(peer, pattern):
     statistics = GramStatistics.empty(64)
     statistics.accumulate(inputs.T)
     weight = normal(32, 64)
-    if ":" in pattern:
-        wanted = parse_pattern(pattern, None)
-    else:
-        wanted = parse_pattern("0:0", float(pattern))
+    wanted = pattern_of(pattern)
     solver = peer(statistics, wanted, SolverOptions())
     [solution] = solver.prune([weight])
     assert wanted.holds(solution.weight)

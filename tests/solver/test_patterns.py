@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fista_modifier.solver import NofM, Unstructured, parse_pattern
+from fista_modifier.solver import NofM, Unstructured, parse_pattern, pattern_of
 from fista_modifier.solver.patterns import project
 
 N_OF_M = ["1:2", "1:4", "2:4", "3:4", "4:4", "4:8"]
@@ -84,6 +84,13 @@ def test_n_of_m_fixes_the_sparsity(mask_structure):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.999])
 def test_0_of_0_is_unstructured(sparsity):
     assert parse_pattern("0:0", sparsity) == Unstructured(sparsity)
+
+
+def test_a_pattern_is_named_by_n_of_m_or_a_sparsity():
+    assert pattern_of("2:4") == NofM(2, 4)
+    assert pattern_of("0.5") == Unstructured(0.5)
+    with pytest.raises(ValueError, match="2:4, or a sparsity such as 0.5; got 'half'"):
+        pattern_of("half")
 
 
 @pytest.mark.parametrize(

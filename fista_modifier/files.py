@@ -1,0 +1,45 @@
+"""Files and folders that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["whole", "write_whole"]
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """
+    Write a file or a folder completely or not at all, whenever the process is killed:
+    what is written beside the target takes its place in the end, a file once the disk
+    has it.
+
+    :param target: replaced if it exists; its folder is made
+    :return: where to write; there is nothing yet
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        unfinished = Path(temporary) / target.name
+        yield unfinished
+        if unfinished.is_file():
+            with unfinished.open("rb+") as written:
+                os.fsync(written.fileno())
+        elif target.exists():
+            shutil.rmtree(target)
+        os.replace(unfinished, target)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """
+    :param file: written as by :func:`whole`
+    :param text: the new content
+    """
+    with whole(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
