@@ -10,16 +10,14 @@ from typing import Any, get_args
 from torch import Tensor
 
 from fista_modifier.checkpoint.packing import (
+    LOAD_FORMAT,
     PackedFormat,
     is_complete,
     parts_of,
     unpack,
 )
 
-__all__ = ["LOAD_FORMAT", "register", "unpacked"]
-
-LOAD_FORMAT = "sparse-bitmask"
-"""what ``vllm serve --load-format`` is to be given"""
+__all__ = ["register", "unpacked"]
 
 
 def register() -> None:

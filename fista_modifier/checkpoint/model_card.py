@@ -9,9 +9,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from fista_modifier.checkpoint.packing import LOAD_FORMAT
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.data import LOCAL_SUFFIXES
-from fista_modifier.serving import LOAD_FORMAT
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 

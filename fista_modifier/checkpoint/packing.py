@@ -12,6 +12,7 @@ from torch import Tensor
 from fista_modifier.solver import NofM
 
 __all__ = [
+    "LOAD_FORMAT",
     "PackedFormat",
     "is_complete",
     "pack",
@@ -21,6 +22,8 @@ __all__ = [
 ]
 
 PackedFormat = Literal["sparse-bitmask", "sparse-24-bitmask"]
+LOAD_FORMAT = "sparse-bitmask"
+"""what ``vllm serve --load-format`` is to be given for either"""
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 TWO_OF_FOUR = NofM(2, 4)
 
