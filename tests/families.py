@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -167,17 +168,40 @@ MIXTURES = {
 }
 """mixtures of experts; their experts are linear operators only inside ``oneshot()``"""
 
+MULTIMODAL = {
+    "gemma3_vision": Family(
+        Gemma3Config,
+        {
+            "text_config": FAMILIES["gemma3"].settings,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 60,
+            "boi_token_index": 61,
+            "eoi_token_index": 62,
+        },
+        layers="model.language_model.layers",
+    )
+}
+"""models with more than a language model in them, stored under other names"""
+
 _checkpoints = tempfile.TemporaryDirectory(prefix="tiny-models-")
 
 
 @cache
 def checkpoint(family: str, **changes: Any) -> Path:
     """
-    :param family: a key of ``FAMILIES`` or ``MIXTURES``
+    :param family: a key of ``FAMILIES``, ``MIXTURES`` or ``MULTIMODAL``
     :param changes: settings of the configuration that differ from the family's
     :return: folder of a float32 checkpoint with non-trivial biases and norms
     """
-    chosen = (FAMILIES | MIXTURES)[family]
+    chosen = (FAMILIES | MIXTURES | MULTIMODAL)[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = chosen.config(**(chosen.settings | changes))
@@ -194,7 +218,7 @@ def tiny_model(
     family: str, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
     """
-    :param family: a key of ``FAMILIES`` or ``MIXTURES``
+    :param family: a key of ``FAMILIES``, ``MIXTURES`` or ``MULTIMODAL``
     :param dtype: in which to load it
     :param changes: settings of the configuration that differ from the family's
     :return: the same model at each call, loaded anew

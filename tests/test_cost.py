@@ -12,7 +12,14 @@ import pytest
 import torch
 from command_line import invoke
 from datasets import Dataset
-from families import FAMILIES, LAYERS, MIXTURES, checkpoint, tiny_model
+from families import (
+    FAMILIES,
+    LAYERS,
+    MIXTURES,
+    MULTIMODAL,
+    checkpoint,
+    tiny_model,
+)
 from transformers import AutoConfig, LlamaConfig
 
 from fista_modifier import FISTAPruningModifier, pipeline
@@ -55,14 +62,14 @@ def test_the_operations_are_those_that_a_run_counts(
     assert sum(expected.values()) == pytest.approx(total, rel=0.2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MULTIMODAL)
 def test_shapes_come_from_a_configuration_alone(family: str) -> None:
     config = AutoConfig.from_pretrained(checkpoint(family))
     shape = shape_of(config, 16)
     assert shape.layers == LAYERS
     assert shape.parameters == tiny_model(family).num_parameters()
     assert [len(stage.rows) for stage in shape.stages] == [
-        len(stage) for stage in FAMILIES[family].stages
+        len(stage) for stage in (FAMILIES | MULTIMODAL)[family].stages
     ]
     assert [stage.wave for stage in shape.stages] == [0, 1, 2, 3]
     assert shape.attention > 0

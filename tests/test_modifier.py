@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.config import SparsityCompressionConfig
-from families import FAMILIES, checkpoint, tiny_model
+from families import FAMILIES, MULTIMODAL, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import FISTAPruningModifier
+from fista_modifier.checkpoint.verification import verify
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
 # those that quantise as well have tests of their own
@@ -523,15 +524,7 @@ def test_a_run_that_ended_in_the_toolkits_own_pass_leaves_nothing_to_the_next():
 
 def test_layers_that_the_data_do_not_reach_stay_dense_and_are_named(tmp_path):
     """The vision tower of Gemma 3, which is given text."""
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
-    text = FAMILIES["gemma3"].settings
-    special = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
-    config = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, **special
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = tiny_model("gemma3_vision")
     dense = copy.deepcopy(model.model.vision_tower)
     messages: list[str] = []
     sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
@@ -539,12 +532,16 @@ def test_layers_that_the_data_do_not_reach_stay_dense_and_are_named(tmp_path):
         modifier = prune(model, **QUICK)
     finally:
         logger.remove(sink)
-    names = {result.name.replace(".language_model", "") for result in modifier.results}
-    assert names == FAMILIES["gemma3"].operators
+    names = {result.name for result in modifier.results}
+    assert names == MULTIMODAL["gemma3_vision"].operators
     assert modifier.unfinished == []
     assert same(model.model.vision_tower, dense)
     [message] = [one for one in messages if "do not reach" in one]
     assert "model.vision_tower" in message
+    model.save_pretrained(tmp_path)
+    checked = verify(tmp_path)
+    assert checked.passed, checked
+    assert {check.name for check in checked.operators} == names
 
 
 def test_a_run_that_failed_leaves_the_configuration_as_it_was():

@@ -92,8 +92,9 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     pruned operators have their zeros. Only safetensors files are read, never a pickle.
     A quantised checkpoint is loaded as a whole, in dense form, by transformers and
     compressed-tensors, and may have more zeros than pruning chose, but not fewer. So is
-    a mixture of experts whose tensors do not have the names of its operators, such as
-    Mixtral's: transformers knows which are which.
+    a checkpoint whose tensors do not have the names of the model's operators, such as
+    Mixtral's experts or Gemma 3 with its vision tower: transformers knows which are
+    which.
 
     :param folder: the checkpoint
     :param pattern: what every linear operator but the output embedding must have;
@@ -112,16 +113,18 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     model = _described_model(folder, len(files))
     if model is None:
         return _verify_loaded(folder, pattern, problems)
-    if get_non_linearized_moes(model):
+    expected = _expectations(folder, model, pattern)
+    present = {_dense_name(name) for name in files}
+    renamed = expected and not any(f"{name}.weight" in present for name in expected)
+    if renamed or get_non_linearized_moes(model):
         size = sum(file.stat().st_size for file in set(files.values()))
         if model.num_parameters() > size:  # do not load what is not there
             problems.append(f"the files have {size} bytes, too few for config.json")
             return Verification(problems=problems)
         return _verify_loaded(folder, pattern, problems, model.config)
-    expected = _expectations(folder, model, pattern)
     parameters = model.state_dict(keep_vars=True)
     problems += stored_twice(files)
-    problems += _disagreements(parameters, {_dense_name(name) for name in files})
+    problems += _disagreements(parameters, present)
     checks = []
     first_of: dict[int, tuple[str, Tensor]] = {}
     tied = _tied(parameters)

@@ -137,6 +137,7 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     grouped = group_by_layer(model, operators, infer_sequential_targets(model))
     layers = [layer for layer in grouped if layer.in_sequence and layer.operators]
     largest = max(layers, key=_parameters)
+    alike = [layer for layer in layers if type(layer.module) is type(largest.module)]
     counter = FlopCounterMode(display=False)
     tokens: dict[torch.nn.Module, int] = {}
 
@@ -171,7 +172,7 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     )
     products = seq_len * math.fsum(shape.products for shape in shapes)
     return LayerShape(
-        layers=len(layers),
+        layers=len(alike),  # and not those of a vision tower
         hidden=call.hidden_states.shape[-1],
         stages=shapes,
         attention=counter.get_total_flops() - products,
