@@ -252,17 +252,7 @@ class StageSolver:
         best, best_error, trials = self._search(
             objective, best, best_error, iterate, weight.dtype
         )
-        # damping would have the last entries move towards W, at the cost of the error
-        undamped = LayerObjective(
-            objective.weight, Quadratic(self._quadratic.statistics)
-        )
-        filled = fill_support(undamped, best, self.pattern)
-        if filled is not best:
-            filled = self._cast(filled, weight.dtype)
-            filled_error = objective.error(filled)
-            # few tokens may ask for values that half precision cannot hold
-            if filled_error <= max(best_error, RESOLUTION * objective.output_norm):
-                best, best_error = filled, filled_error
+        best, best_error = self._filled(objective, best, best_error, weight.dtype)
         return PrunedWeight(
             weight=self._unscaled(best).add(0.0).to(weight),  # and no zero is negative
             error=best_error,
@@ -270,6 +260,28 @@ class StageSolver:
             output_norm=objective.output_norm,
             trials=trials,
         )
+
+    def _filled(
+        self,
+        objective: LayerObjective,
+        best: Tensor,
+        best_error: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, float]:
+        """The non-zeros that are left to the weight put to use, and its error."""
+        # damping would have the last entries move towards W, at the cost of the error
+        undamped = LayerObjective(
+            objective.weight, Quadratic(self._quadratic.statistics)
+        )
+        filled = fill_support(undamped, best, self.pattern)
+        if filled is best:
+            return best, best_error
+        filled = self._cast(filled, dtype)
+        error = objective.error(filled)
+        # few tokens may ask for values that half precision cannot hold
+        if error > max(best_error, RESOLUTION * objective.output_norm):
+            return best, best_error
+        return filled, error
 
     def _search(
         self,
