@@ -255,7 +255,8 @@ def modifiers_of(
     if (pattern is None) == (recipe is None):
         raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
     if recipe is None:
-        return [pruning_recipe("fista", pattern_of(str(pattern)), **fields)]
+        assert pattern is not None  # one of the two is given
+        return [pruning_recipe("fista", pattern_of(pattern), **fields)]
     if not recipe.is_file():
         raise FileNotFoundError(f"the recipe {recipe} does not exist")
     if fields:

@@ -72,23 +72,20 @@ class Recording:
         for inputs in (self.inputs, *self._blocks.values()):
             yield inputs.layer, inputs.remember, "forward_pre"
         for block, outputs in self._block_outputs.items():
-            yield block, self._append_copy_to(outputs), "forward"
+            yield block, self._append_to(outputs, copied=True), "forward"
         if self._with_outputs:
             yield self.inputs.layer, self._append_to(self.outputs), "forward"
         elif self._storage.folder is not None:
             yield self.inputs.layer, self._move_to_disk, "forward"
 
-    def _append_to(self, outputs: list[Tensor]) -> Callable[..., None]:
-        def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(self._storage.keep(first_tensor(output)))
-
-        return append
-
-    def _append_copy_to(self, outputs: list[Tensor]) -> Callable[..., None]:
-        """Falcon's layer adds to what its block returned, in place."""
+    def _append_to(
+        self, outputs: list[Tensor], *, copied: bool = False
+    ) -> Callable[..., None]:
+        """Copied if what comes next may add to it in place, as in Falcon's layers."""
 
         def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(self._storage.keep(first_tensor(output).clone()))
+            tensor = first_tensor(output)
+            outputs.append(self._storage.keep(tensor.clone() if copied else tensor))
 
         return append
 

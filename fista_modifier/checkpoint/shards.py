@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -115,11 +114,10 @@ def rewrite(
     },
 ) -> None:
     """
-    Write tensors to files of the same names, one at a time, and their index. A file may
-    replace the one that it comes from.
+    Write tensors to files of the same names, one at a time, and their index.
 
     :param tensors: what :func:`read` yields
-    :param folder: where to write
+    :param folder: where to write: another than that of the files that they come from
     :param change: what becomes of a tensor
     """
     weight_map: dict[str, str] = {}
@@ -130,9 +128,7 @@ def rewrite(
             changed |= change(name, tensor)
         total += sum(tensor.nbytes for tensor in changed.values())
         weight_map |= dict.fromkeys(changed, file.name)
-        unfinished = folder / f"{file.name}.unfinished"
-        save_file(changed, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, folder / file.name)
+        save_file(changed, folder / file.name, metadata={"format": "pt"})
     if set(weight_map.values()) != {SAFE_WEIGHTS_NAME}:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
