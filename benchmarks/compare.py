@@ -36,8 +36,9 @@ from fista_modifier.evaluation.comparison import (
     in_own_process,
 )
 from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, recipe
-from fista_modifier.evaluation.results import Results, Row, versions
+from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.evaluation.texts import load_texts
+from fista_modifier.host import package_versions
 from fista_modifier.solver import pattern_of
 
 SOLVERS = {"alps": peers.ALPS, "boza": peers.Boza}
@@ -122,7 +123,7 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
     """The same, and the machine, as there are times and memory in the table."""
     return common_setup(args) | {
         "cpus": os.cpu_count(),
-        "versions": versions(*PACKAGES),
+        "versions": package_versions(*PACKAGES),
     }
 
 

@@ -1,4 +1,4 @@
-"""Which releases of the host toolkit this package works with."""
+"""Which releases this package works with, and which are installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-__all__ = ["OLDEST", "TESTED", "check_host"]
+from fista_modifier import __version__
+
+__all__ = ["OLDEST", "TESTED", "check_host", "package_versions"]
 
 OLDEST = "0.14"
 TESTED = "0.14"
@@ -33,3 +35,14 @@ def check_host(installed: str | None = None) -> None:
             f"pip install 'llmcompressor=={TESTED}.*'",
             stacklevel=2,
         )
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """
+    :param packages: names of installed distributions, or this package's, which may be
+        run from its source folder
+    :return: the version of each
+    :raises PackageNotFoundError: if another is not installed
+    """
+    own = {"fista-modifier": __version__}
+    return {name: own.get(name) or version(name) for name in packages}

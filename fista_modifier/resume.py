@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.checkpoint.report import PACKAGES
 from fista_modifier.files import whole
+from fista_modifier.host import package_versions
 from fista_modifier.layer import OperatorResult, PrunedLayer
 from fista_modifier.reconstruction import ReconstructionResult
 
@@ -89,7 +89,7 @@ def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
     """
     return {
         "recipe": recipe,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": package_versions(*PACKAGES),
         "model": {name: _digest(value) for name, value in model.named_parameters()},
     }
 

@@ -101,3 +101,21 @@ def test_an_older_host_is_refused_and_a_newer_one_warns() -> None:
         warnings.simplefilter("error")
         check_host(f"{TESTED}.9")
         check_host()
+
+
+def test_it_runs_from_its_source_folder() -> None:
+    """As with PYTHONPATH, where there is no distribution of the package"""
+    script = (
+        "import importlib.metadata as metadata\n"
+        "installed = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'fista-modifier':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return installed(name)\n"
+        "metadata.version = version\n"
+        "import fista_modifier\n"
+        "from fista_modifier.checkpoint.report import PruningReport\n"
+        "report = PruningReport('a model', None, 0.0, [])\n"
+        "assert report.versions['fista-modifier'] == fista_modifier.__version__\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from fista_modifier.host import package_versions
 from fista_modifier.layer import OperatorResult
 from fista_modifier.reconstruction import ReconstructionResult
 
@@ -66,7 +66,7 @@ class PruningReport:
     stored_share: float = 1.0
     recipe: str = ""
     versions: dict[str, str] = field(
-        default_factory=lambda: {name: version(name) for name in PACKAGES}
+        default_factory=lambda: package_versions(*PACKAGES)
     )
 
     @property

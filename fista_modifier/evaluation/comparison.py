@@ -41,10 +41,10 @@ from fista_modifier.evaluation.results import (
     Row,
     digest,
     fingerprint,
-    versions,
 )
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.experts import linearize_weightless
+from fista_modifier.host import package_versions
 from fista_modifier.solver import SparsityPattern
 
 __all__ = [
@@ -233,7 +233,7 @@ class Comparison:
             "eval_tokens": self.measurement.max_tokens,
             "texts_digest": texts,
             "cpus": os.cpu_count(),
-            "versions": versions(*PACKAGES),
+            "versions": package_versions(*PACKAGES),
         }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.perplexity import block_losses
-from fista_modifier.evaluation.results import versions
+from fista_modifier.host import package_versions
 
 __all__ = ["Backend", "Engine", "check_installed", "start"]
 
@@ -40,7 +40,7 @@ def check_installed(backend: Backend) -> None:
     """
     if backend == "vllm":
         try:
-            versions("vllm", "lm-eval")
+            package_versions("vllm", "lm-eval")
         except PackageNotFoundError as error:
             raise RuntimeError(
                 f"--backend vllm needs {error.name} in this environment; --backend "

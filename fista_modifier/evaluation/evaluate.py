@@ -23,10 +23,10 @@ from fista_modifier.evaluation.results import (
     Row,
     digest,
     fingerprint,
-    versions,
 )
 from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
+from fista_modifier.host import package_versions
 
 __all__ = ["Evaluation", "evaluation_table", "perplexities"]
 
@@ -87,7 +87,7 @@ class Evaluation:
             "dtype": self.dtype,
             "seq_len": self.seq_len,
             "max_tokens": self.max_tokens,
-            "versions": versions("torch", "transformers", *packages),
+            "versions": package_versions("torch", "transformers", *packages),
         }
 
     def _blocks(self, model: str) -> dict[str, Tensor]:
@@ -137,7 +137,9 @@ class Evaluation:
             assert self.suite is not None
             scores = self.suite.score(engine.harness_model, name)
             results.add(
-                origin | {"task": name, "versions": versions("lm-eval")} | scores
+                origin
+                | {"task": name, "versions": package_versions("lm-eval")}
+                | scores
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import AutoConfig
 
 from fista_modifier.files import write_whole
 
-__all__ = ["Results", "Row", "digest", "fingerprint", "versions"]
+__all__ = ["Results", "Row", "digest", "fingerprint"]
 
 Row = dict[str, Any]
 
@@ -78,14 +77,6 @@ class Results:
         if self.file is not None:
             content = {"setup": self.setup, "rows": self.rows}
             write_whole(self.file, json.dumps(content, indent=2) + "\n")
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """
-    :param packages: names of installed distributions
-    :return: the version of each
-    """
-    return {name: version(name) for name in packages}
 
 
 def digest(content: object) -> str:
