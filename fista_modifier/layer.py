@@ -15,7 +15,13 @@ from torch import Tensor
 from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.calibration.stages import Stage, agreed, find_stages, waves
+from fista_modifier.calibration.stages import (
+    Stage,
+    agreed,
+    find_stages,
+    used_without_a_call,
+    waves,
+)
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.distributed import ALONE, Ranks, shared_out
 from fista_modifier.reconstruction import (
@@ -201,8 +207,15 @@ def prune_layer(
                 solution,
                 _result(operator, pattern, solution, tokens, seconds),
             )
-    for operator in operators:
-        if operator not in pruned:
+    uncalled = [operator for operator in operators if operator not in pruned]
+    by_others = used_without_a_call(uncalled, recording.inputs[0]) if uncalled else []
+    for operator in uncalled:
+        if operator in by_others:
+            logger.warning(
+                f"{operator.name} stays dense: its weight is read by another module, "
+                "which does not call it, so that its inputs are not known"
+            )
+        else:
             logger.warning(
                 f"No calibration token reaches {operator.name}: pruned by magnitude"
             )
@@ -254,7 +267,7 @@ def _with_inputs(
         block = id(dense_inputs)
         in_layer = dense_inputs is recording.inputs
         inputs = pruned_inputs
-        if block in routed and not in_layer:
+        if any(one.routed for one in group) or (block in routed and not in_layer):
             inputs = dense_inputs
         elif not pruned and pruned_inputs is recording.inputs:
             inputs = dense_inputs

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
+from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +24,7 @@ from fista_modifier.calibration.layers import (
     DecoderLayer,
     chosen_layers,
     group_by_layer,
+    layer_targets,
 )
 from fista_modifier.calibration.operators import check_prunable, find_operators
 from fista_modifier.checkpoint.on_save import describe_on_save
@@ -181,6 +182,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         default_factory=dict
     )
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _epoch: ExitStack = PrivateAttr(default_factory=ExitStack)
     _seconds: float = PrivateAttr(default=0.0)
 
     @model_validator(mode="after")
@@ -257,7 +259,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         operators = find_operators(model, targets, self.ignore)
         for operator in operators:
             check_prunable(operator, self._method.pattern)
-        layer_types = infer_sequential_targets(model, kwargs.get("sequential_targets"))
+        given = kwargs.get("sequential_targets")
+        layer_types = layer_targets(model, operators, given)
         layers = group_by_layer(model, operators, layer_types)
         self._schedule = Schedule(
             model,
@@ -270,6 +273,10 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         )
         self._contexts.enter_context(traced_with_masks(model))
         self._contexts.enter_context(traces_forgotten())
+        if given is None:  # the pipeline is to find the same layers
+            self._contexts.enter_context(
+                patch_attr(model, "_no_split_modules", layer_types)
+            )
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -286,6 +293,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
                 arguments = {"with_kwargs": True} if kind == "forward_pre" else {}
                 handle = self.register_hook(module, hook, kind, **arguments)
                 self._handles.setdefault(layer, set()).add(handle)
+            self._epoch.enter_context(schedule.watching())
 
     def on_sequential_epoch_end(
         self,
@@ -304,6 +312,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         with self._undone_on_error() as schedule:
             schedule.finish()
         self._seconds += time.perf_counter()
+        self._epoch.close()
         self.remove_hooks()
         if self.unfinished:
             logger.warning(
@@ -352,6 +361,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             yield self._schedule
         except BaseException:
             self.remove_hooks()
+            self._epoch.close()
             self._contexts.close()
             raise
 

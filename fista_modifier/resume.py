@@ -189,7 +189,7 @@ class FinishedLayers:
                 )
                 weights = {
                     operator.name: opened.get_tensor(operator.name)
-                    for operator in layer.operators
+                    for operator in results.operators
                 }
             return PrunedLayer(weights, results.operators, results.reconstruction)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, permutations
+from typing import Any
 
 import torch
 from loguru import logger
@@ -12,10 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
-from fista_modifier.calibration.attention import FusedAttention, check_causal
+from fista_modifier.calibration.attention import FusedAttention
+from fista_modifier.calibration.batches import CalibrationBatches
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Hook, Recording
+from fista_modifier.calibration.reference import ReferenceRun
 from fista_modifier.calibration.replay import calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
@@ -89,12 +94,15 @@ class Schedule:
             (ranks, ALONE) if distribution == "layers" else (ALONE, ranks)
         )
         self._open = {layer for layer in chosen if layer.operators}
+        self._repeated: set[DecoderLayer] = set()
         self._on_disk: set[DecoderLayer] = set()
         self._data: CallDigest | None = None
         self._stream = (
             PrunedStream(method.storage) if method.procedure.chains_layers else None
         )
         self._attention = FusedAttention(model)
+        self._batches = CalibrationBatches()
+        self._reference = ReferenceRun(model, layers)
         self._progress = RunProgress(0)
         # layers that wait until each rank has one
         self._due: list[DecoderLayer] = []
@@ -125,21 +133,41 @@ class Schedule:
             embedding = self._model.get_input_embeddings()
             yield self._layers[0], (embedding, self._data.add, "forward_pre")
         self._progress = RunProgress(-(-len(self._open) // self._by_layers.size))
-        kinds = {type(layer.module): layer for layer in reversed(self._layers)}
-        for layer in kinds.values():  # the first of each
-            if layer.in_sequence:
-                yield layer, (layer.module, self._attention.choose, "forward_pre")
+        yield (
+            self._layers[-1],
+            (self._model, self._batches.on_model_call, "forward_pre"),
+        )
         for layer in self._layers:
             if layer in self._open or self._stream:
                 layer.recording = Recording(
                     layer.module,
                     layer.operators,
                     self._method.storage,
+                    padding=partial(self._batches.real_tokens, layer.mask_name),
                     with_outputs=layer in self._open and self._reconstructs(layer),
                     with_block_outputs=layer in self._open and self._corrects_errors,
                 )
                 for hook in layer.recording.hooks():
                     yield layer, hook
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The context of the calibration epoch."""
+        masks = {layer.module: layer.mask_name for layer in self._layers}
+
+        def padding(layer: torch.nn.Module, hidden_states: Tensor) -> Tensor | None:
+            return self._batches.real_tokens(masks[layer], hidden_states)
+
+        def run_plainly(batch: dict[str, Any]) -> None:
+            with self._attention.suspended():
+                self._reference.run(batch)
+
+        in_sequence = [layer.module for layer in self._layers if layer.in_sequence]
+        with (
+            self._batches.watched(run_plainly),
+            self._attention.in_passes(in_sequence, padding),
+        ):
+            yield
 
     def _look_on_disk(self, disk: FinishedLayers) -> None:
         found = [layer.name for layer in self._layers if layer in disk]
@@ -159,7 +187,7 @@ class Schedule:
         """
         self.store()
         here = set(modules)
-        with calibration_runs(self._model), self._attention.used():
+        with calibration_runs(self._model):
             for layer in self._layers:
                 if layer.module in here:
                     self._leave(layer)
@@ -174,14 +202,39 @@ class Schedule:
             self._open.remove(layer)
             owner = len(self._due)
             assert layer.recording is not None
+            self._ranks.each(partial(self._check, layer, layer.recording))
             layer.recording = layer.recording.gathered(self._by_layers, owner)
             if owner != self._by_layers.rank:
                 layer.recording = None
             self._due.append(layer)
             if len(self._due) == self._by_layers.size or not self._open:
                 self._prune_due()
-        elif self._stream:
-            self._accept(layer, PrunedLayer({}, []))
+        else:
+            self._pass_on(layer, {})
+
+    def _check(self, layer: DecoderLayer, recording: Recording) -> None:
+        """
+        :raises RuntimeError: if the layer runs otherwise than in the model itself
+        """
+        if not len(recording.inputs):
+            return
+        calls = self._reference.calls(layer)
+        if calls is None:  # a pipeline that runs the model itself
+            calls = len(recording.inputs) // max(len(self._batches), 1)
+        if calls > 1:
+            self._repeated.add(layer)
+            return
+        if layer.in_sequence:
+            with self._attention.used(layer.module):
+                self._reference.check(
+                    layer, recording.inputs[0], recording.real_tokens[0]
+                )
+        given = self._batches.tokens
+        if layer.mask_name == "attention_mask" and recording.tokens < given / 2:
+            logger.warning(
+                f"{layer.name} is given {recording.tokens} of the {given} tokens of "
+                "the calibration data: what is pruned in it rests on few data"
+            )
 
     def _check_data(self, of_ranks: list[list[str]]) -> None:
         """:param of_ranks: a digest of each batch of each rank"""
@@ -215,20 +268,25 @@ class Schedule:
     def _prune(self, layer: DecoderLayer) -> PrunedLayer:
         """Prune one layer; the model stays as it is."""
         assert layer.recording is not None
-        inputs = layer.recording.inputs
-        if not len(inputs):
-            raise ValueError(
-                f"{layer.name} was not run by the calibration pipeline, so it cannot "
-                "be pruned; put its operators on the ignore list"
-            )
-        if layer.in_sequence:
-            check_causal(next(iter(inputs)), layer.name)
+        reason = ""
+        if layer in self._repeated:
+            reason = "the model runs it several times for each batch"
+        elif not len(layer.recording.inputs):
+            reason = "the calibration data do not reach it"
+        if reason:
+            logger.warning(f"{layer.name} stays dense: {reason}")
+            return PrunedLayer({}, [])
+        with self._attention.used(layer.module):
+            return self._pruned(layer, layer.recording)
+
+    def _pruned(self, layer: DecoderLayer, recording: Recording) -> PrunedLayer:
+        inputs = recording.inputs
         stream = self._stream if layer.in_sequence else None
         procedure = self._method.procedure
         with self._progress.layer(layer) as progress:
             pruned = prune_layer(
                 layer.operators,
-                layer.recording,
+                recording,
                 stream.inputs_of(inputs, layer.name) if stream else inputs,
                 self._method.pattern,
                 procedure.solver,
@@ -246,26 +304,29 @@ class Schedule:
         return pruned
 
     def _accept(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
-        weights = {
-            operator: pruned.weights[operator.name]
-            for operator in layer.operators
-            if operator.name in pruned.weights
-        }
+        # what is left dense is no part of the layer's task any longer
+        layer.operators = [one for one in layer.operators if one.name in pruned.weights]
+        weights = {one: pruned.weights[one.name] for one in layer.operators}
         self._pending |= weights
         self.results += pruned.operators
         if pruned.reconstruction:
             self.reconstructions[layer.name] = pruned.reconstruction
+        self._pass_on(layer, weights)
+
+    def _pass_on(self, layer: DecoderLayer, weights: dict[Operator, Tensor]) -> None:
+        """Run the pruned layer for the sake of the next, where that depends on it."""
         if self._stream and layer.in_sequence and layer.recording:
             inputs = layer.recording.inputs
-            pruned_inputs = self._stream.inputs_of(inputs, layer.name)
-            onloaded = {one: new.to(one.weight) for one, new in weights.items()}
-            self._stream.advance(inputs, pruned_inputs, onloaded)
+            with self._attention.used(layer.module):
+                pruned_inputs = self._stream.inputs_of(inputs, layer.name)
+                onloaded = {one: new.to(one.weight) for one, new in weights.items()}
+                self._stream.advance(inputs, pruned_inputs, onloaded)
         layer.recording = None
 
     def finish(self) -> None:
         """To be called when the pipeline has run all of the model."""
         if self._due:
-            with calibration_runs(self._model), self._attention.used():
+            with calibration_runs(self._model):
                 self._prune_due()
         self.store()
         if self._open:  # such as the vision tower of a model that was given text
@@ -274,6 +335,12 @@ class Schedule:
                 f"The calibration data do not reach {len(names)} layers, which stay "
                 f"dense, among them {names[0]}: put them on the ignore list, or "
                 "calibrate with data that do"
+            )
+        if not self.results and not self.unfinished:
+            raise ValueError(
+                "nothing was pruned: the calibration data reach none of the operators "
+                "(see the warnings above), or oneshot's pipeline is neither "
+                "'sequential' nor 'basic'"
             )
         self._stream = None  # the user may keep the modifier, not the activations
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from compressed_tensors.utils import patch_attr
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fista_modifier.calibration.replay import (
     LayerCall,
@@ -21,11 +21,12 @@ from fista_modifier.calibration.replay import (
 
 __all__ = [
     "FusedAttention",
-    "check_causal",
     "same_output",
     "traced_with_masks",
     "traces_forgotten",
 ]
+
+Padding = Callable[[torch.nn.Module, Tensor], Tensor | None]
 
 ROUNDING = 1e-4
 """what kernels may differ by in float32, as a share of a module's output"""
@@ -45,11 +46,9 @@ def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
 
     :param model: the model that will be traced
     """
-    configs = {id(model.config): model.config}
-    text_config = model.config.get_text_config()
-    configs[id(text_config)] = text_config
+    configs = _configs_of(model)
     with ExitStack() as stack:
-        for config in configs.values():
+        for config in configs:
             stack.enter_context(patch_attr(config, "attn_implementation", "eager"))
         yield
 
@@ -68,37 +67,6 @@ def traces_forgotten() -> Iterator[None]:
     finally:
         for name in set(table) - before:
             del table[name]
-
-
-def check_causal(call: LayerCall, name: str) -> None:
-    """
-    Refuse a layer that lets a token see later ones: its activations would not be those
-    of the model in use. The later half of the input is negated; the output of the
-    earlier half must stay as it is.
-
-    :param call: a batch of the layer
-    :param name: the layer's name, for the message
-    :raises RuntimeError: if the earlier half of the output changes
-    """
-    hidden_states = call.hidden_states
-    half = hidden_states.shape[1] // 2
-    if half == 0:
-        return
-    disturbed = hidden_states.clone()
-    disturbed[:, half:].neg_()
-    expected = call.run()[:, :half].float()
-    other = LayerCall(call.layer, (disturbed, *call.args[1:]), call.kwargs).run()
-    change = (other[:, :half].float() - expected).abs()
-    real = call.real_tokens()
-    if real is not None:  # padding on the left, where all is masked, attends to all
-        change, expected = change[real[:, :half]], expected[real[:, :half]]
-    if change.numel() and change.max() > 1e-2 * expected.abs().max():
-        raise RuntimeError(
-            f"in the calibration pipeline the tokens of {name} see later tokens "
-            f"(the {type(call.layer).__name__} runs without a causal mask), so its "
-            "activations are not those of the model; use pipeline='basic', or report "
-            "this model family"
-        )
 
 
 def same_output(one: Tensor, other: Tensor) -> bool:
@@ -122,46 +90,106 @@ class FusedAttention:
     eager left. What is compared is the first part of the layer that differs at all,
     attention itself: beside the residual stream, a change of it may look like rounding.
 
+    The choice holds while a layer of the class runs, and not between layers, where
+    masks are made: those of a text model come after its vision tower.
+
     :param model: the model being calibrated
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._implementation: str | None = None
-        self._seen: set[type[torch.nn.Module]] = set()
+        self._implementations: dict[type[torch.nn.Module], str] = {}
+        self._suspended = False
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """Within this, layers run as they do in the toolkit's passes."""
-        chosen = self._implementation or "eager"
-        with patch_attr(self._model.config, "_attn_implementation", chosen):
+    def in_passes(
+        self, layers: Iterable[torch.nn.Module], padding: Padding
+    ) -> Iterator[None]:
+        """
+        Within this, the toolkit's passes have it, also those without hooks of its own.
+
+        :param layers: decoder layers
+        :param padding: says of a layer and its hidden states in the batch that runs now
+            which tokens are real, None for all
+        """
+        running = ExitStack()
+
+        def before(layer: torch.nn.Module, *call: Any) -> None:
+            if self._suspended:
+                return
+            running.close()  # a run may have failed within the layer
+            if type(layer) not in self._implementations:
+                self._choose(layer, padding, *call)
+            running.enter_context(self._running(layer))
+
+        def after(layer: torch.nn.Module, _args: Any, _output: Any) -> None:
+            if not self._suspended:
+                running.close()
+
+        with ExitStack() as hooks:
+            hooks.callback(running.close)
+            for layer in layers:
+                hooks.enter_context(
+                    layer.register_forward_pre_hook(before, with_kwargs=True)
+                )
+                hooks.enter_context(layer.register_forward_hook(after))
             yield
 
-    def choose(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """
-        A forward pre-hook with keyword arguments, of the first layer of each class.
-        What it sets holds for the toolkit's passes until it restores the model's own.
-        """
-        if self._implementation != "eager" and type(layer) not in self._seen:
-            self._seen.add(type(layer))
-            inputs = LayerInputs(layer)
-            inputs.append(args, kwargs)
-            same = self._model._supports_sdpa and self._agree(inputs[0])
-            self._implementation = "sdpa" if same else "eager"
-            self._model.config._attn_implementation = self._implementation
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within this, passes do without."""
+        with patch_attr(self, "_suspended", True):
+            yield
 
-    def _agree(self, call: LayerCall) -> bool:
-        real = call.real_tokens()
+    @contextmanager
+    def used(self, layer: torch.nn.Module) -> Iterator[None]:
+        """
+        Within this, a layer runs as it does in the toolkit's passes.
 
+        :param layer: a decoder layer, or a lone operator
+        """
+        with self.suspended(), self._running(layer):
+            yield
+
+    @contextmanager
+    def _running(self, layer: torch.nn.Module) -> Iterator[None]:
+        implementation = self._implementations.get(type(layer), "eager")
+        with _attention_implementation(self._model, layer, implementation):
+            yield
+
+    def _choose(self, layer: torch.nn.Module, padding: Padding, *call: Any) -> None:
+        inputs = LayerInputs(layer)
+        real = padding(layer, inputs.append(*call))
+        same = self._model._supports_sdpa and self._agree(inputs[0], real)
+        self._implementations[type(layer)] = "sdpa" if same else "eager"
+
+    def _agree(self, call: LayerCall, real: Tensor | None) -> bool:
         def outputs(implementation: str) -> list[Tensor]:
-            config = self._model.config
-            with patch_attr(config, "_attn_implementation", implementation):
+            with _attention_implementation(self._model, call.layer, implementation):
                 found = outputs_of_parts(call)
             return [real_rows(output, real) for output in found]
 
-        with calibration_runs(self._model):
+        with self.suspended(), calibration_runs(self._model):
             pairs = list(zip(outputs("sdpa"), outputs("eager"), strict=True))
         first = next((pair for pair in pairs if not torch.equal(*pair)), None)
         return first is None or same_output(*first)
+
+
+@contextmanager
+def _attention_implementation(
+    model: PreTrainedModel, layer: torch.nn.Module, implementation: str
+) -> Iterator[None]:
+    """Of a layer, and of what else has the same configuration"""
+    with ExitStack() as stack:
+        for config in _configs_of(layer) or [model.config]:
+            stack.enter_context(
+                patch_attr(config, "_attn_implementation", implementation)
+            )
+        yield
+
+
+def _configs_of(module: torch.nn.Module) -> list[PretrainedConfig]:
+    """Of all models and attention modules in it"""
+    configs = (getattr(part, "config", None) for part in module.modules())
+    found = {id(one): one for one in configs if isinstance(one, PretrainedConfig)}
+    return list(found.values())

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 from compressed_tensors.utils import match_named_modules
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from fista_modifier.calibration.batches import MaskName, mask_name
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Recording
 
-__all__ = ["DecoderLayer", "chosen_layers", "group_by_layer"]
+__all__ = ["DecoderLayer", "chosen_layers", "group_by_layer", "layer_targets"]
 
 
 @dataclass(eq=False)
@@ -26,6 +29,7 @@ class DecoderLayer:
     :param module: the module that the pipeline runs
     :param in_sequence: whether it passes hidden states on to the next decoder layer
     :param operators: what to prune in it
+    :param mask_name: of the batch's mask that says what is padding in its input
     :param recording: of the toolkit's pass over it, until it is pruned
     """
 
@@ -33,7 +37,78 @@ class DecoderLayer:
     module: torch.nn.Module
     in_sequence: bool = True
     operators: list[Operator] = field(default_factory=list)
+    mask_name: MaskName | None = None
     recording: Recording | None = None
+
+
+def layer_targets(
+    model: PreTrainedModel,
+    operators: Sequence[Operator],
+    given: str | list[str] | None = None,
+) -> list[str]:
+    """
+    The toolkit's sequential targets. Where a family does not name its decoder layers,
+    they are the blocks of those lists of modules that are in no other list and hold
+    operators.
+
+    :param model: the model
+    :param operators: what is to be pruned
+    :param given: what the user gave to ``oneshot()``
+    :return: class or module names
+    :raises ValueError: if what was given matches nothing, or no layers are found
+    """
+    if given is not None:
+        targets = [given] if isinstance(given, str) else list(given)
+        if not dict(match_named_modules(model, targets)):
+            raise ValueError(
+                f"sequential_targets {targets} match no module of "
+                f"{type(model).__name__}: leave them out, or name the class of the "
+                "decoder layers"
+            )
+        return targets
+    named = []
+    if getattr(model, "_no_split_modules", None):
+        named = list(infer_sequential_targets(model))
+        if _share_inside(model, operators, named) >= 0.5:
+            return named
+    found = _classes_of_blocks(model)
+    if found and _share_inside(model, operators, found) > 0:
+        return found
+    if named and dict(match_named_modules(model, named)):
+        return named
+    raise ValueError(
+        f"no decoder layers are found in {type(model).__name__}, without which errors "
+        "cannot be corrected: name their class, oneshot(sequential_targets=['…'])"
+    )
+
+
+def _share_inside(
+    model: PreTrainedModel, operators: Sequence[Operator], targets: list[str]
+) -> float:
+    """Of the operators, how many lie within the modules that the targets match"""
+    prefixes = tuple(f"{name}." for name, _ in match_named_modules(model, targets))
+    inside = sum(operator.name.startswith(prefixes) for operator in operators)
+    return inside / len(operators)
+
+
+def _classes_of_blocks(model: PreTrainedModel) -> list[str]:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    }
+    outermost = [
+        module
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    ]
+    classes = {
+        type(block).__name__
+        for blocks in outermost
+        for block in blocks
+        if any(isinstance(one, torch.nn.Linear | Conv1D) for one in block.modules())
+    }
+    return sorted(classes - {"Linear", "Conv1D"})
 
 
 def group_by_layer(
@@ -56,7 +131,10 @@ def group_by_layer(
                 "FISTAPruningModifier needs whole decoder layers: leave "
                 "sequential_targets out, or name the decoder layer's class"
             )
-    layers = {name: DecoderLayer(name, module) for name, module in modules.items()}
+    layers = {
+        name: DecoderLayer(name, module, mask_name=mask_name(model, module))
+        for name, module in modules.items()
+    }
     lone = []
     for operator in operators:
         for name, layer in layers.items():
@@ -64,7 +142,10 @@ def group_by_layer(
                 layer.operators.append(operator)
                 break
         else:
-            lone.append(DecoderLayer(operator.name, operator.module, False, [operator]))
+            mask = mask_name(model, operator.module)
+            lone.append(
+                DecoderLayer(operator.name, operator.module, False, [operator], mask)
+            )
     return [*layers.values(), *lone]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.solver.drift import narrows
 from fista_modifier.solver.patterns import SparsityPattern
+
+SHOWN = 4
+"""how many operators a message names"""
 
 __all__ = [
     "Operator",
@@ -183,12 +187,38 @@ def find_operators(
                 )
             logger.warning(f"Pruning the output embedding '{name}', as targeted")
         operators.append(Operator(name, module))
+    operators = _without_shared(model, operators)
     if not operators:
         raise ValueError(
             f"targets {targets} minus ignore {ignore} leave no linear operator of "
             f"{type(model).__name__} to prune"
         )
     return operators
+
+
+def _without_shared(
+    model: PreTrainedModel, operators: list[Operator]
+) -> list[Operator]:
+    """
+    What runs at several places of a model has no one input, and to prune it for the
+    first would change the dense model behind it.
+    """
+    modules = Counter(id(one) for _, one in model.named_modules(remove_duplicate=False))
+    with disable_onloading():
+        weights = Counter(id(operator.module.weight) for operator in operators)
+        shared = [
+            operator
+            for operator in operators
+            if modules[id(operator.module)] > 1
+            or weights[id(operator.module.weight)] > 1
+        ]
+    if shared:
+        logger.warning(
+            f"{len(shared)} operators stay dense, as several layers share their "
+            f"weights: {', '.join(operator.name for operator in shared[:SHOWN])}"
+            + (" and others" if len(shared) > SHOWN else "")
+        )
+    return [operator for operator in operators if operator not in shared]
 
 
 def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
@@ -31,12 +30,17 @@ class Recording:
     its own is not kept. Where a block returns the output of an operator, the dense
     layer need not be replayed for that operator at all.
 
+    ``real_tokens`` has for each batch which tokens are not padding, None for all, and
+    ``tokens`` their number.
+
     Per token this holds a hidden state for the layer's input and one for its output,
     one for the output of each block and one for the input of each but the first.
 
     :param layer: the decoder layer, or a lone operator outside all of them
     :param operators: its operators
     :param storage: where tensors wait between the passes
+    :param padding: given the layer's hidden states in the batch that runs now, says
+        which of its tokens are real, None for all
     :param with_outputs: whether to record what the layer returns
     :param with_block_outputs: whether to record what its blocks return
     """
@@ -47,16 +51,21 @@ class Recording:
         operators: Sequence[Operator],
         storage: ActivationStorage = MAIN_MEMORY,
         *,
+        padding: Callable[[Tensor], Tensor | None] = lambda _: None,
         with_outputs: bool,
         with_block_outputs: bool = False,
     ) -> None:
         self.inputs = LayerInputs(layer, storage)
         self.outputs: list[Tensor] = []
+        self.real_tokens: list[Tensor | None] = []
+        self.tokens = 0
+        self._padding = padding
         self._with_outputs = with_outputs
         blocks = blocks_of(layer, operators)
-        self._blocks = {
-            block: LayerInputs(block, storage) for block in list(blocks)[1:]
-        }
+        self._blocks = {block: LayerInputs(block, storage) for block in blocks}
+        # which runs first, and whether the layer has only just been entered
+        self._first: torch.nn.Module | None = None
+        self._entered = False
         self._block_outputs: dict[torch.nn.Module, list[Tensor]] = {
             block: []
             for block, inside in blocks.items()
@@ -69,14 +78,35 @@ class Recording:
         :return: module, hook and kind of hook for all that is to be recorded; those
             before a forward take keyword arguments
         """
-        for inputs in (self.inputs, *self._blocks.values()):
-            yield inputs.layer, inputs.remember, "forward_pre"
+        yield self.inputs.layer, self._remember, "forward_pre"
+        for block in self._blocks:
+            yield block, self._remember_block, "forward_pre"
         for block, outputs in self._block_outputs.items():
             yield block, self._append_to(outputs, copied=True), "forward"
         if self._with_outputs:
             yield self.inputs.layer, self._append_to(self.outputs), "forward"
         elif self._storage.folder is not None:
             yield self.inputs.layer, self._move_to_disk, "forward"
+
+    def _remember(
+        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        hidden_states = self.inputs.append(args, kwargs)
+        real = self._padding(hidden_states)
+        self.real_tokens.append(real)
+        all_tokens = hidden_states.shape[-3:-1].numel()
+        self.tokens += all_tokens if real is None else int(real.sum())
+        self._entered = True
+
+    def _remember_block(
+        self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The order of execution need not be that in which blocks are registered."""
+        if self._entered and self._first is None:
+            self._first = block
+        self._entered = False
+        if block is not self._first:
+            self._blocks[block].append(args, kwargs)
 
     def _append_to(
         self, outputs: list[Tensor], *, copied: bool = False
@@ -93,11 +123,6 @@ class Recording:
         """The toolkit keeps this for the next layer, and finds it there."""
         self._storage.keep(first_tensor(output))
 
-    @cached_property
-    def real_tokens(self) -> list[Tensor | None]:
-        """of each batch, what is not padding; to be asked when all are recorded"""
-        return [call.real_tokens() for call in self.inputs]
-
     def gathered(self, ranks: Ranks, to: int) -> Recording:
         """
         :param ranks: that each recorded the same layer, with batches of their own
@@ -108,11 +133,12 @@ class Recording:
         if ranks.size == 1:
             return self
         whole = copy(self)
-        whole.__dict__.pop("real_tokens", None)  # those of this rank's batches
         whole.inputs = self.inputs.gathered(ranks, to)
         whole._blocks = {
             block: inputs.gathered(ranks, to) for block, inputs in self._blocks.items()
         }
+        parts = ranks.gather(self.real_tokens, to)
+        whole.real_tokens = self.real_tokens if parts is None else list(chain(*parts))
         whole.outputs = _gathered(self.outputs, ranks, to)
         whole._block_outputs = {
             block: _gathered(outputs, ranks, to)

@@ -78,11 +78,16 @@ class LayerInputs:
         """Forget all calls."""
         self._calls = self._storage.cache()
 
-    def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember one call of the layer, by what its forward names the arguments."""
+    def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """
+        Remember one call of the layer, by what its forward names the arguments.
+
+        :return: its hidden states
+        """
         call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
         values = {"args": call.args, "kwargs": call.kwargs}
         self._storage.append(self._calls, values)
+        return first_tensor(call.args)
 
     def remember(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -177,26 +182,10 @@ class LayerCall:
         """the layer's input, batch×sequence×features"""
         return first_tensor(self.args)
 
-    def real_tokens(self) -> Tensor | None:
-        """
-        Which tokens are not padding. Of the mask that transformers builds for attention
-        (batch×1×query×key, additive or boolean): a token may attend to itself exactly
-        if it is not padding, whatever the side of the padding and the width of a
-        sliding window. Layers without attention are given batch×sequence, nonzero at
-        real tokens.
-
-        :return: bool batch×sequence, or None for a layer that takes no such mask
-        """
-        signature = inspect.signature(self.layer.forward)
-        arguments = signature.bind(*self.args, **self.kwargs).arguments
-        mask = arguments.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-            return None
-        if mask.ndim == 2:
-            return mask.bool()
-        own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        real = own if own.dtype == torch.bool else own == 0
-        return real.expand(self.hidden_states.shape[0], -1)
+    @property
+    def tokens(self) -> int:
+        """padding included; one that has several hidden states counts once"""
+        return self.hidden_states.shape[-3:-1].numel()
 
 
 class _Stop(Exception):
@@ -256,6 +245,8 @@ def real_rows(value: Tensor, real: Tensor | None) -> Tensor:
         ignored for a module that is not given the whole batch (an expert)
     :return: real tokens × features
     """
+    if real is not None and value.shape[-3:-1] == real.shape:
+        value = value[..., real.to(value.device), :]
     flat = value.reshape(-1, value.shape[-1])
     if real is None or real.numel() != flat.shape[0]:
         return flat

@@ -18,7 +18,7 @@ from fista_modifier.calibration.operators import Operator, blocks_of, trainable
 from fista_modifier.calibration.replay import LayerCall, first_tensor
 from fista_modifier.distributed import Ranks
 
-__all__ = ["Stage", "agreed", "find_stages", "waves"]
+__all__ = ["Stage", "agreed", "find_stages", "used_without_a_call", "waves"]
 
 
 @dataclass
@@ -94,17 +94,17 @@ def agreed(
     """
     if ranks.size == 1:
         return list(stages)
-    by_name = {operator.name: operator for operator in operators}
+    left = {operator.name: operator for operator in operators}
     described = [
         ([operator.name for operator in stage.operators], replace(stage, operators=[]))
         for stage in stages
     ]
-    agreed: list[Stage] = []
+    common: list[Stage] = []
     for names, stage in chain(*ranks.all(described)):
-        new = [by_name.pop(name) for name in names if name in by_name]
+        new = [left.pop(name) for name in names if name in left]
         if new:
-            agreed.append(replace(stage, operators=new))
-    return agreed
+            common.append(replace(stage, operators=new))
+    return common
 
 
 @dataclass
@@ -156,7 +156,8 @@ def _watch(
             hooks.enter_context(record_returned(block))
         output = call.run()
 
-    tokens = call.hidden_states.shape[:-1].numel()
+    # a layer may be given several hidden states of each token
+    all_tokens = {call.tokens, call.hidden_states.shape[:-1].numel()}
     stages: list[Stage] = []
     wave_of: dict[Operator, int] = {}
     for operator, seen in inputs.items():  # in the order of execution
@@ -166,9 +167,14 @@ def _watch(
                 break
         else:
             stage = Stage([operator], len(seen.tensors))
-            stage.routed = seen.tensors[0].shape[:-1].numel() != tokens
+            stage.routed = seen.tensors[0].shape[:-1].numel() not in all_tokens
             if output.requires_grad:
-                before = (wave_of[source] for source in _sources(seen, operators))
+                # what is called again later depends on operators that come after it
+                before = (
+                    wave_of[source]
+                    for source in sources(seen.origins, operators)
+                    if source in wave_of
+                )
                 stage.wave = 1 + max(before, default=-1)
             else:  # a layer that keeps autograd out: one stage after the other
                 stage.wave = len(stages)
@@ -182,10 +188,39 @@ def _watch(
     return [stage for stage in stages if stage.operators]
 
 
-def _sources(seen: _Seen, operators: Sequence[Operator]) -> Iterator[Operator]:
-    """The operators whose output an input depends on."""
+def used_without_a_call(
+    operators: Sequence[Operator], call: LayerCall
+) -> list[Operator]:
+    """
+    :param operators: that are given no token when the layer runs
+    :param call: a batch of the layer
+    :return: those that are not called, but whose weights another module reads
+    """
+    called: set[torch.nn.Module] = set()
+    with ExitStack() as hooks:
+        hooks.enter_context(trainable(call.layer, operators))
+        hooks.enter_context(torch.enable_grad())
+        for operator in operators:
+            hooks.enter_context(
+                operator.module.register_forward_pre_hook(
+                    lambda module, _args: called.add(module)
+                )
+            )
+        output = call.run()
+    found = set(sources([output.grad_fn], operators))
+    return [one for one in operators if one in found and one.module not in called]
+
+
+def sources(
+    origins: Iterable[Node | None], operators: Sequence[Operator]
+) -> Iterator[Operator]:
+    """
+    :param origins: what autograd says some tensors were computed by
+    :param operators: of the layer
+    :return: those whose weights they depend on
+    """
     of_weight = {id(operator.module.weight): operator for operator in operators}
-    nodes = [origin for origin in seen.origins if origin is not None]
+    nodes = [origin for origin in origins if origin is not None]
     visited = set(nodes)
     while nodes:
         node = nodes.pop()

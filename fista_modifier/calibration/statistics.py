@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from compressed_tensors.offload import get_execution_device
+from loguru import logger
 from torch import Tensor
 
 from fista_modifier.calibration.operators import Operator, replaced_weights
@@ -37,7 +39,8 @@ def wave_statistics(
     Sum the Gram matrices of stages over all batches, padding left out. Each batch is
     run through the layer, or the block that the stages are in, as far as the stages:
     with what has been pruned so far for X*, and, where that can make a difference and
-    the outputs do not tell as much, with dense weights for X.
+    the outputs do not tell as much, with dense weights for X. Where other tokens reach
+    an operator in the partly pruned layer, as behind a router, X* is X.
 
     :param wave: stages none of which disturbs the input of another
     :param dense_inputs: the layer's or block's inputs in the dense model
@@ -53,6 +56,50 @@ def wave_statistics(
     :return: statistics of each stage, on the device that executes it
     :raises ValueError: if an activation is NaN or infinite, naming the operators
     """
+    accumulate = partial(
+        _accumulated,
+        wave,
+        dense_inputs,
+        real_tokens=real_tokens,
+        on_batch=on_batch,
+        offload=offload,
+    )
+    problem: str | None = None
+    try:
+        gathered = accumulate(pruned_inputs, pruned, dense_outputs=dense_outputs)
+    except _OtherTokens as error:
+        problem = str(error)
+    problems = [found for found in ranks.all(problem) if found]
+    if problems:
+        logger.warning(f"{problems[0]}: X* = X for it and what is pruned beside it")
+        gathered = accumulate(dense_inputs, {})
+    for stage, statistics in zip(wave, gathered, strict=True):
+        _sum(statistics, ranks)
+        if not statistics.is_finite():
+            raise ValueError(
+                f"the input of {_names(stage)} contains NaN or infinity; load the "
+                "model in bfloat16 or float32, or look for broken weights in the "
+                "layers before it"
+            )
+    return gathered
+
+
+class _OtherTokens(Exception):
+    """Says which operator is given others."""
+
+
+def _accumulated(
+    wave: Sequence[Stage],
+    dense_inputs: LayerInputs,
+    pruned_inputs: LayerInputs,
+    pruned: dict[Operator, Tensor],
+    *,
+    real_tokens: Sequence[Tensor | None],
+    dense_outputs: Sequence[Tensor] | None = None,
+    on_batch: Callable[[], object],
+    offload: bool,
+) -> list[GramStatistics]:
+    """Those of this rank's batches"""
     gathered = [_empty(stage, offload) for stage in wave]
     inside = set(dense_inputs.layer.modules())
     disturbed = any(operator.module in inside for operator in pruned)
@@ -75,14 +122,6 @@ def wave_statistics(
                 _check_same_tokens(stage, tokens, before)
                 statistics.accumulate(tokens, before)
         on_batch()
-    for stage, statistics in zip(wave, gathered, strict=True):
-        _sum(statistics, ranks)
-        if not statistics.is_finite():
-            raise ValueError(
-                f"the input of {_names(stage)} contains NaN or infinity; load the "
-                "model in bfloat16 or float32, or look for broken weights in the "
-                "layers before it"
-            )
     return gathered
 
 
@@ -122,10 +161,9 @@ def _without_bias(stage: Stage, outputs: Tensor) -> Tensor:
 
 def _check_same_tokens(stage: Stage, pruned: Tensor, dense: Tensor) -> None:
     if len(pruned) != len(dense):
-        raise ValueError(
+        raise _OtherTokens(
             f"{_names(stage)}: {dense.shape[0]} tokens reach the operator in the dense "
-            f"layer and {pruned.shape[0]} in the partly pruned one; use "
-            "error_correction: none for a layer that routes its tokens like this"
+            f"layer and {pruned.shape[0]} in the partly pruned one"
         )
 
 

@@ -1,0 +1,139 @@
+"""The user's calibration batches in the order in which a pipeline runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import active_session
+from llmcompressor.pipelines.cache import IntermediatesCache
+from loguru import logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["CalibrationBatches", "MaskName", "mask_name"]
+
+MaskName = Literal["attention_mask", "decoder_attention_mask"]
+
+FirstBatch = Callable[[dict[str, Any]], object]
+
+
+class CalibrationBatches:
+    """
+    What the user's data say about each batch. A family's own masks are not asked: some
+    are True where a token is hidden, and others carry positions.
+    """
+
+    def __init__(self) -> None:
+        self._masks: list[dict[str, Tensor]] = []
+        self._sizes: list[int] = []
+        self._warned: set[MaskName] = set()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @contextmanager
+    def watched(self, on_first: FirstBatch) -> Iterator[None]:
+        """
+        Look at the batches as the sequential pipeline loads them, once and in its
+        order: each walk through a data loader may shuffle anew.
+
+        :param on_first: called with the first batch, ready to be run
+        """
+        load = IntermediatesCache.from_dataloader
+
+        def loaded(*args: Any, **kwargs: Any) -> IntermediatesCache:
+            cache = load(*args, **kwargs)
+            for number, batch in enumerate(cache.batch_intermediates):
+                masks = [name for name in batch if name.endswith("attention_mask")]
+                self.add(cache.fetch(number, ["input_ids", *masks]))
+            if cache.batch_intermediates:
+                on_first(cache.fetch(0))
+            return cache
+
+        with patch_attr(IntermediatesCache, "from_dataloader", loaded):
+            yield
+
+    def on_model_call(
+        self, _model: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A forward pre-hook of the model, for pipelines that call it as a whole."""
+        self.add(kwargs)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """
+        :param batch: the next one, arguments of the model by their names
+        """
+        masks = {
+            name: value.bool().cpu()
+            for name, value in batch.items()
+            if name.endswith("attention_mask")
+            and isinstance(value, Tensor)
+            and value.ndim == 2
+        }
+        self._masks.append(masks)
+        tokens = batch.get("input_ids")
+        if "attention_mask" in masks:
+            self._sizes.append(int(masks["attention_mask"].sum()))
+        else:
+            self._sizes.append(tokens.numel() if isinstance(tokens, Tensor) else 0)
+
+    @property
+    def tokens(self) -> int:
+        """of all batches, padding left out; 0 if they are no tokens"""
+        return sum(self._sizes)
+
+    def real_tokens(
+        self, mask_name: MaskName | None, hidden_states: Tensor
+    ) -> Tensor | None:
+        """
+        :param mask_name: of the mask that goes with a layer's input, if any does
+        :param hidden_states: the layer's input in the batch that runs now
+        :return: bool batch×sequence, what of it is not padding; None if all is
+        """
+        batch = active_session().state.current_batch_idx
+        if mask_name is None or not 0 <= batch < len(self._masks):
+            return None
+        real: Tensor | None = self._masks[batch].get(mask_name)
+        if real is None or bool(real.all()):
+            return None
+        flat = hidden_states.ndim == 2 and len(hidden_states) == real.numel()
+        if flat or hidden_states.shape[-3:-1] == real.shape:
+            return real
+        if mask_name not in self._warned:
+            self._warned.add(mask_name)
+            logger.warning(
+                f"A layer is called with hidden states of shape "
+                f"{tuple(hidden_states.shape)}, to which the data's {mask_name} of "
+                f"shape {tuple(real.shape)} does not belong: its padding counts like "
+                "tokens. Calibrate with batch_size 1 to have none"
+            )
+        return None
+
+
+def mask_name(model: PreTrainedModel, layer: torch.nn.Module) -> MaskName | None:
+    """
+    :param model: the model
+    :param layer: a layer of it
+    :return: which of the batch's masks says what is padding in the layer's input; None
+        where that is no text, as in a vision tower
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        if layer in set(model.get_decoder().modules()):
+            return "decoder_attention_mask"
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and layer in set(module.modules())
+    ]
+    return "attention_mask" if _embeds_tokens(around[-1]) else None
+
+
+def _embeds_tokens(model: PreTrainedModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+    except (NotImplementedError, AttributeError):
+        return False

@@ -1,0 +1,178 @@
+"""One batch through the model itself, to hold the pipeline's runs against."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import context as moe
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.layers import DecoderLayer
+from fista_modifier.calibration.replay import LayerCall
+
+__all__ = ["ReferenceRun"]
+
+ROWS = 32
+"""tokens whose outputs are kept of each part of a layer"""
+TOLERANCE = {4: 1e-2, 2: 0.25}
+"""by bytes of the dtype: what rounding may add up to over the layers of a model"""
+
+
+class _Outputs(NamedTuple):
+    """
+    Of one module.
+
+    :param size: number of tokens, padding included
+    :param chosen: those that are kept, evenly spread over batch and sequence
+    :param rows: what was put out for them, float32 on the CPU
+    """
+
+    size: int
+    chosen: Tensor
+    rows: Tensor
+
+
+class ReferenceRun:
+    """
+    The toolkit's sequential pipeline runs a trace of the model, which may leave out a
+    mask or compute it otherwise. What the parts of each layer put out for the first
+    batch is therefore recorded from the model itself, for a few tokens, and compared.
+
+    :param model: the model being calibrated
+    :param layers: its decoder layers
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> None:
+        self._model = model
+        self._layers = [layer for layer in layers if layer.in_sequence]
+        self._outputs: dict[DecoderLayer, dict[torch.nn.Module, _Outputs]] = {}
+        self._calls: Counter[DecoderLayer] = Counter()
+        self._done = False
+
+    def run(self, batch: dict[str, Any]) -> None:
+        """
+        :param batch: arguments of the model by their names; others are left out
+        """
+        taken = inspect.signature(self._model.forward).parameters
+        arguments = {name: value for name, value in batch.items() if name in taken}
+        if "use_cache" in taken:
+            arguments["use_cache"] = False
+        with ExitStack() as stack:
+            stack.enter_context(HooksMixin.disable_hooks())
+            stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
+            for layer in self._layers:
+                stack.enter_context(
+                    layer.module.register_forward_pre_hook(self._counter(layer))
+                )
+                for child in layer.module.children():
+                    stack.enter_context(
+                        child.register_forward_hook(self._recorder(layer))
+                    )
+            head = self._model.get_output_embeddings()
+            if head is not None:  # the toolkit keeps it without weights
+                stack.enter_context(head.register_forward_pre_hook(_stop))
+            stack.enter_context(suppress(_Stop))
+            stack.enter_context(torch.no_grad())
+            self._model(**arguments)
+        self._done = True
+
+    def calls(self, layer: DecoderLayer) -> int | None:
+        """
+        :param layer: a decoder layer
+        :return: how often the model calls it for one batch; None if that is not known
+        """
+        return self._calls[layer] if self._done else None
+
+    def check(self, layer: DecoderLayer, first: LayerCall, real: Tensor | None) -> None:
+        """
+        :param layer: a decoder layer
+        :param first: its first batch in the pipeline
+        :param real: which tokens of it are not padding, None for all
+        :raises RuntimeError: if a part of the layer puts out something else there
+        """
+        expected = self._outputs.get(layer)
+        if not expected:
+            return
+        seen: dict[torch.nn.Module, _Outputs] = {}
+        with ExitStack() as stack:
+            for child in expected:
+                stack.enter_context(child.register_forward_hook(_into(seen)))
+            first.run()
+        tolerance = TOLERANCE[4 if first.hidden_states.element_size() >= 4 else 2]
+        for child, outputs in expected.items():
+            error = _difference(seen.get(child), outputs, real)
+            if not error <= tolerance:
+                raise RuntimeError(
+                    f"{layer.name} ({type(child).__name__}) computes something else in "
+                    "the calibration pipeline than in the model itself (relative "
+                    f"difference {error:.2g}): the toolkit's trace of "
+                    f"{type(self._model).__name__} is not faithful. Use "
+                    "pipeline='basic', and report this model family"
+                )
+
+    def _counter(self, layer: DecoderLayer) -> Any:
+        def count(_module: torch.nn.Module, _args: Any) -> None:
+            self._calls[layer] += 1
+
+        return count
+
+    def _recorder(self, layer: DecoderLayer) -> Any:
+        record = _into(self._outputs.setdefault(layer, {}))
+
+        def once(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if self._calls[layer] == 1:
+                record(module, args, output)
+
+        return once
+
+
+def _into(seen: dict[torch.nn.Module, _Outputs]) -> Any:
+    """A hook that keeps the first output of a module for some tokens."""
+
+    def record(module: torch.nn.Module, _args: Any, output: Any) -> None:
+        outputs = _outputs(output)
+        if outputs is not None and module not in seen:
+            seen[module] = outputs
+
+    return record
+
+
+def _outputs(output: Any) -> _Outputs | None:
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].ndim < 2 or not tensors[0].is_floating_point():
+        return None
+    flat = tensors[0].flatten(0, -2)
+    chosen = torch.linspace(0, len(flat) - 1, min(ROWS, len(flat))).long()
+    return _Outputs(len(flat), chosen, flat[chosen.to(flat.device)].float().cpu())
+
+
+def _difference(one: _Outputs | None, other: _Outputs, real: Tensor | None) -> float:
+    """The median over tokens of the relative difference; it forgives other experts"""
+    if one is None or one.rows.shape != other.rows.shape:
+        return float("inf")
+    norms = other.rows.norm(dim=-1)
+    # infinities of the model itself are named when its inputs are summed
+    counted = (norms > 0) & norms.isfinite()
+    if real is not None and real.numel() == other.size:
+        counted &= real.flatten()[other.chosen]
+    if not bool(counted.any()):
+        return 0.0
+    ratios = (one.rows - other.rows).norm(dim=-1) / norms
+    return float(ratios[counted].median())
+
+
+def _stop(_module: torch.nn.Module, _args: Any) -> None:
+    raise _Stop
+
+
+class _Stop(Exception):
+    """Ends a run before the output embedding."""
