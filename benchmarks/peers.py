@@ -60,7 +60,11 @@ class ALPS(StageSolver):
         return partial(self._supported, values, vectors)
 
     def _supported(
-        self, values: Tensor, vectors: Tensor, objective: LayerObjective
+        self,
+        values: Tensor,
+        vectors: Tensor,
+        objective: LayerObjective,
+        _pattern: SparsityPattern,
     ) -> Tensor:
         penalty = self.FIRST_PENALTY
         sparse = objective.weight
@@ -116,7 +120,9 @@ class Boza(StageSolver):
     def _starter(self) -> Starter:
         return partial(self._pruned, self._quadratic.resolvent(1.0))
 
-    def _pruned(self, resolvent: Tensor, objective: LayerObjective) -> Tensor:
+    def _pruned(
+        self, resolvent: Tensor, objective: LayerObjective, _pattern: SparsityPattern
+    ) -> Tensor:
         weight = objective.weight
         multiplier = torch.zeros_like(weight)
         for step in range(1, self.STEPS + 1):

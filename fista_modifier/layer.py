@@ -220,7 +220,11 @@ def prune_layer(
                 f"No calibration token reaches {operator.name}: pruned by magnitude"
             )
             no_data = GramStatistics.empty(operator.weight.shape[1])
-            by_magnitude = replace(PAPER, start="magnitude")
+            by_magnitude = replace(
+                PAPER,
+                start="magnitude",
+                preserve_sparsity_mask=options.preserve_sparsity_mask,
+            )
             solution = prune_weight(operator.weight, no_data, pattern, by_magnitude)
             add(operator, solution, _result(operator, pattern, solution, 0, 0.0))
     outcome = None

@@ -20,13 +20,21 @@ from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import traced_with_masks, traces_forgotten
+from fista_modifier.calibration.coverage import (
+    share_of_weights,
+    warn_of_other_weights,
+)
 from fista_modifier.calibration.layers import (
     DecoderLayer,
     chosen_layers,
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.calibration.operators import check_prunable, find_operators
+from fista_modifier.calibration.operators import (
+    check_prunable,
+    find_operators,
+    warn_of_zeros,
+)
 from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks
@@ -109,6 +117,8 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         time again: "full" error correction and two epochs of reconstruction. "fast"
         ends with ADMM and its refit, of less damping, and trains no layer. "paper" is
         Algorithm 1 as published
+    :param preserve_sparsity_mask: whether zeros of a model that is sparse already stay
+        zero (the pattern then holds within them); otherwise they may get values again
     :param error_correction: "none", "intra" or "full", see above
     :param warm_start: W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"
     :param admm_steps: steps of an "admm" warm start
@@ -155,6 +165,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     targets: str | list[str] = ["Linear"]
     ignore: list[str] = Field(default_factory=list)
     preset: Preset = "default"
+    preserve_sparsity_mask: bool = False
     error_correction: ErrorCorrection | None = None
     warm_start: WarmStart | None = None
     admm_steps: int | None = Field(default=None, ge=1)
@@ -235,6 +246,14 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         return dict(self._schedule.reconstructions) if self._schedule else {}
 
     @property
+    def share_of_weights(self) -> float:
+        """of the decoder layers' matrices, what the pruned operators hold"""
+        if self._schedule is None:
+            return 0.0
+        names = [result.name for result in self.results]
+        return share_of_weights(self._schedule.layers, names)
+
+    @property
     def unfinished(self) -> list[str]:
         """names of layers that are left to other runs: see ``layers``"""
         return self._schedule.unfinished if self._schedule else []
@@ -259,9 +278,12 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         operators = find_operators(model, targets, self.ignore)
         for operator in operators:
             check_prunable(operator, self._method.pattern)
+        if not self.preserve_sparsity_mask:
+            warn_of_zeros(operators)
         given = kwargs.get("sequential_targets")
         layer_types = layer_targets(model, operators, given)
         layers = group_by_layer(model, operators, layer_types)
+        warn_of_other_weights(layers)
         self._schedule = Schedule(
             model,
             layers,
@@ -334,8 +356,10 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             describe_on_save(state.model, report)
             error = fmean(result.relative_error for result in results)
             logger.info(
-                f"Pruned {len(results)} operators to {self._method.pattern}; mean of "
-                f"‖W*X* − WX‖ / ‖WX‖ as the solver left them: {error:.4f}"
+                f"Pruned {len(results)} operators to {self._method.pattern}, which "
+                f"hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
+                f"weights; mean of ‖W*X* − WX‖ / ‖WX‖ as the solver left them: "
+                f"{error:.4f}"
             )
         self.remove_hooks()
         self._contexts.close()

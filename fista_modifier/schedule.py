@@ -86,7 +86,7 @@ class Schedule:
         self.results: list[OperatorResult] = []
         self.reconstructions: dict[str, ReconstructionResult] = {}
         self._model = model
-        self._layers = layers
+        self.layers = layers
         self._method = method
         self._disk = finished
         self._ranks = ranks
@@ -115,7 +115,7 @@ class Schedule:
         pruned = {result.name for result in self.results}
         return [
             layer.name
-            for layer in self._layers
+            for layer in self.layers
             if layer not in self._open
             and any(operator.name not in pruned for operator in layer.operators)
         ]
@@ -131,13 +131,13 @@ class Schedule:
         if self._disk is not None or self._ranks.size > 1:
             self._data = CallDigest()
             embedding = self._model.get_input_embeddings()
-            yield self._layers[0], (embedding, self._data.add, "forward_pre")
+            yield self.layers[0], (embedding, self._data.add, "forward_pre")
         self._progress = RunProgress(-(-len(self._open) // self._by_layers.size))
         yield (
-            self._layers[-1],
+            self.layers[-1],
             (self._model, self._batches.on_model_call, "forward_pre"),
         )
-        for layer in self._layers:
+        for layer in self.layers:
             if layer in self._open or self._stream:
                 layer.recording = Recording(
                     layer.module,
@@ -153,7 +153,7 @@ class Schedule:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The context of the calibration epoch."""
-        masks = {layer.module: layer.mask_name for layer in self._layers}
+        masks = {layer.module: layer.mask_name for layer in self.layers}
 
         def padding(layer: torch.nn.Module, hidden_states: Tensor) -> Tensor | None:
             return self._batches.real_tokens(masks[layer], hidden_states)
@@ -162,7 +162,7 @@ class Schedule:
             with self._attention.suspended():
                 self._reference.run(batch)
 
-        in_sequence = [layer.module for layer in self._layers if layer.in_sequence]
+        in_sequence = [layer.module for layer in self.layers if layer.in_sequence]
         with (
             self._batches.watched(run_plainly),
             self._attention.in_passes(in_sequence, padding),
@@ -170,9 +170,9 @@ class Schedule:
             yield
 
     def _look_on_disk(self, disk: FinishedLayers) -> None:
-        found = [layer.name for layer in self._layers if layer in disk]
+        found = [layer.name for layer in self.layers if layer in disk]
         found = self._ranks.all(found)[0]  # files may appear while the ranks look
-        self._on_disk = {layer for layer in self._layers if layer.name in found}
+        self._on_disk = {layer for layer in self.layers if layer.name in found}
         self._open -= self._on_disk
         if self._on_disk:
             logger.info(f"Resuming: {len(self._on_disk)} layers are in {disk.folder}")
@@ -188,7 +188,7 @@ class Schedule:
         self.store()
         here = set(modules)
         with calibration_runs(self._model):
-            for layer in self._layers:
+            for layer in self.layers:
                 if layer.module in here:
                     self._leave(layer)
 
@@ -325,8 +325,12 @@ class Schedule:
 
     def finish(self) -> None:
         """To be called when the pipeline has run all of the model."""
-        if self._due:
-            with calibration_runs(self._model):
+        with calibration_runs(self._model):
+            for layer in self.layers:
+                # what the pipeline runs within a function of its own is no part of it
+                if layer in self._open and all(self._ranks.all(_has_run(layer))):
+                    self._leave(layer)
+            if self._due:
                 self._prune_due()
         self.store()
         if self._open:  # such as the vision tower of a model that was given text
@@ -362,3 +366,7 @@ class Schedule:
     @property
     def _corrects_errors(self) -> bool:
         return self._method.procedure.error_correction != "none"
+
+
+def _has_run(layer: DecoderLayer) -> bool:
+    return layer.recording is not None and len(layer.recording.inputs) > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from fista_modifier.solver.drift import narrows
 from fista_modifier.solver.patterns import SparsityPattern
 
+LOOKED_AT = 8
+"""operators whose zeros are counted"""
+ZEROS = 0.05
+"""a share of zeros that no dense operator has"""
 SHOWN = 4
 """how many operators a message names"""
 
@@ -32,6 +36,7 @@ __all__ = [
     "find_operators",
     "replaced_weights",
     "trainable",
+    "warn_of_zeros",
 ]
 
 
@@ -231,11 +236,14 @@ def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
 def _is_router(model: PreTrainedModel, name: str) -> bool:
     """
     Whether it gives each expert beside it a score, or all of them together one; or
-    does so within a router that is beside the experts.
+    does so within a router that is beside the experts, or is a module called so.
     """
     module = model.get_submodule(name)
     parent, _, _ = name.rpartition(".")
     grandparent, _, _ = parent.rpartition(".")
+    block = type(model.get_submodule(parent)).__name__.lower()
+    if "router" in block or "gating" in block:
+        return True
     counts = {
         # a linearised mixture has its activation function in the list
         getattr(child, "num_experts", len(child))
@@ -278,4 +286,24 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         raise ValueError(
             f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
             "is damaged, or it was loaded in a dtype that cannot hold it"
+        )
+
+
+def warn_of_zeros(operators: Sequence[Operator]) -> None:
+    """
+    Say what becomes of the zeros of a model that is sparse already.
+
+    :param operators: about to be pruned; a few are looked at, as each may be on a disk
+    """
+    every = max(len(operators) // LOOKED_AT, 1)
+    zeros = {
+        operator.name: float((operator.weight == 0).float().mean())
+        for operator in operators[::every]
+    }
+    name, share = max(zeros.items(), key=lambda one: one[1])
+    if share > ZEROS:
+        logger.warning(
+            f"The model is sparse already ({100 * share:.0f} % of {name} are zeros), "
+            "and zeros may get values again: set preserve_sparsity_mask: true to keep "
+            "them"
         )

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NofM", "SparsityPattern", "Unstructured", "parse_pattern", "pattern_of"]
+__all__ = [
+    "NofM",
+    "SparsityPattern",
+    "Unstructured",
+    "Within",
+    "parse_pattern",
+    "pattern_of",
+]
 
 
 class SparsityPattern(Protocol):
@@ -147,6 +154,38 @@ class NofM:
     def holds(self, weight: Tensor) -> bool:
         groups = weight.reshape(weight.shape[0], -1, self.m)
         return bool(((groups != 0).sum(-1) <= self.n).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Within:
+    """
+    A pattern on the support of a weight that is sparse already: its zeros stay.
+
+    :param pattern: sparsity asked for
+    :param allowed: bool m×n, the entries that may be non-zero
+    """
+
+    pattern: SparsityPattern
+    allowed: Tensor
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+    @property
+    def sparsity(self) -> float:
+        return self.pattern.sparsity
+
+    def check_columns(self, columns: int) -> None:
+        self.pattern.check_columns(columns)
+
+    def support(self, scores: Tensor) -> Tensor:
+        allowed = self.allowed.to(scores.device)
+        chosen = self.pattern.support(torch.where(allowed, scores, -torch.inf))
+        return chosen & allowed
+
+    def holds(self, weight: Tensor) -> bool:
+        outside = weight[~self.allowed.to(weight.device)]
+        return self.pattern.holds(weight) and not bool(outside.any())
 
 
 def pattern_of(text: str) -> SparsityPattern:

@@ -14,7 +14,7 @@ from fista_modifier.solver.admm import ADMM
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
-from fista_modifier.solver.patterns import SparsityPattern
+from fista_modifier.solver.patterns import SparsityPattern, Within
 from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import fill_support, refit_
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
@@ -23,7 +23,7 @@ from fista_modifier.solver.warm_start import OneShot, warm_start
 WarmStart = Literal["dense", OneShot, "admm"]
 """W₀*: a one-shot method, the dense weights, or the ADMM of this package"""
 
-Starter = Callable[[LayerObjective], Tensor]
+Starter = Callable[[LayerObjective, SparsityPattern], Tensor]
 """finds W₀* for an operator, in scaled columns; the dense weights lack the pattern"""
 
 REFIT_TOLERANCE = 1e-3
@@ -67,6 +67,8 @@ class SolverOptions:
         of :attr:`~fista_modifier.solver.gram.GramStatistics.typical_power`, and of a
         SparseGPT warm start, as a fraction of the mean of diag(G)
     :param block_size: columns that a SparseGPT warm start prunes at once
+    :param preserve_sparsity_mask: whether zeros of W stay zero, as of a model that is
+        sparse already; otherwise the pattern is found anew, and they may get values
     """
 
     lambda_init: float = 0.03
@@ -81,6 +83,7 @@ class SolverOptions:
     refit: bool = True
     dampening_frac: float = 0.45
     block_size: int = 128
+    preserve_sparsity_mask: bool = False
 
 
 FAST = SolverOptions(patience=0, dampening_frac=0.15)
@@ -236,8 +239,9 @@ class StageSolver:
         objective = LayerObjective(
             self._scaled(weight.to(self._device, torch.float32)), self._quadratic
         )
-        start = starters.pop()(objective)
-        support = self.pattern.support(start.abs())
+        pattern = self._pattern_of(weight)
+        start = starters.pop()(objective, pattern)
+        support = pattern.support(start.abs())
         best = self._cast(start * support, weight.dtype)
         del start
         start_error = best_error = objective.error(best)
@@ -250,9 +254,11 @@ class StageSolver:
         # FISTA starts from dense weights as they are, though only their rounding counts
         iterate = objective.weight if self.options.start == "dense" else best
         best, best_error, trials = self._search(
-            objective, best, best_error, iterate, weight.dtype
+            objective, pattern, best, best_error, iterate, weight.dtype
         )
-        best, best_error = self._filled(objective, best, best_error, weight.dtype)
+        best, best_error = self._filled(
+            objective, pattern, best, best_error, weight.dtype
+        )
         return PrunedWeight(
             weight=self._unscaled(best).add(0.0).to(weight),  # and no zero is negative
             error=best_error,
@@ -261,9 +267,16 @@ class StageSolver:
             trials=trials,
         )
 
+    def _pattern_of(self, weight: Tensor) -> SparsityPattern:
+        if not self.options.preserve_sparsity_mask:
+            return self.pattern
+        allowed = weight != 0
+        return self.pattern if bool(allowed.all()) else Within(self.pattern, allowed)
+
     def _filled(
         self,
         objective: LayerObjective,
+        pattern: SparsityPattern,
         best: Tensor,
         best_error: float,
         dtype: torch.dtype,
@@ -273,7 +286,7 @@ class StageSolver:
         undamped = LayerObjective(
             objective.weight, Quadratic(self._quadratic.statistics)
         )
-        filled = fill_support(undamped, best, self.pattern)
+        filled = fill_support(undamped, best, pattern)
         if filled is best:
             return best, best_error
         filled = self._cast(filled, dtype)
@@ -286,6 +299,7 @@ class StageSolver:
     def _search(
         self,
         objective: LayerObjective,
+        pattern: SparsityPattern,
         best: Tensor,
         best_error: float,
         iterate: Tensor,
@@ -301,7 +315,9 @@ class StageSolver:
             penalty = search.value
             solution = fista(objective, penalty * unit, iterate, options.max_iterations)
             unrounded_error = objective.error(solution.weight)
-            candidate = self._feasible_(objective, solution.weight, best_error, dtype)
+            candidate = self._feasible_(
+                objective, pattern, solution.weight, best_error, dtype
+            )
             error = objective.error(candidate)
             improvement = (best_error - error) / best_error if best_error else 0.0
             if improvement > 0:
@@ -320,14 +336,18 @@ class StageSolver:
     def _starter(self) -> Starter:
         kind = self.options.start
         if kind == "dense":
-            return lambda objective: objective.weight
+            return lambda objective, _: objective.weight
         if kind == "admm":
-            return ADMM(self._quadratic, self.pattern, self.options.admm_steps)
+            return ADMM(self._quadratic, self.options.admm_steps)
         assert self._raw_gram is not None  # kept for these starts
         return partial(self._one_shot, kind, self._raw_gram.to(self._device))
 
     def _one_shot(
-        self, kind: OneShot, gram: Tensor, objective: LayerObjective
+        self,
+        kind: OneShot,
+        gram: Tensor,
+        objective: LayerObjective,
+        _pattern: SparsityPattern,
     ) -> Tensor:
         return self._scaled(
             warm_start(
@@ -343,12 +363,13 @@ class StageSolver:
     def _feasible_(
         self,
         objective: LayerObjective,
+        pattern: SparsityPattern,
         iterate: Tensor,
         best_error: float,
         dtype: torch.dtype,
     ) -> Tensor:
         """Round and refit in place, and cast as the checkpoint will."""
-        support = self.pattern.support(iterate.abs())
+        support = pattern.support(iterate.abs())
         iterate.mul_(support)
         if self.options.refit:
             self._refit_(objective, iterate, support, best_error)

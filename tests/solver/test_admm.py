@@ -35,7 +35,7 @@ def quadratic() -> Quadratic:
 def test_where_nothing_is_to_be_chosen_it_ends_at_least_squares(quadratic):
     objective = LayerObjective(normal(ROWS, FEATURES), quadratic)
     support = normal(ROWS, FEATURES, seed=3) > 0
-    weight = ADMM(quadratic, Fixed(support), steps=2000)(objective)
+    weight = ADMM(quadratic, steps=2000)(objective, Fixed(support))
     gram, target = quadratic.statistics.gram.double(), objective.target.double()
     for row, kept in enumerate(support):
         expected = torch.linalg.solve(gram[kept][:, kept], target[row, kept])
@@ -51,9 +51,9 @@ def test_its_support_is_better_than_that_of_the_largest_weights(quadratic, patte
         LayerObjective(normal(ROWS, FEATURES, seed=seed), quadratic)
         for seed in range(4)
     ]
-    admm = ADMM(quadratic, pattern, steps=10)
+    admm = ADMM(quadratic, steps=10)
     for objective in objectives:
-        weight = admm(objective)
+        weight = admm(objective, pattern)
         assert pattern.holds(weight)
         largest = project(objective.weight, pattern)
         assert objective.error(weight) < 0.9 * objective.error(largest)
@@ -63,7 +63,7 @@ def test_operators_that_share_an_inverse_are_solved_as_if_alone(quadratic):
     one, other = (
         LayerObjective(normal(ROWS, FEATURES, seed=seed), quadratic) for seed in (0, 1)
     )
-    shared = ADMM(quadratic, NofM(2, 4), steps=10)
+    shared = ADMM(quadratic, steps=10)
     for objective in (one, other):
-        alone = ADMM(quadratic, NofM(2, 4), steps=10)(objective)
-        assert torch.equal(shared(objective), alone)
+        alone = ADMM(quadratic, steps=10)(objective, NofM(2, 4))
+        assert torch.equal(shared(objective, NofM(2, 4)), alone)

@@ -52,7 +52,7 @@ def by_fista(objective: LayerObjective) -> Tensor:
 
 
 def by_admm(objective: LayerObjective) -> Tensor:
-    return ADMM(objective.quadratic, Unstructured(0.5), steps=7)(objective)
+    return ADMM(objective.quadratic, steps=7)(objective, Unstructured(0.5))
 
 
 @pytest.mark.parametrize("solve", [by_refit, by_fista, by_admm])

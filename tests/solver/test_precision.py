@@ -77,9 +77,9 @@ def test_searches_may_be_fast_and_what_is_kept_of_them_is_exact():
     quadratic = Quadratic(gram_statistics(inputs(TOKENS, FEATURES)))
     objective = LayerObjective(normal(ROWS, FEATURES), quadratic)
     start = objective.weight
-    admm = ADMM(quadratic, NofM(2, 4), steps=3)
+    admm = ADMM(quadratic, steps=3)
     assert precisions(lambda: objective.target) == {"none"}
-    assert precisions(lambda: admm(objective)) == {"tf32"}
+    assert precisions(lambda: admm(objective, NofM(2, 4))) == {"tf32"}
     quadratic.lipschitz  # noqa: B018
     assert precisions(lambda: fista(objective, 1.0, start, 3)) == {"tf32"}
     free = start.abs() > 0.7

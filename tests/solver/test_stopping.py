@@ -48,7 +48,7 @@ def run_refit(objective: LayerObjective, steps: int) -> Tensor:
 
 
 def run_admm(pattern: SparsityPattern) -> Callable[[LayerObjective, int], Tensor]:
-    return lambda objective, steps: ADMM(objective.quadratic, pattern, steps)(objective)
+    return lambda objective, steps: ADMM(objective.quadratic, steps)(objective, pattern)
 
 
 class Reads(TorchDispatchMode):
