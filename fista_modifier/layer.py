@@ -179,6 +179,11 @@ def prune_layer(
     results: list[OperatorResult] = []
 
     def add(operator: Operator, solution: PrunedWeight, result: OperatorResult) -> None:
+        if result.tokens and not solution.output_norm:
+            logger.warning(
+                f"{operator.name} puts out nothing for all {result.tokens} tokens: any "
+                "weight has error 0, and what is pruned of it rests on no data"
+            )
         pruned[operator] = solution.weight
         results.append(result)
         on_operator(result)

@@ -230,7 +230,8 @@ class Schedule:
                     layer, recording.inputs[0], recording.real_tokens[0]
                 )
         given = self._batches.tokens
-        if layer.mask_name == "attention_mask" and recording.tokens < given / 2:
+        reads_text = layer.in_sequence and layer.mask_name == "attention_mask"
+        if reads_text and recording.tokens < given / 2:
             logger.warning(
                 f"{layer.name} is given {recording.tokens} of the {given} tokens of "
                 "the calibration data: what is pruned in it rests on few data"
@@ -342,9 +343,10 @@ class Schedule:
             )
         if not self.results and not self.unfinished:
             raise ValueError(
-                "nothing was pruned: the calibration data reach none of the operators "
-                "(see the warnings above), or oneshot's pipeline is neither "
-                "'sequential' nor 'basic'"
+                "nothing was pruned: in this pipeline the calibration data reach none "
+                "of the operators that can be pruned (see the warnings above). With "
+                "pipeline='basic' oneshot runs the model as a whole; 'datafree' has no "
+                "data, which FISTAPruner needs"
             )
         self._stream = None  # the user may keep the modifier, not the activations
 

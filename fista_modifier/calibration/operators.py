@@ -158,6 +158,8 @@ def find_operators(
     found: dict[str, torch.nn.Linear | Conv1D] = {}
     for target in targets:
         matches = list(match_named_modules(model, [target]))
+        if not matches and target == "Linear":
+            continue  # GPT-2 has Conv1D instead; if there is neither, that is said
         if not matches and target != "Conv1D":
             raise ValueError(
                 f"target '{target}' matches no module of {type(model).__name__}; use a "

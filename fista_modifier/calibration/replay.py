@@ -17,8 +17,8 @@ from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_map, tree_map_only
+from transformers import Cache, PreTrainedModel
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.distributed import Ranks
@@ -85,7 +85,7 @@ class LayerInputs:
         :return: its hidden states
         """
         call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
-        values = {"args": call.args, "kwargs": call.kwargs}
+        values = _own_copy({"args": call.args, "kwargs": call.kwargs})
         self._storage.append(self._calls, values)
         return first_tensor(call.args)
 
@@ -96,7 +96,7 @@ class LayerInputs:
         self.append(args, kwargs)
 
     def __getitem__(self, batch: int) -> LayerCall:
-        call = LayerCall(self.layer, **self._calls.fetch(batch))
+        call = LayerCall(self.layer, **_own_copy(self._calls.fetch(batch)))
         if self._hidden_states is None:
             return call
         other = self._hidden_states[batch].to(call.hidden_states.device)
@@ -155,6 +155,22 @@ class LayerInputs:
         other = copy(self)
         other._hidden_states = hidden_states
         return other
+
+
+def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
+    """
+    Of containers, not of tensors: a layer may write into a dictionary that it is given,
+    for layers behind it. A cache of keys and values, which each run would add to, is
+    left out: a run has all of its tokens.
+    """
+
+    def is_cache(value: Any) -> bool:
+        return isinstance(value, Cache)
+
+    copied: dict[str, Any] = tree_map(
+        lambda value: None if is_cache(value) else value, values, is_leaf=is_cache
+    )
+    return copied
 
 
 @dataclass(frozen=True)

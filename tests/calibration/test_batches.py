@@ -59,7 +59,7 @@ def test_a_vision_layer_has_no_padding(batches: CalibrationBatches) -> None:
 def test_masks_go_with_what_embeds_tokens() -> None:
     model = tiny_model("gemma3_vision")
     text = model.model.language_model.layers[0]
-    vision = model.model.vision_tower.vision_model.encoder.layers[0]
+    vision = model.model.vision_tower.encoder.layers[0]
     assert mask_name(model, text) == "attention_mask"
     assert mask_name(model, vision) is None
 
@@ -67,9 +67,7 @@ def test_masks_go_with_what_embeds_tokens() -> None:
 def tiny_mpt(folder: object) -> MptForCausalLM:
     """Its mask is True where a token is hidden, and its layers are given ALiBi's."""
     torch.manual_seed(0)
-    config = MptConfig(
-        vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64
-    )
+    config = MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64)
     model = MptForCausalLM(config)
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -104,4 +102,6 @@ def test_mpt_is_pruned_with_all_of_its_tokens(tmp_path_factory) -> None:
         x = torch.cat(inputs)
         outputs = x @ dense.get_submodule(first.name).weight.T
         sparse = x @ model.get_submodule(first.name).weight.T
-    assert first.relative_error == pytest.approx(output_error(outputs, sparse), rel=1e-3)
+    assert first.relative_error == pytest.approx(
+        output_error(outputs, sparse), rel=1e-3
+    )
