@@ -6,7 +6,13 @@ Importing the package makes its modifiers known to llm-compressor's recipes.
 
 from importlib.util import find_spec
 
-__all__ = ["FISTAPruningModifier", "MaskedGPTQModifier", "__version__"]
+__all__ = [
+    "FISTAPruningModifier",
+    "MaskedGPTQModifier",
+    "__version__",
+    "apply_masks_",
+    "masks_of",
+]
 
 __version__ = "0.1.0"
 
@@ -18,6 +24,7 @@ if find_spec("llmcompressor") is not None:
 
     from llmcompressor.modifiers.factory import ModifierFactory
 
+    from fista_modifier.masks import apply_masks_, masks_of
     from fista_modifier.modifier import FISTAPruningModifier
     from fista_modifier.quantization.gptq import MaskedGPTQModifier
 

@@ -1,0 +1,138 @@
+"""Every family: exact pattern, all data used, true errors, reload, verification."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from zoo import CASES, TABLE, Pruned, Specimen, refusal
+
+from fista_modifier.checkpoint.verification import verify
+from fista_modifier.experts import linearize
+from fista_modifier.layer import OperatorResult
+
+WORKING = [name for name, case in CASES.items() if "refused" not in case]
+REFUSED = [name for name in CASES if name not in WORKING]
+
+
+def oriented(model: PreTrainedModel, name: str) -> Tensor:
+    """The weight of an operator, out×in."""
+    module = model.get_submodule(name)
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+
+
+def inputs_of(
+    model: PreTrainedModel, name: str, batches: list[dict[str, Tensor]]
+) -> Tensor:
+    """In plain runs of the model, tokens×n."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def check_pattern(pruned: Pruned) -> None:
+    for result in pruned.modifier.results:
+        weight = oriented(pruned.model, result.name)
+        groups = weight.reshape(weight.shape[0], -1, 4)
+        assert int((groups != 0).sum(-1).max()) <= 2, result.name
+        assert int((weight == 0).sum()) == result.zeros, result.name
+
+
+def check_tokens(pruned: Pruned) -> None:
+    """Somewhere all of them arrive, and only experts are given a choice of them."""
+    tokens = pruned.specimen.tokens
+    if tokens is not None:
+        assert tokens in {result.tokens for result in pruned.modifier.results}
+
+
+def check_errors(pruned: Pruned) -> None:
+    """
+    By plain runs of the dense model, and of one in which those operators are pruned
+    that the modifier pruned before in the same layer. Operators that are not called
+    exactly once for each token are left out: inside an expert, X* is another.
+    """
+    specimen = pruned.specimen
+    dense = specimen.load()
+    linearize(dense)
+    partly = copy.deepcopy(dense)
+    compared = 0
+    before: list[OperatorResult] = []
+    for result in pruned.modifier.results:
+        if before and not same_layer(before[-1].name, result.name):
+            partly, before = copy.deepcopy(dense), []
+        if result.tokens == specimen.tokens:
+            x = inputs_of(dense, result.name, specimen.batches)
+            x_star = inputs_of(partly, result.name, specimen.batches)
+            assert len(x) == result.tokens, result.name
+            outputs = x @ oriented(dense, result.name).T
+            sparse = x_star @ oriented(pruned.model, result.name).T
+            error = float((sparse - outputs).norm() / outputs.norm())
+            assert result.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+            compared += 1
+        oriented(partly, result.name).copy_(oriented(pruned.model, result.name))
+        before.append(result)
+    assert compared or specimen.tokens is None
+
+
+def same_layer(one: str, other: str) -> bool:
+    """Whether two operators are in the block of the same number."""
+    return layer_of(one) == layer_of(other) is not None
+
+
+def layer_of(name: str) -> str | None:
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: index + 1])
+    return None
+
+
+def check_checkpoint(pruned: Pruned, folder: Path) -> None:
+    specimen = pruned.specimen
+    pruned.model.save_pretrained(folder)
+    reloaded = specimen.auto_class.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = first(pruned.model(**specimen.batches[0]))
+        found = first(reloaded(**specimen.batches[0]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    verification = verify(folder)
+    assert not verification.problems and not verification.failures
+
+
+def first(output: object) -> Tensor:
+    """Logits, or hidden states."""
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None else logits  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_a_family(name: str, tmp_path: Path) -> None:
+    pruned = Specimen(name).pruned(preset="fast")
+    check_pattern(pruned)
+    check_tokens(pruned)
+    check_errors(pruned)
+    check_checkpoint(pruned, tmp_path)
+    assert pruned.row in TABLE.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_is_refused(name: str) -> None:
+    case = CASES[name]
+    with pytest.raises(Exception, match=case["refused"]["match"]):
+        Specimen(name).pruned(preset="fast")
+    assert refusal(name) in TABLE.read_text(encoding="utf-8").splitlines()
+
+
+def test_there_are_enough() -> None:
+    assert len(CASES) >= 120
