@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,17 +152,20 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
         return replace(whole, seq_len=seq_len, attention=attention)
     model = weightless_model(config, attn_implementation="eager").eval()
     linearize_weightless(model)
+    parameters = model.num_parameters()
     layers = _decoder_layers(model)
     largest = max(layers, key=_parameters)
-    alike = [layer for layer in layers if _in_one_stack(layer, largest)]
     shape = _estimated(largest, model, seq_len)
-    shape = replace(shape, layers=len(alike))  # and not those of a vision tower
     try:
-        return _watched(largest, model, shape)
+        call = _call_of(layers, model, seq_len)
+        largest = next(layer for layer in layers if layer.module is call.layer)
+        shape = _watched(largest, call, _estimated(largest, model, seq_len))
     except Exception as error:  # whatever a model's own code makes of missing values
         logger.opt(exception=error).debug("where watching the layer ended")
-        why = str(error).partition("\n")[0] or type(error).__name__
-        return replace(shape, estimate=why)
+        why = str(error).partition("\n")[0]
+        shape = replace(shape, estimate=f"{type(error).__name__}: {why}")
+    alike = [layer for layer in layers if _in_one_stack(layer, largest)]
+    return replace(shape, layers=len(alike), parameters=parameters)
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
@@ -195,33 +199,27 @@ def _in_one_stack(layer: DecoderLayer, other: DecoderLayer) -> bool:
     return layer.name.rpartition(".")[0] == other.name.rpartition(".")[0]
 
 
-def _watched(
-    layer: DecoderLayer, model: PreTrainedModel, estimate: LayerShape
-) -> LayerShape:
+def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> LayerShape:
     """The shape of a layer as a run shows it, in the place of an estimate of it."""
-    own, seq_len = layer.operators, estimate.seq_len
     counter = FlopCounterMode(display=False)
     tokens: dict[torch.nn.Module, int] = {}
 
     def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         tokens[module] = args[0][..., 0].numel()
 
-    # weights without values, on what appears to be the CPU; all that does not depend
-    # on them, such as masks, has its values
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # which is 0, as of a tensor on the meta device
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.enter_context(patch_attr(LinearExperts2D, "forward", _evenly_routed))
-        call = _call_of(layer, model, seq_len)
-        for operator in own:
+        for operator in layer.operators:
             stack.enter_context(operator.module.register_forward_pre_hook(count))
-        stages = find_stages(own, [call])
         with torch.no_grad(), counter:
             call.run()
-    blocks = list(blocks_of(call.layer, own).values())
+        # Mamba's dt_proj is not called: its weight is used in another way
+        called = [one for one in layer.operators if one.module in tokens]
+        stages = find_stages(called, [call])
+    blocks = list(blocks_of(call.layer, layer.operators).values())
     shapes = tuple(
         StageShape(
             columns=stage.operators[0].weight.shape[1],
@@ -229,17 +227,18 @@ def _watched(
             wave=stage.wave,
             block=_block(blocks, stage.operators[0]),
             returned=stage.returned,
-            share=tokens[stage.operators[0].module] / seq_len,
+            share=tokens[stage.operators[0].module] / estimate.seq_len,
             routed=stage.routed,
         )
         for stage in stages
     )
-    products = seq_len * math.fsum(shape.products for shape in shapes)
+    products = estimate.seq_len * math.fsum(shape.products for shape in shapes)
     return replace(
         estimate,
         hidden=call.hidden_states.shape[-1],
         stages=shapes,
-        attention=counter.get_total_flops() - products,
+        # an operator in groups takes fewer operations than its size suggests
+        attention=max(0.0, counter.get_total_flops() - products),
     )
 
 
@@ -317,21 +316,35 @@ def _entries(module: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def _call_of(layer: DecoderLayer, model: PreTrainedModel, seq_len: int) -> LayerCall:
-    """What the model calls the layer with."""
+def _call_of(
+    layers: Sequence[DecoderLayer], model: PreTrainedModel, seq_len: int
+) -> LayerCall:
+    """What the model calls the largest layer with, of those that text reaches."""
 
     def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise _Seen(LayerCall(module, args, kwargs))
 
+    # weights without values, on what appears to be the CPU; all that does not depend
+    # on them, such as masks, has its values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
     tokens = torch.ones(1, seq_len, dtype=torch.long)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
-    watched = layer.module.register_forward_pre_hook(stop, with_kwargs=True)
-    with watched, torch.no_grad():
-        try:
-            model(**inputs, use_cache=False)
-        except _Seen as seen:
-            call: LayerCall = seen.args[0]
-            return call
-    raise ValueError(f"{layer.name} is not run by the model")
+    remaining = list(layers)
+    while remaining:
+        largest = max(remaining, key=_parameters)
+        watched = largest.module.register_forward_pre_hook(stop, with_kwargs=True)
+        with (
+            watched,
+            patch_attr(LinearExperts2D, "forward", _evenly_routed),
+            torch.no_grad(),
+        ):
+            try:
+                model(**inputs, use_cache=False)
+            except _Seen as seen:
+                call: LayerCall = seen.args[0]
+                return call
+        remaining = [one for one in remaining if not _in_one_stack(one, largest)]
+    raise ValueError("text reaches no layer of the model")

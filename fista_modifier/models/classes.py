@@ -42,7 +42,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     auto_map = getattr(config, "auto_map", None) or {}
     own_code = {str(value).rpartition(".")[2] for value in auto_map.values()}
     if not own_code.intersection(named):
-        candidates += [auto._model_mapping.get(type(config), None) for auto in FALLBACKS]
+        candidates += [
+            auto._model_mapping.get(type(config), None) for auto in FALLBACKS
+        ]
     for candidate in candidates:
         # of a mixture of encoders, AutoModel has several classes
         for one in candidate if isinstance(candidate, tuple) else (candidate,):
@@ -73,9 +75,15 @@ def weightless_model(config: PretrainedConfig, **options: Any) -> PreTrainedMode
     :param options: such as ``attn_implementation``
     :return: the model on the meta device, without memory for its weights
     :raises ValueError: if transformers has no class for it
+    :raises RuntimeError: if a library that a part of it needs is not installed
     """
-    with torch.device("meta"):
-        return model_class(config)._from_config(config, **options)
+    cls = model_class(config)
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config, **options)
+    except ImportError as error:  # such as timm, for the vision tower of Gemma 3n
+        missing = " ".join(str(error).split())
+        raise RuntimeError(f"{cls.__name__} cannot be built: {missing}") from error
 
 
 def check_predicts_text(config: PretrainedConfig) -> None:
