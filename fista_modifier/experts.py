@@ -11,11 +11,11 @@ from compressed_tensors.offload import disable_offloading, disable_onloading
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modeling.moe.linearize import (
     get_linearized_moes,
     get_non_linearized_moes,
 )
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from loguru import logger
 from transformers import PreTrainedModel
 

@@ -46,7 +46,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             auto._model_mapping.get(type(config), None) for auto in FALLBACKS
         ]
     for candidate in candidates:
-        # of a mixture of encoders, AutoModel has several classes
+        # AutoModel has several classes for some configurations
         for one in candidate if isinstance(candidate, tuple) else (candidate,):
             if _fits(one, config):
                 return cast(type[PreTrainedModel], one)
@@ -61,12 +61,11 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def _fits(candidate: object, config: PretrainedConfig) -> bool:
+def _fits(candidate: Any, config: PretrainedConfig) -> bool:
     if not (isinstance(candidate, type) and issubclass(candidate, PreTrainedModel)):
         return False
-    return candidate.config_class is not None and isinstance(
-        config, candidate.config_class
-    )
+    described: Any = getattr(candidate, "config_class", None)
+    return described is not None and isinstance(config, described)
 
 
 def weightless_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
