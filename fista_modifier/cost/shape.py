@@ -164,7 +164,9 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
         logger.opt(exception=error).debug("where watching the layer ended")
         why = str(error).partition("\n")[0]
         shape = replace(shape, estimate=f"{type(error).__name__}: {why}")
-    alike = [layer for layer in layers if _in_one_stack(layer, largest)]
+    alike = layers
+    if not config.is_encoder_decoder:  # but for a vision tower
+        alike = [layer for layer in layers if _in_one_stack(layer, largest)]
     return replace(shape, layers=len(alike), parameters=parameters)
 
 

@@ -73,16 +73,16 @@ def weightless_model(config: PretrainedConfig, **options: Any) -> PreTrainedMode
     :param config: of a model
     :param options: such as ``attn_implementation``
     :return: the model on the meta device, without memory for its weights
-    :raises ValueError: if transformers has no class for it
-    :raises RuntimeError: if a library that a part of it needs is not installed
+    :raises ValueError: if transformers has no class for it, or its class makes nothing
+        of it, such as for a library that is not installed
     """
     cls = model_class(config)
     try:
         with torch.device("meta"):
             return cls._from_config(config, **options)
-    except ImportError as error:  # such as timm, for the vision tower of Gemma 3n
-        missing = " ".join(str(error).split())
-        raise RuntimeError(f"{cls.__name__} cannot be built: {missing}") from error
+    except Exception as error:  # whatever transformers' code makes of the values
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{cls.__name__} cannot be built: {why}") from error
 
 
 def check_predicts_text(config: PretrainedConfig) -> None:
