@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fista_modifier import pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.methods import IGNORE
 from fista_modifier.files import write_whole
+from fista_modifier.models.classes import model_class
 
 __all__ = ["arguments", "calibration", "first_layers", "ignored", "show"]
 
@@ -61,7 +62,7 @@ def first_layers(model: str, layers: int) -> PreTrainedModel:
     """The model with its first layers alone, as all layers take alike."""
     config = AutoConfig.from_pretrained(model)
     config.num_hidden_layers = layers
-    return AutoModelForCausalLM.from_pretrained(
+    return model_class(config).from_pretrained(
         model, config=config, dtype=torch.float32
     )
 

@@ -15,6 +15,7 @@ from llmcompressor.modeling.moe.linearize import (
     get_linearized_moes,
     get_non_linearized_moes,
 )
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from loguru import logger
 from transformers import PreTrainedModel
 
@@ -38,15 +39,27 @@ def linearize_weightless(model: PreTrainedModel) -> None:
 
     :param model: changed in place
     """
+
+    def make(
+        linear: type[LinearExperts2D], fused: torch.nn.Module, config: Any
+    ) -> LinearExperts2D:
+        if linear is not Llama4LinearExperts:
+            return linear(config)
+        sizes = fused.num_experts, fused.hidden_size, fused.expert_dim
+        return linear(*sizes, config.text_config)
+
     with torch.device("meta"):
-        _replace_fused(model, lambda linear, _, config: linear(config))
+        _replace_fused(model, make)
 
 
 def _replace_fused(
     model: PreTrainedModel,
     make: Callable[[type[LinearExperts2D], torch.nn.Module, Any], LinearExperts2D],
 ) -> None:
-    """:param make: given a class, the module that it replaces, and its configuration"""
+    """
+    :param make: given a class, the module that it replaces, and its configuration
+    :raises ValueError: naming experts that the toolkit fails at
+    """
     for name, fused in get_non_linearized_moes(model):
         linear = LinearExperts2D.get_linear_experts_cls(type(fused))
         config = getattr(fused, "config", model.config)
@@ -55,7 +68,14 @@ def _replace_fused(
         # after save_pretrained the configuration's is a word; and what is offloaded is
         # onloaded once, not for each expert
         with patch_attr(config, "dtype", dtype), disable_offloading():
-            model.set_submodule(name, make(linear, fused, config))
+            try:
+                operators = make(linear, fused, config)
+            except (AttributeError, TypeError) as error:
+                raise ValueError(
+                    "llm-compressor cannot make linear operators of the experts "
+                    f"{name} ({type(fused).__name__}): {error}"
+                ) from error
+            model.set_submodule(name, operators)
         _drop_weights(fused)
 
 

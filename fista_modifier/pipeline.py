@@ -16,7 +16,6 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from fista_modifier.distributed import current_ranks
 from fista_modifier.experts import native_experts
 from fista_modifier.files import whole
 from fista_modifier.layer import OperatorResult
+from fista_modifier.models.classes import model_class
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.reconstruction import ReconstructionResult
 
@@ -84,17 +84,18 @@ def load_model(
     :param to_accelerator: whether to spread it over the accelerators, if there are
         any. For pruning it stays on the CPU: the toolkit onloads layer by layer. Of
         several ranks the first one loads it, and all share its memory
-    :return: the model
+    :return: the model, of the class that its config.json names
     :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if transformers has no class for it
     """
-    load_config(model)
+    cls = model_class(load_config(model))
     if current_ranks().size > 1 and not to_accelerator:
         with load_offloaded_model():  # the first rank loads, the others share
-            return AutoModelForCausalLM.from_pretrained(
+            return cls.from_pretrained(
                 model, dtype=dtype, device_map={"": "cpu"}, max_memory={}
             )
     spread = to_accelerator and torch.accelerator.is_available()
-    return AutoModelForCausalLM.from_pretrained(
+    return cls.from_pretrained(
         model, dtype=dtype, device_map="auto" if spread else None
     )
 
@@ -106,7 +107,7 @@ def load_config(model: str) -> PretrainedConfig:
     :raises FileNotFoundError: if there is no such model
     """
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"no model at '{model}': it is neither a folder with a config.json nor a "

@@ -168,6 +168,11 @@ def cost_table(
         f"at half of the published peak: {time} on {devices} such device"
         + ("s" if devices > 1 else "")
     )
+    if shape.estimate:
+        table.caption += escape(
+            f". Coarser than usual: the layer could not be watched ({shape.estimate}), "
+            "so each operator is taken for a stage of its own, and attention for full"
+        )
     return table
 
 

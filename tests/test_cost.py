@@ -20,6 +20,7 @@ from families import (
     checkpoint,
     tiny_model,
 )
+from model_kinds import KINDS
 from transformers import AutoConfig, LlamaConfig
 
 from fista_modifier import FISTAPruningModifier, pipeline
@@ -93,6 +94,56 @@ def test_operators_outside_the_layers_have_no_part_in_their_shape() -> None:
     usual = shape_of(AutoConfig.from_pretrained(checkpoint("opt")), 16)
     assert (shape.layers, shape.hidden) == (usual.layers, usual.hidden)
     assert shape.stages == usual.stages
+
+
+@pytest.mark.parametrize(
+    "kind, stages",
+    {
+        "mpt": [1, 1, 1, 1],
+        "bloom": [1, 1, 1, 1],
+        "falcon_alibi": [2, 1, 1],  # attention and MLP side by side
+        "gpt_neox": [1, 1, 1, 1],
+        "biogpt": [3, 1, 1, 1],
+        "openai_gpt": [1, 1, 1, 1],
+        "mamba": [1, 1, 1],  # dt_proj is not called
+        "encoder": [3, 1, 1, 1],
+        "reward": [3, 1, 2, 1],
+        "embedding": [3, 1, 2, 1],
+        "t5": [3, 1, 1, 2, 1, 1, 1],  # a layer of the decoder
+        "bart": [3, 1, 1, 2, 1, 1, 1],
+        "vision": [3, 1, 2, 1],
+    }.items(),
+)
+def test_layers_of_every_kind_are_watched(kind: str, stages: list[int]) -> None:
+    model = KINDS[kind].model()
+    shape = shape_of(model.config, 16)
+    assert shape.estimate is None
+    assert shape.layers == (4 if model.config.is_encoder_decoder else 2)
+    assert shape.parameters == model.num_parameters()
+    assert [len(stage.rows) for stage in shape.stages] == stages
+    assert shape.attention > 0 or kind == "mamba"
+
+
+def test_a_layer_that_depends_on_values_is_estimated_and_said_to_be(
+    tmp_path: Path,
+) -> None:
+    """DBRX's experts are fused, and the toolkit does not know how to part them."""
+    config = KINDS["dbrx"].model().config
+    shape = shape_of(config, 16)
+    assert shape.layers == 2 and shape.estimate is not None
+    assert [stage.rows for stage in shape.stages[:2]] == [(64,), (32,)]
+    assert shape.attention == 4 * 16**2 * 32
+    config.save_pretrained(tmp_path)
+    result = invoke("plan", tmp_path, "--seq-len", 16)
+    assert result.exit_code == 0, result.output
+    assert "Coarser than usual" in " ".join(result.output.split())
+
+
+def test_long_sequences_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("mistral"))
+    exact = shape_of(config, 48)
+    monkeypatch.setattr("fista_modifier.cost.shape.WATCHED", 16)
+    assert shape_of(config, 48) == exact
 
 
 def test_a_70b_model_fits_a_device_of_24_gb() -> None:

@@ -13,7 +13,6 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     CompressedTensorsConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,10 +20,12 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from fista_modifier.calibration.operators import Operator, find_operators
+from fista_modifier.checkpoint.names import disagreements, names_in_memory
 from fista_modifier.checkpoint.packing import parts_of, stored_twice
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
 from fista_modifier.experts import linearize, linearize_weightless
+from fista_modifier.models.classes import model_class, weightless_model
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
@@ -90,11 +91,12 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     Shards and their index agree, names and shapes are those of the model that
     config.json describes, no value is NaN or infinite, tied weights are equal, and the
     pruned operators have their zeros. Only safetensors files are read, never a pickle.
-    A quantised checkpoint is loaded as a whole, in dense form, by transformers and
+    Tensors in the files may have other names than in memory: transformers says which.
+    A weight that several operators share may be stored once for all of them. A
+    quantised checkpoint is loaded as a whole, in dense form, by transformers and
     compressed-tensors, and may have more zeros than pruning chose, but not fewer. So is
-    a checkpoint whose tensors do not have the names of the model's operators, such as
-    Mixtral's experts or Gemma 3 with its vision tower: transformers knows which are
-    which.
+    one whose tensors transformers does not only rename but joins or splits, such as
+    Mixtral's experts.
 
     :param folder: the checkpoint
     :param pattern: what every linear operator but the output embedding must have;
@@ -110,36 +112,42 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         files, problems = locate(folder)
     except (OSError, ValueError) as error:
         return Verification(problems=[str(error)])
-    model = _described_model(folder, len(files))
-    if model is None:
-        return _verify_loaded(folder, pattern, problems)
+    config = _described(folder, len(files))
+    if _is_quantised(config):
+        return _verify_loaded(folder, pattern, problems, config)
+    model = _skeleton(folder, config, len(files))
     expected = _expectations(folder, model, pattern)
-    present = {_dense_name(name) for name in files}
-    renamed = expected and not any(f"{name}.weight" in present for name in expected)
-    if renamed or get_non_linearized_moes(model):
+    names = names_in_memory(model, {_dense_name(name) for name in files})
+    if names is None or get_non_linearized_moes(model):
         size = sum(file.stat().st_size for file in set(files.values()))
         if model.num_parameters() > size:  # do not load what is not there
             problems.append(f"the files have {size} bytes, too few for config.json")
             return Verification(problems=problems)
-        return _verify_loaded(folder, pattern, problems, model.config)
+        return _verify_loaded(folder, pattern, problems, config)
     parameters = model.state_dict(keep_vars=True)
+    present = set(names.values())
     problems += stored_twice(files)
-    problems += _disagreements(parameters, present)
+    problems += _disagreements(model, parameters, present)
     checks = []
     first_of: dict[int, tuple[str, Tensor]] = {}
-    tied = _tied(parameters)
-    for _, name, tensor in read(files, problems):
+    sharing = _sharing(parameters)
+    for _, stored, tensor in read(files, problems):
+        name = names[stored]
         if name not in parameters:
             continue  # and is one of the disagreements
         problems += _faults(name, tensor, parameters[name])
-        if name in tied:
+        shared = sharing[id(parameters[name])]
+        if len(shared) > 1:
             other, value = first_of.setdefault(id(parameters[name]), (name, tensor))
             if value.dtype != tensor.dtype or not torch.equal(value, tensor):
                 problems.append(f"{name} differs from {other}, to which it is tied")
-        operator = name.removesuffix(".weight")
-        if name.endswith(".weight") and operator in expected:
-            weight = Operator(operator, model.get_submodule(operator)).oriented(tensor)
-            checks.append(_check(operator, weight, expected[operator]))
+        for weight in [name, *(one for one in shared if one not in present)]:
+            operator = weight.removesuffix(".weight")
+            if operator == weight or operator not in expected:
+                continue
+            module = model.get_submodule(operator)
+            oriented = Operator(operator, module).oriented(tensor)
+            checks.append(_check(operator, oriented, expected[operator]))
     found = {check.name for check in checks}
     problems += [f"{name}.weight is missing" for name in expected if name not in found]
     return Verification(checks, list(dict.fromkeys(problems)))
@@ -149,18 +157,16 @@ def _verify_loaded(
     folder: Path,
     pattern: SparsityPattern | None,
     problems: list[str],
-    config: PretrainedConfig | None = None,
+    config: PretrainedConfig,
 ) -> Verification:
-    """
-    The same of a checkpoint that transformers loads as a whole.
-
-    :param config: the model's; None if the weights are quantised
-    """
-    dense = CompressedTensorsConfig(run_compressed=False)
-    how = {"config": config} if config else {"quantization_config": dense}
+    """The same of a checkpoint that transformers loads as a whole."""
+    quantised = _is_quantised(config)
+    how: dict[str, Any] = {"config": config}
+    if quantised:
+        how = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
     try:
         with as_value_error(f"{folder} cannot be loaded"):
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = model_class(config).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -171,7 +177,7 @@ def _verify_loaded(
     except (OSError, ValueError) as error:
         return Verification(problems=[*problems, str(error)])
     missing, unknown = loading["missing_keys"], loading["unexpected_keys"]
-    problems = problems + _named_disagreements(sorted(missing), sorted(unknown))
+    problems = problems + disagreements(model, sorted(missing), sorted(unknown))
     for name, parameter in model.named_parameters():
         problems += _faults(name, parameter, parameter)
     checks = []
@@ -181,31 +187,37 @@ def _verify_loaded(
             problems.append(f"{name}.weight is missing")
             continue
         weight = Operator(name, modules[name]).weight
-        expected = replace(expected, exact=config is not None)
+        expected = replace(expected, exact=not quantised)
         checks.append(_check(name, weight, expected))
     return Verification(checks, problems)
 
 
-def _described_model(folder: Path, tensors: int) -> PreTrainedModel | None:
-    """
-    The model of config.json, without memory for its weights; None if quantised. The
-    experts of a mixture are linear operators if its files have the same names.
-    """
+def _described(folder: Path, tensors: int) -> PretrainedConfig:
+    """What config.json says, unless it makes no sense."""
     file = folder / "config.json"
     with as_value_error(f"{file} describes no model"):
         _check_depth(json.loads(file.read_text(encoding="utf-8")), tensors)
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        quantization = getattr(config, "quantization_config", {})
-        if not quantization or not quantization.get("config_groups"):
-            config.__dict__.pop("quantization_config", None)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-            if _stores_operators(model, tensors):
-                linearize_weightless(model)
-            return model
-    return None
+
+
+def _is_quantised(config: PretrainedConfig) -> bool:
+    quantization = getattr(config, "quantization_config", None) or {}
+    return bool(quantization.get("config_groups"))
+
+
+def _skeleton(folder: Path, config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+    """
+    The model of config.json, without memory for its weights. The experts of a mixture
+    are linear operators if its files have the same names.
+    """
+    with as_value_error(f"{folder / 'config.json'} describes no model"):
+        config.__dict__.pop("quantization_config", None)
+        model = weightless_model(config)
+        if _stores_operators(model, tensors):
+            linearize_weightless(model)
+        return model
 
 
 def _stores_operators(model: PreTrainedModel, tensors: int) -> bool:
@@ -258,26 +270,21 @@ def _expectations(
     }
 
 
-def _disagreements(parameters: dict[str, Tensor], present: set[str]) -> list[str]:
+def _disagreements(
+    model: PreTrainedModel, parameters: dict[str, Tensor], present: set[str]
+) -> list[str]:
     """Names that the model has and the files have not, or the other way round."""
     stored = {id(parameters[name]) for name in present if name in parameters}
     missing = [name for name, value in parameters.items() if id(value) not in stored]
-    unknown = sorted(present - set(parameters))
-    return _named_disagreements(missing, unknown)
+    return disagreements(model, missing, sorted(present - set(parameters)))
 
 
-def _named_disagreements(missing: list[str], unknown: list[str]) -> list[str]:
-    return [f"{name} is missing" for name in missing] + [
-        f"{name} is no part of the model that config.json describes" for name in unknown
-    ]
-
-
-def _tied(parameters: dict[str, Tensor]) -> set[str]:
-    """Names that stand for a parameter with several."""
+def _sharing(parameters: dict[str, Tensor]) -> dict[int, list[str]]:
+    """All names of each parameter, by its identity."""
     names: dict[int, list[str]] = {}
     for name, value in parameters.items():
         names.setdefault(id(value), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+    return names
 
 
 def _dense_name(name: str) -> str:

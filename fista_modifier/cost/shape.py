@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from compressed_tensors.utils import patch_attr
+from compressed_tensors.utils import match_named_modules, patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
-from fista_modifier.calibration.operators import blocks_of, find_operators
+from fista_modifier.calibration.operators import Operator, blocks_of, find_operators
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.experts import linearize_weightless
+from fista_modifier.models.classes import weightless_model
 from fista_modifier.solver.drift import narrows
 
 __all__ = ["LayerShape", "StageShape", "shape_of"]
+
+WATCHED = 4096
+"""tokens of the longest sequence that a layer is watched with"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ class LayerShape:
     :param attention: operations of attention itself, for one sequence
     :param seq_len: tokens of a sequence
     :param parameters: of the whole model
+    :param estimate: why the layer could not be watched, so that stages and attention
+        are a coarser estimate, from its operators alone; None if it was watched
     """
 
     layers: int
@@ -83,6 +93,7 @@ class LayerShape:
     attention: float
     seq_len: int
     parameters: int
+    estimate: str | None = None
 
     @property
     def weights(self) -> int:
@@ -124,20 +135,74 @@ class LayerShape:
 def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     """
     Build the model without weights and watch its largest decoder layer. Each expert of
-    a mixture is given its average share of the tokens.
+    a mixture is given its average share of the tokens. A layer that cannot be watched,
+    since what it does depends on values, is estimated from its operators alone.
 
     :param config: of the model
     :param seq_len: tokens of a calibration sequence
     :return: the shape of its layers, which are taken to be alike
+    :raises ValueError: if transformers has no class for the configuration, or there is
+        nothing to prune in the model
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if seq_len > WATCHED:  # masks are real, and attention is of second degree
+        half, whole = shape_of(config, WATCHED // 2), shape_of(config, WATCHED)
+        square = 2 * (whole.attention - 2 * half.attention) / WATCHED**2
+        linear = whole.attention / WATCHED - square * WATCHED
+        attention = linear * seq_len + square * seq_len**2
+        return replace(whole, seq_len=seq_len, attention=attention)
+    model = weightless_model(config, attn_implementation="eager").eval()
     linearize_weightless(model)
-    operators = find_operators(model, ["Linear"], [])
-    grouped = group_by_layer(model, operators, infer_sequential_targets(model))
-    layers = [layer for layer in grouped if layer.in_sequence and layer.operators]
+    parameters = model.num_parameters()
+    layers = _decoder_layers(model)
     largest = max(layers, key=_parameters)
-    alike = [layer for layer in layers if type(layer.module) is type(largest.module)]
+    shape = _estimated(largest, model, seq_len)
+    try:
+        call = _call_of(layers, model, seq_len)
+        largest = next(layer for layer in layers if layer.module is call.layer)
+        shape = _watched(largest, call, _estimated(largest, model, seq_len))
+    except Exception as error:  # whatever a model's own code makes of missing values
+        logger.opt(exception=error).debug("where watching the layer ended")
+        why = str(error).partition("\n")[0]
+        shape = replace(shape, estimate=f"{type(error).__name__}: {why}")
+    alike = layers
+    if not config.is_encoder_decoder:  # but for a vision tower
+        alike = [layer for layer in layers if _in_one_stack(layer, largest)]
+    return replace(shape, layers=len(alike), parameters=parameters)
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
+    """Those with operators."""
+    operators = find_operators(model, ["Linear"], [])
+    targets = infer_sequential_targets(model)
+    if isinstance(targets, str) or not any(match_named_modules(model, targets)):
+        targets = _largest_stack(model)  # TO MERGE: calibration's find_decoder_layers
+    layers = group_by_layer(model, operators, targets)
+    return [layer for layer in layers if layer.in_sequence and layer.operators]
+
+
+def _largest_stack(model: PreTrainedModel) -> list[str]:
+    """Names of the equal modules in the list that has most parameters."""
+    stacks = [
+        (name, stack)
+        for name, stack in model.named_modules()
+        if isinstance(stack, torch.nn.ModuleList)
+        and len({type(layer) for layer in stack}) == 1
+    ]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of equal layers")
+    name, stack = max(stacks, key=lambda pair: _entries(pair[1]))
+    return [f"{name}.{number}" for number in range(len(stack))]
+
+
+def _in_one_stack(layer: DecoderLayer, other: DecoderLayer) -> bool:
+    """Whether they are of one class or, in a hybrid of several, in one list."""
+    if type(layer.module) is type(other.module):
+        return True
+    return layer.name.rpartition(".")[0] == other.name.rpartition(".")[0]
+
+
+def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> LayerShape:
+    """The shape of a layer as a run shows it, in the place of an estimate of it."""
     counter = FlopCounterMode(display=False)
     tokens: dict[torch.nn.Module, int] = {}
 
@@ -145,40 +210,88 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
         tokens[module] = args[0][..., 0].numel()
 
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # which is 0, as of a tensor on the meta device
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.enter_context(patch_attr(LinearExperts2D, "forward", _evenly_routed))
-        call = _call_of(largest, model, seq_len)
-        own = largest.operators
-        for operator in own:
+        for operator in layer.operators:
             stack.enter_context(operator.module.register_forward_pre_hook(count))
-        stages = find_stages(own, [call])
         with torch.no_grad(), counter:
             call.run()
-    blocks = list(blocks_of(call.layer, own).values())
+        # Mamba's dt_proj is not called: its weight is used in another way
+        called = [one for one in layer.operators if one.module in tokens]
+        stages = find_stages(called, [call])
+    blocks = list(blocks_of(call.layer, layer.operators).values())
     shapes = tuple(
         StageShape(
             columns=stage.operators[0].weight.shape[1],
             rows=tuple(operator.weight.shape[0] for operator in stage.operators),
             wave=stage.wave,
-            block=next(
-                number
-                for number, inside in enumerate(blocks)
-                if stage.operators[0] in inside
-            ),
+            block=_block(blocks, stage.operators[0]),
             returned=stage.returned,
-            share=tokens[stage.operators[0].module] / seq_len,
+            share=tokens[stage.operators[0].module] / estimate.seq_len,
             routed=stage.routed,
         )
         for stage in stages
     )
-    products = seq_len * math.fsum(shape.products for shape in shapes)
-    return LayerShape(
-        layers=len(alike),  # and not those of a vision tower
+    products = estimate.seq_len * math.fsum(shape.products for shape in shapes)
+    return replace(
+        estimate,
         hidden=call.hidden_states.shape[-1],
         stages=shapes,
-        attention=counter.get_total_flops() - products,
+        # an operator in groups takes fewer operations than its size suggests
+        attention=max(0.0, counter.get_total_flops() - products),
+    )
+
+
+def _estimated(layer: DecoderLayer, model: PreTrainedModel, seq_len: int) -> LayerShape:
+    """
+    The shape of a layer from operators and configuration alone: each operator is a
+    stage, experts are given their share of the tokens, and every layer has attention.
+    """
+    hidden = int(model.get_input_embeddings().weight.shape[-1])
+    blocks = list(blocks_of(layer.module, layer.operators).values())
+    shares = _shares(model)
+    stages = []
+    for wave, operator in enumerate(layer.operators):
+        rows, columns = operator.weight.shape
+        share = shares.get(operator.module, 1.0)
+        stages.append(
+            StageShape(
+                columns=columns,
+                rows=(rows,),
+                wave=wave,
+                block=_block(blocks, operator),
+                returned=False,
+                share=share,
+                routed=share < 1,
+            )
+        )
+    return LayerShape(
+        layers=1,
+        hidden=hidden,
+        stages=tuple(stages),
+        attention=4.0 * seq_len**2 * hidden,
         seq_len=seq_len,
         parameters=model.num_parameters(),
     )
+
+
+def _block(blocks: list[list[Operator]], operator: Operator) -> int:
+    return next(number for number, inside in enumerate(blocks) if operator in inside)
+
+
+def _shares(model: PreTrainedModel) -> dict[torch.nn.Module, float]:
+    """Of the tokens, for each operator of an expert; all, where the configuration does
+    not say how many experts a token has."""
+    config = model.config.get_text_config()
+    return {
+        operator: min(1.0, chosen / experts.num_experts)
+        for experts in model.modules()
+        if isinstance(experts, LinearExperts2D)
+        for chosen in [getattr(config, "num_experts_per_tok", experts.num_experts)]
+        for operator in experts.modules()
+    }
 
 
 def _evenly_routed(
@@ -198,28 +311,42 @@ class _Seen(Exception):
 
 
 def _parameters(layer: DecoderLayer) -> int:
-    return sum(weight.numel() for weight in layer.module.parameters())
+    return _entries(layer.module)
 
 
-def _call_of(layer: DecoderLayer, model: torch.nn.Module, seq_len: int) -> LayerCall:
-    """What the model calls the layer with."""
+def _entries(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _call_of(
+    layers: Sequence[DecoderLayer], model: PreTrainedModel, seq_len: int
+) -> LayerCall:
+    """What the model calls the largest layer with, of those that text reaches."""
 
     def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise _Seen(LayerCall(module, args, kwargs))
 
-    tokens = torch.ones(1, seq_len, dtype=torch.long, device="meta")
-    # a ready mask: what the model makes of a plain one looks at values
-    mask = torch.zeros(1, 1, seq_len, seq_len, device="meta")
-    watched = layer.module.register_forward_pre_hook(stop, with_kwargs=True)
-    with watched, torch.no_grad():
-        try:
-            model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=tokens,
-                use_cache=False,
-            )
-        except _Seen as seen:
-            call: LayerCall = seen.args[0]
-            return call
-    raise ValueError(f"{layer.name} is not run by the model")
+    # weights without values, on what appears to be the CPU; all that does not depend
+    # on them, such as masks, has its values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+    tokens = torch.ones(1, seq_len, dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    remaining = list(layers)
+    while remaining:
+        largest = max(remaining, key=_parameters)
+        watched = largest.module.register_forward_pre_hook(stop, with_kwargs=True)
+        with (
+            watched,
+            patch_attr(LinearExperts2D, "forward", _evenly_routed),
+            torch.no_grad(),
+        ):
+            try:
+                model(**inputs, use_cache=False)
+            except _Seen as seen:
+                call: LayerCall = seen.args[0]
+                return call
+        remaining = [one for one in remaining if not _in_one_stack(one, largest)]
+    raise ValueError("text reaches no layer of the model")

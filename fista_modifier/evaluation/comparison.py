@@ -19,7 +19,7 @@ import torch
 from compressed_tensors.offload import dispatch_model
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
@@ -45,6 +45,7 @@ from fista_modifier.evaluation.results import (
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.experts import linearize_weightless
 from fista_modifier.host import package_versions
+from fista_modifier.models.classes import check_predicts_text, weightless_model
 from fista_modifier.solver import SparsityPattern
 
 __all__ = [
@@ -82,9 +83,11 @@ class Measurement:
 
     def check(self) -> None:
         """
-        :raises ValueError: if a text is too short for one block
+        :raises ValueError: if it is no language model, or a text is too short for one
+            block
         :raises FileNotFoundError: if there is no such model
         """
+        check_predicts_text(pipeline.load_config(self.model))
         tokenizer = pipeline.load_tokenizer(self.model)
         for text in self.texts:
             limit = text.token_limit(self.seq_len, self.max_tokens)
@@ -250,8 +253,7 @@ def check_methods(
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    skeleton = weightless_model(pipeline.load_config(model))
     linearize_weightless(skeleton)
     operators = find_operators(skeleton, TARGETS, IGNORE)
     foreign = {"wanda", "sparsegpt"}.intersection(methods)

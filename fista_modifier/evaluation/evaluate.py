@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from fista_modifier import pipeline
 from fista_modifier.data import max_sequence_length
@@ -27,6 +26,7 @@ from fista_modifier.evaluation.results import (
 from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.host import package_versions
+from fista_modifier.models.classes import check_predicts_text
 
 __all__ = ["Evaluation", "evaluation_table", "perplexities"]
 
@@ -64,8 +64,8 @@ class Evaluation:
         :param models: folders of checkpoints, or ids on the hub
         :param file: the results are kept there as they come; None keeps none
         :return: a row for each model and text, and for each model and task
-        :raises ValueError: if a text is too short for a block of a model, a task has no
-            metric, or the file has results of other settings
+        :raises ValueError: if a model is no language model, a text is too short for a
+            block of it, a task has no metric, or the file has results of other settings
         :raises FileNotFoundError: if a model does not exist
         :raises RuntimeError: if the backend is not installed
         """
@@ -92,10 +92,13 @@ class Evaluation:
 
     def _blocks(self, model: str) -> dict[str, Tensor]:
         """The texts as the model's tokens: before any model runs, as it may fail."""
+        config = pipeline.load_config(model)
+        if self.texts:
+            check_predicts_text(config)
         tokenizer = pipeline.load_tokenizer(model)
         seq_len = self.seq_len
         if seq_len is None:
-            seq_len = max_sequence_length(AutoConfig.from_pretrained(model))
+            seq_len = max_sequence_length(config)
         blocks = {}
         for text in self.texts:
             limit = text.token_limit(seq_len, self.max_tokens)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, MIXTURES, checkpoint
+from model_kinds import KINDS
 from operator_results import operator_result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -143,6 +144,68 @@ def test_another_number_of_experts_is_refused_at_once(
     started = time.perf_counter()
     assert not verify(tmp_path, PATTERN).passed
     assert time.perf_counter() - started < 5
+
+
+def sparse_kind(folder: Path, kind: str) -> dict[str, Tensor]:
+    """A tiny model of another kind, pruned by magnitude; what is in its file."""
+    model = KINDS[kind].model()
+    for operator in find_operators(model, ["Linear"], ["re:.*lm_head"]):
+        operator.save(project(operator.weight, PATTERN))
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sparse_checkpoint_of_every_kind_passes(kind: str, tmp_path: Path) -> None:
+    sparse_kind(tmp_path, kind)
+    verification = verify(tmp_path, PATTERN)
+    assert faults(verification) == []
+    model = KINDS[kind].model()
+    operators = find_operators(model, ["Linear"], ["re:.*lm_head"])
+    assert {check.name for check in verification.operators} == {
+        operator.name for operator in operators
+    }
+    assert all(check.zeros >= check.entries / 2 for check in verification.operators)
+
+
+@pytest.mark.parametrize(
+    "kind, stored, operator",
+    [
+        ("gpt_neox", "embed_out.weight", "lm_head"),
+        ("vision", "visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv"),
+    ],
+)
+def test_faults_are_found_under_other_names(
+    kind: str, stored: str, operator: str, tmp_path: Path
+) -> None:
+    """The files have the names of old checkpoints, the model has today's."""
+    intact = sparse_kind(tmp_path, kind)
+    assert stored in intact
+    change(tmp_path, lambda tensors: tensors.pop(stored))
+    assert f"{operator}.weight is missing" in faults(verify(tmp_path, PATTERN))
+    change(tmp_path, lambda tensors: tensors.update(intact, stranger=torch.zeros(1)))
+    (fault,) = faults(verify(tmp_path, PATTERN))
+    assert "stranger" in fault
+    dense = torch.ones_like(intact[stored])
+    change(tmp_path, lambda tensors: (tensors.clear(), tensors.update(intact)))
+    change(tmp_path, lambda tensors: tensors.update({stored: dense}))
+    expected = [] if kind == "gpt_neox" else [operator]
+    assert faults(verify(tmp_path, PATTERN)) == expected
+
+
+def test_a_weight_that_layers_share_is_checked_for_all_of_them(tmp_path: Path) -> None:
+    sparse_kind(tmp_path, "zamba2")
+    shared = [
+        f"model.layers.{layer}.shared_transformer.self_attn.q_proj" for layer in (0, 2)
+    ]
+
+    def lies(tensors: dict[str, Tensor]) -> None:
+        (stored,) = {f"{name}.weight" for name in shared} & tensors.keys()
+        tensors[stored][3, :4] = 1.0
+
+    assert verify(tmp_path, PATTERN).passed
+    change(tmp_path, lies)
+    assert set(faults(verify(tmp_path, PATTERN))) == set(shared)
 
 
 def test_shards_pass_and_a_missing_one_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""The names of a checkpoint's tensors, in its files and in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from types import SimpleNamespace
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+__all__ = ["disagreements", "names_in_memory"]
+
+
+def names_in_memory(
+    model: PreTrainedModel, stored: Iterable[str]
+) -> dict[str, str] | None:
+    """
+    Transformers keeps the names of old checkpoints on disk: GPT-NeoX's output embedding
+    is ``embed_out`` there and ``lm_head`` in memory.
+
+    :param model: may be without weights
+    :param stored: names of tensors in a checkpoint of it
+    :return: the name in the model of each, its own for one that is no part of it; None
+        if some are joined or split when they are loaded, so that no single tensor of
+        the model is what is stored
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    known = model.state_dict()
+    names = {}
+    for name in stored:
+        names[name] = name
+        # as they are loaded; a mixture whose experts are linear operators already, and
+        # names that are the model's own, must not be converted
+        for steps in ((renamings, converters), (renamings, []), ([], [])):
+            renamed, converted = rename_source_key(
+                name, *steps, model.base_model_prefix, known
+            )
+            if renamed in known:
+                if converted is not None:
+                    return None
+                names[name] = renamed
+                break
+    return names
+
+
+def disagreements(
+    model: PreTrainedModel, missing: Collection[str], unknown: Collection[str]
+) -> list[str]:
+    """
+    :param model: may be without weights
+    :param missing: names that the model has and the files have not
+    :param unknown: names that the files have and the model has not
+    :return: a sentence for each, but for what transformers leaves out knowingly
+    """
+    found = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unknown))
+    model._adjust_missing_and_unexpected_keys(found)
+    return [f"{name} is missing" for name in missing if name in found.missing_keys] + [
+        f"{name} is no part of the model that config.json describes"
+        for name in unknown
+        if name in found.unexpected_keys
+    ]
