@@ -89,7 +89,18 @@ FULL = DemoSize(32, 512, 16384, {})
 
 # options of the commands that calibrate
 CalibrationText = Annotated[
-    str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
+    str,
+    typer.Option(
+        help="calibration data: a .txt, .jsonl, .json, .csv or .parquet file (also "
+        ".gz), a folder of save_to_disk, or a hub id"
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="column of --dataset that holds text or chats (default: text, messages "
+        "or conversations)"
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="calibration sequences")]
 SequenceLength = Annotated[
@@ -141,6 +152,7 @@ def prune(
         typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
     ] = None,
     dataset: CalibrationText = "allenai/c4",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     seed: Seed = 0,
@@ -223,9 +235,8 @@ def prune(
         check_format(storage_format, modifiers)
         tokenizer = pipeline.load_tokenizer(model)
         dense = pipeline.load_model(model, dtype)
-        data = Calibration(
-            dataset, samples, seq_len or max_sequence_length(dense.config), seed
-        )
+        length = seq_len or max_sequence_length(dense.config)
+        data = Calibration(dataset, samples, length, seed, text_column)
         calibration = calibration_of(data, tokenizer)
         run = pipeline.prune(
             dense, tokenizer, calibration, recipe or modifiers, batch_size=batch_size
@@ -300,6 +311,7 @@ def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dat
         samples=data.samples,
         seq_len=data.seq_len,
         seed=data.seed,
+        text_column=data.text_column,
     )
 
 
@@ -582,6 +594,7 @@ def compare(
         str, typer.Option(help="with commas between; the dense model is always there")
     ] = ",".join(METHODS),
     dataset: CalibrationText = "allenai/c4",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     seed: Seed = 0,
@@ -621,7 +634,7 @@ def compare(
             max_tokens,
             dtype,
         )
-        calibration = Calibration(dataset, samples, length, seed)
+        calibration = Calibration(dataset, samples, length, seed, text_column)
         comparison = Comparison(measurement, calibration)
         results = comparison.run(comma_separated(methods), patterns, json_file)
         show(comparison_table(results), markdown)

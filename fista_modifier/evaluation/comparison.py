@@ -202,6 +202,7 @@ class Comparison:
             samples=self.calibration.samples,
             seq_len=self.calibration.seq_len,
             seed=self.calibration.seed,
+            text_column=self.calibration.text_column,
         )
         seed = self.calibration.seed
         jobs: list[tuple[str, str, int | None]] = [(DENSE, "-", None)]
@@ -222,7 +223,8 @@ class Comparison:
     def _setup(self) -> dict[str, Any]:
         """What rows must share to stand in one table."""
         texts = {text.name: digest(text.content) for text in self.measurement.texts}
-        return {
+        column = self.calibration.text_column
+        return ({"text_column": column} if column else {}) | {
             "model": self.measurement.model,
             "checkpoint": fingerprint(self.measurement.model),
             "dtype": self.measurement.dtype,
