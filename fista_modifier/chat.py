@@ -24,22 +24,21 @@ class RefusedChatError(ValueError):
     """A template has rules, such as that a user speaks first, and one is broken."""
 
 
-def check_template(tokenizer: Any, source: str) -> None:
+def check_template(tokenizer: Any) -> None:
     """
     :param tokenizer: of the model; None if there is none
-    :param source: what has conversations in it
-    :raises ValueError: if they cannot be rendered
+    :raises ValueError: if conversations cannot be rendered
     """
     if tokenizer is None:
         raise ValueError(
-            f"{source} holds chats, which only the chat template of a model makes "
-            "into text: use it for calibration, or name a column of text"
+            "this is a chat, which only the chat template of a model makes into text: "
+            "use it for calibration, or name a column of text"
         )
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{source} holds chats, and the tokenizer of this model has no chat "
-            "template: save that of the model's chat version with it, or name a "
-            "column of text by --text-column"
+            "this is a chat, and the tokenizer of the model has no chat template: save "
+            "that of the model's chat version with it, or name a column of text by "
+            "--text-column"
         )
 
 

@@ -123,7 +123,7 @@ def _texts(
                 column = _column(source, record, column)
             assert column is not None  # the first record has it
             try:
-                text = _text(record.get(column), column, tokenizer, source)
+                text = _text(record.get(column), column, tokenizer)
             except RefusedChatError as error:
                 skipped[f"refused by the chat template: {error}"] += 1
                 continue
@@ -170,7 +170,7 @@ def _column(source: str, record: Record, wanted: str | None) -> str:
     )
 
 
-def _text(value: Any, column: str, tokenizer: Any, source: str) -> str | None:
+def _text(value: Any, column: str, tokenizer: Any) -> str | None:
     """
     :return: the text of a field, None if it is empty
     :raises RefusedChatError: if the chat template does not take it
@@ -183,7 +183,7 @@ def _text(value: Any, column: str, tokenizer: Any, source: str) -> str | None:
 
     if not value:
         return None
-    check_template(tokenizer, source)
+    check_template(tokenizer)
     return render(value, tokenizer)
 
 

@@ -15,7 +15,7 @@ from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.activations import ActivationStorage
@@ -35,6 +35,7 @@ from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 from fista_modifier.resume import FinishedLayers, fingerprint
 from fista_modifier.schedule import Method, Schedule
 from fista_modifier.solver import SolverOptions, WarmStart, parse_pattern
+from fista_modifier.solver.patterns import mask_structure_of
 
 __all__ = ["FISTAPruningModifier"]
 
@@ -182,6 +183,13 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     )
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
     _seconds: float = PrivateAttr(default=0.0)
+
+    @field_validator("mask_structure", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any) -> Any:
+        """YAML takes n:m without quotes for a number."""
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return mask_structure_of(value) if is_number else value
 
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:

@@ -358,7 +358,7 @@ def test_chats_without_a_template_are_an_error(tmp_path, tiny_tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": OPENAI}])
     with pytest.raises(ValueError, match="no chat template.*--text-column"):
         list(load_text(source, tokenizer=tiny_tokenizer))
-    with pytest.raises(ValueError, match="a.jsonl holds chats"):
+    with pytest.raises(ValueError, match="record 1 of .*a.jsonl: this is a chat"):
         list(load_text(source))
 
 
