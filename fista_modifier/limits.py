@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["check_calibration", "check_length", "check_tokens"]
+__all__ = ["check_calibration", "check_length", "check_tokens", "check_vocabulary"]
 
 POSITIONS = {"wpe", "embed_positions", "position_embeddings", "positions_embed"}
 """what families call their table with an entry for each position"""
@@ -21,18 +22,29 @@ SPARE_POSITIONS = 2
 def check_calibration(model: PreTrainedModel, calibration: Dataset) -> None:
     """
     :param model: about to be calibrated
-    :param calibration: with ``input_ids``
+    :param calibration: with ``input_ids``, none of which is cut off
     :raises ValueError: if the model cannot be run on them
     """
-    if "input_ids" not in calibration.column_names:
-        return
-    rows = calibration.select_columns("input_ids")
-    longest = 0
-    for row in rows:
-        ids = torch.as_tensor(row["input_ids"])
-        check_tokens(model, ids)
-        longest = max(longest, ids.shape[-1])
+    check_vocabulary(model, calibration)
+    longest = max((len(ids) for ids in _token_ids(calibration)), default=0)
     check_length(model, longest)
+
+
+def check_vocabulary(model: PreTrainedModel, data: object) -> None:
+    """
+    :param model: about to be calibrated
+    :param data: what a loader loads; only a data set of ``datasets`` is looked at
+    :raises ValueError: if a token id is not in the vocabulary
+    """
+    for ids in _token_ids(data):
+        check_tokens(model, ids)
+
+
+def _token_ids(data: object) -> Iterator[Tensor]:
+    """Those of each row."""
+    if isinstance(data, Dataset) and "input_ids" in data.column_names:
+        for row in data.select_columns("input_ids"):
+            yield torch.as_tensor(row["input_ids"]).flatten()
 
 
 def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:

@@ -30,6 +30,7 @@ from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.layer import ErrorCorrection, OperatorResult
+from fista_modifier.limits import check_vocabulary
 from fista_modifier.presets import PRESETS, Preset, Procedure
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 from fista_modifier.resume import FinishedLayers, fingerprint
@@ -250,15 +251,17 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         Find the operators and refuse what cannot be pruned, before any long work.
 
         :raises OSError: if there can be no ``activations_dir``
-        :raises ValueError: if there is no calibration data, if targets match nothing,
-            if an operator cannot have the pattern or is not finite, if the model does
-            not have the ``layers``, or if ``resume_dir`` belongs to another run
+        :raises ValueError: if there is no calibration data, or a token in it is not in
+            the vocabulary, if targets match nothing, if an operator cannot have the
+            pattern or is not finite, if the model does not have the ``layers``, or if
+            ``resume_dir`` belongs to another run
         """
         model = state.model
         if state.data.calib is None:
             raise ValueError(
                 "FISTAPruningModifier needs calibration data: pass dataset=… to oneshot"
             )
+        check_vocabulary(model, getattr(state.data.calib, "dataset", None))
         if self._method.storage.folder is not None:
             self._method.storage.folder.mkdir(parents=True, exist_ok=True)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
