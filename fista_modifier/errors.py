@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import jinja2
@@ -19,6 +20,8 @@ USERS_OWN = (
     jinja2.TemplateError,
 )
 """types of errors that say themselves what is wrong with what the user gave"""
+# The toolkit puts the source of the forward pass before the message of its error.
+LISTING = re.compile(r"--- <Autowrapped (\w+) \d+>:\d+ ---\n")
 
 
 def describe(error: BaseException) -> str:
@@ -30,8 +33,8 @@ def describe(error: BaseException) -> str:
     message = _text(error)
     told = message
     for cause in _causes(error):
-        text = _text(cause)
-        if text not in told:
+        text = _first_line(_text(cause))
+        if (_first_line(str(cause).strip()) or text) not in told:
             message += f" (caused by: {text})"
             told += text
     if isinstance(error, USERS_OWN):
@@ -45,10 +48,17 @@ def describe(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     """The message; with the type where it alone says little, as that of a KeyError."""
     text = str(error).strip()
+    if listing := LISTING.match(text):
+        return f"{listing[1]} could not be run on the calibration data"
     if text and isinstance(error, USERS_OWN):
         return text
     name = type(error).__name__
     return f"{name}: {text}" if text else name
+
+
+def _first_line(text: str) -> str:
+    """What follows it are hints of other libraries, for other programs."""
+    return text.partition("\n")[0]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

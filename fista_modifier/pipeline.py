@@ -71,9 +71,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     :param model: folder of a checkpoint, or its id on the hub
     :return: its tokenizer
     :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if it has no tokenizer, or a damaged one
     """
     load_config(model)
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of many kinds, and few of them name a file
+        raise ValueError(
+            f"the tokenizer of '{model}' could not be loaded: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
 
 
 def load_model(

@@ -63,7 +63,7 @@ def _parsed(text: str, name: str, ending: str) -> Recipe:
         content = _json(text) or yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{name} is not YAML{where}: {error.problem}") from error
+        raise ValueError(f"{name} is not YAML{where}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not YAML: {error}") from error
     if content is None:

@@ -101,7 +101,7 @@ def local_records(
             records = iter(_stream(builder, path, options))
             first = list(islice(records, 1))
     except Exception as error:
-        raise _unreadable(source, error) from error
+        raise _unreadable(source, error) from None  # which says it all
     return _checked(source, chain(first, records))
 
 
@@ -166,7 +166,7 @@ def _checked(source: str, records: Iterable[Record]) -> Iterator[Record]:
     try:
         yield from records
     except Exception as error:
-        raise _unreadable(source, error) from error
+        raise _unreadable(source, error) from None  # which says it all
 
 
 def _unreadable(source: str, error: Exception) -> ValueError:

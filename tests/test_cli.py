@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
+from fista_modifier import cli
 from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
@@ -341,6 +342,22 @@ def test_a_missing_model_is_named(text: Path, tmp_path: Path) -> None:
     result = prune(missing, text, tmp_path / "pruned", "--pattern", "2:4")
     assert result.exit_code == 1
     assert "no-such-model" in result.output.replace("\n", "")
+
+
+def test_a_damaged_tokenizer_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    (model / "tokenizer.json").write_text("{")
+    result = prune(model, text, tmp_path / "pruned", "--pattern", "2:4")
+    assert result.exit_code == 1
+    assert f"the tokenizer of '{model}' could not be loaded" in result.output
+
+
+def test_a_bug_is_told_as_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "verify_checkpoint", lambda *_: {}["fault"])
+    result = run("verify", model)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "error: unexpected KeyError: 'fault'" in result.output
+    assert "LLM_COMPRESSOR_LOG_LEVEL=DEBUG" in result.output
 
 
 def test_eval_prints_the_perplexity_of_each_model(

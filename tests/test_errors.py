@@ -35,6 +35,22 @@ def test_what_was_said_is_not_said_again() -> None:
     )
 
 
+def test_the_source_of_a_failed_forward_pass_is_not_shown() -> None:
+    source = "--- <Autowrapped LlamaModel 140>:23 ---\n> x = 1\n\n\nout of range"
+    error = raised(IndexError("out of range"), RuntimeError(source))
+    assert describe(error) == (
+        "LlamaModel could not be run on the calibration data "
+        "(caused by: IndexError: out of range)"
+    )
+
+
+def test_a_cause_is_one_line() -> None:
+    error = raised(OSError("no such id\nsee https://…"), ValueError("no model"))
+    assert describe(error) == "no model (caused by: no such id)"
+    error = raised(OSError("no such id\nsee …"), ValueError("no model (no such id)"))
+    assert describe(error) == "no model (no such id)"
+
+
 def test_a_hidden_context_stays_hidden() -> None:
     error = ValueError("outer")
     error.__context__ = KeyError("inner")
