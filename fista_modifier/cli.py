@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 import typer
 from datasets import Dataset
 from llmcompressor.modifiers import Modifier
-from llmcompressor.recipe import Recipe
 from loguru import logger
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
+from fista_modifier.calibration.operators import find_operators
 from fista_modifier.checkpoint.model_card import has_foreign_card, write_model_card
 from fista_modifier.checkpoint.report import REPORT_NAME, Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
@@ -29,6 +30,7 @@ from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import calibration_dataset, max_sequence_length
 from fista_modifier.demo import build_smollm2, news_text, wikipedia_text
 from fista_modifier.distributed import current_ranks, join_ranks
+from fista_modifier.errors import describe
 from fista_modifier.evaluation.comparison import (
     Comparison,
     Measurement,
@@ -47,8 +49,10 @@ from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
 from fista_modifier.files import write_whole
 from fista_modifier.layer import ErrorCorrection
+from fista_modifier.limits import check_length
 from fista_modifier.modifier import FISTAPruningModifier
 from fista_modifier.presets import PRESETS, Preset
+from fista_modifier.recipes import read_recipe
 from fista_modifier.solver import WarmStart, pattern_of
 from fista_modifier.tables import (
     cost_table,
@@ -89,7 +93,18 @@ FULL = DemoSize(32, 512, 16384, {})
 
 # options of the commands that calibrate
 CalibrationText = Annotated[
-    str, typer.Option(help="calibration text: FILE.txt, FILE.jsonl or a hub id")
+    str,
+    typer.Option(
+        help="calibration data: a .txt, .jsonl, .json, .csv or .parquet file (also "
+        ".gz), a folder of save_to_disk, or a hub id"
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="column of --dataset that holds text or chats (default: text, messages "
+        "or conversations)"
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="calibration sequences")]
 SequenceLength = Annotated[
@@ -116,12 +131,12 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What a user can mend is a message and exit status 1, not a traceback."""
+    """An error is a message and exit status 1; a traceback is for the debug log."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         logger.opt(exception=error).debug("where it came from")
-        message = f"[bold red]error:[/] {escape(str(error))}"
+        message = f"[bold red]error:[/] {escape(describe(error))}"
         Console(stderr=True).print(message, highlight=False)
         raise typer.Exit(1) from error
 
@@ -141,6 +156,7 @@ def prune(
         typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
     ] = None,
     dataset: CalibrationText = "allenai/c4",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     seed: Seed = 0,
@@ -223,9 +239,10 @@ def prune(
         check_format(storage_format, modifiers)
         tokenizer = pipeline.load_tokenizer(model)
         dense = pipeline.load_model(model, dtype)
-        data = Calibration(
-            dataset, samples, seq_len or max_sequence_length(dense.config), seed
-        )
+        check_packable(storage_format, modifiers, dense)
+        length = seq_len or max_sequence_length(dense.config)
+        check_length(dense, length)
+        data = Calibration(dataset, samples, length, seed, text_column)
         calibration = calibration_of(data, tokenizer)
         run = pipeline.prune(
             dense, tokenizer, calibration, recipe or modifiers, batch_size=batch_size
@@ -264,7 +281,7 @@ def modifiers_of(
             f"{', '.join(fields)} can be given by options only with --pattern: set "
             f"these fields in {recipe}"
         )
-    return list(Recipe.create_instance(str(recipe)).modifiers)
+    return list(read_recipe(recipe).modifiers)
 
 
 def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:
@@ -288,6 +305,31 @@ def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -
             )
 
 
+def check_packable(
+    storage_format: StorageFormat, modifiers: Iterable[Modifier], model: PreTrainedModel
+) -> None:
+    """
+    :param storage_format: of the pruned weights
+    :param modifiers: what is to be done to the model
+    :param model: that they are to be done to
+    :raises ValueError: if its operators cannot be stored so
+    """
+    if storage_format != "sparse-24-bitmask":
+        return
+    for modifier in modifiers:
+        if not isinstance(modifier, FISTAPruningModifier):
+            continue
+        targets = modifier.targets
+        targets = [targets] if isinstance(targets, str) else targets
+        for operator in find_operators(model, targets, modifier.ignore):
+            if isinstance(operator.module, Conv1D):
+                raise ValueError(
+                    "sparse-24-bitmask stores weights as out×in, and that of "
+                    f"{operator.name} ({type(operator.module).__name__}) is in×out: "
+                    "use --format sparse-bitmask or dense"
+                )
+
+
 def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """
     :param data: the user's choice
@@ -300,6 +342,7 @@ def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dat
         samples=data.samples,
         seq_len=data.seq_len,
         seed=data.seed,
+        text_column=data.text_column,
     )
 
 
@@ -582,6 +625,7 @@ def compare(
         str, typer.Option(help="with commas between; the dense model is always there")
     ] = ",".join(METHODS),
     dataset: CalibrationText = "allenai/c4",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     seed: Seed = 0,
@@ -621,7 +665,7 @@ def compare(
             max_tokens,
             dtype,
         )
-        calibration = Calibration(dataset, samples, length, seed)
+        calibration = Calibration(dataset, samples, length, seed, text_column)
         comparison = Comparison(measurement, calibration)
         results = comparison.run(comma_separated(methods), patterns, json_file)
         show(comparison_table(results), markdown)

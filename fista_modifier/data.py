@@ -6,7 +6,7 @@ is cut into contiguous blocks, and a seeded choice of the blocks is the calibrat
 set. So no sample is padded, none overlaps another and short documents are not lost.
 """
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,14 +15,24 @@ from typing import Any
 import httpx
 import torch
 from datasets import Dataset, load_dataset
+from loguru import logger
 from tqdm.auto import tqdm
+
+from fista_modifier.chat import RefusedChatError, check_template, render
+from fista_modifier.records import (
+    Record,
+    is_local,
+    is_plain_text,
+    local_records,
+    read_plain_text,
+)
 
 C4 = "allenai/c4"
 """The paper's calibration corpus; its first shard is read, as in the paper."""
 C4_FIRST_SHARD = {"train": "en/c4-train.00000-of-01024.json.gz"}
 
-JSON_SUFFIXES = {".json", ".jsonl"}
-LOCAL_SUFFIXES = JSON_SUFFIXES | {".txt"}
+TEXT_COLUMN = "text"
+CHAT_COLUMNS = ("messages", "conversations")
 # Documents held at a time to shuffle a corpus that is read as a stream.
 SHUFFLE_BUFFER = 4096
 # A tokenizer takes far longer than linear time for some very long strings.
@@ -32,55 +42,48 @@ CHUNK_CHARACTERS = 1 << 16
 def load_text(
     source: str,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     split: str = "train",
     seed: int | None = None,
+    tokenizer: Any = None,
+    keep_empty: bool = False,
 ) -> Iterator[str]:
     """Read the documents of a local file or of a data set on the Hugging Face hub.
 
-    :param source: a local text file (one document), a local ``.jsonl`` or ``.json``
-        file (one document a record), or the id of a data set on the hub, optionally
-        with a configuration: ``id:configuration``. Hub data sets are streamed.
-    :param text_column: the field of a record that holds its text.
-    :param split: the split of a data set on the hub; a local file has none.
-    :param seed: shuffles a data set on the hub; ``None`` keeps its order. A local file
+    Records without text are left out, and a warning says how many. Conversations are
+    rendered by the tokenizer's chat template.
+
+    :param source: a local text file (one document); a local ``.jsonl``, ``.json``,
+        ``.csv``, ``.tsv`` or ``.parquet`` file (one document a record); any of these
+        but parquet with ``.gz`` after its name; a folder of ``save_to_disk``; or the id
+        of a data set on the hub, optionally with a configuration: ``id:configuration``.
+        Hub data sets are streamed.
+    :param text_column: the field of a record that holds its text or conversation;
+        ``None`` is "text" or else "messages" or "conversations". A text file has none.
+    :param split: the split of a data set on the hub or a folder; a local file has none.
+    :param seed: shuffles a data set on the hub; ``None`` keeps its order. What is local
         is always read in order.
+    :param tokenizer: the model's (Hugging Face), for conversations.
+    :param keep_empty: whether an empty text is a document, too.
     :return: the documents, read as they are asked for.
     :raises FileNotFoundError: if ``source`` names a local file that is not there.
-    :raises ValueError: if a local file is not UTF-8 text or lacks ``text_column``.
+    :raises ValueError: if a local file cannot be read, no record has a text, or there
+        are conversations and no template for them.
     :raises ConnectionError: if the data set cannot be downloaded.
     """
-    path = Path(source)
-    if path.suffix.lower() not in LOCAL_SUFFIXES and not path.is_file():
-        return _hub_documents(source, text_column, split, seed)
-    if not path.is_file():
+    if not is_local(source):
+        records = _hub_records(source, split, seed)
+    elif not Path(source).exists():
         raise FileNotFoundError(f"text file {source} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
-    if path.suffix.lower() in JSON_SUFFIXES:
-        return _json_documents(source, text, text_column)
-    return iter([text])
+    elif is_plain_text(source):
+        return iter([read_plain_text(source)])
+    else:
+        columns = [text_column] if text_column else [TEXT_COLUMN, *CHAT_COLUMNS]
+        records = local_records(source, split, columns)
+    return _texts(source, records, text_column, tokenizer, keep_empty)
 
 
-def _json_documents(source: str, text: str, column: str) -> Iterator[str]:
-    """Read a JSON list of records, or one record a line."""
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{source} is neither one JSON record a line nor a JSON list: {error}"
-        ) from error
-    return _texts(source, records, column)
-
-
-def _hub_documents(
-    source: str, column: str, split: str, seed: int | None
-) -> Iterator[str]:
+def _hub_records(source: str, split: str, seed: int | None) -> Iterator[Record]:
     name, _, configuration = source.partition(":")
     is_c4 = name == C4 and not configuration and split == "train"
     try:
@@ -93,8 +96,10 @@ def _hub_documents(
         )
         if seed is not None:
             records = records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        yield from _texts(source, records, column)
+        yield from records
     except (OSError, httpx.HTTPError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"the folder {name} is no data set: {error}") from error
         raise ConnectionError(
             f"the data set {source} could not be downloaded ({error}); check its name "
             "and the network, or use a local text instead: --dataset FILE.txt or "
@@ -102,15 +107,84 @@ def _hub_documents(
         ) from error
 
 
-def _texts(source: str, records: Iterable[Any], column: str) -> Iterator[str]:
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
-            found = sorted(record) if isinstance(record, dict) else record
-            raise ValueError(
-                f"record {number} of {source} has no text in a field {column!r}; "
-                f"found {found}: name the field that holds the text"
+def _texts(
+    source: str,
+    records: Iterable[Record],
+    column: str | None,
+    tokenizer: Any,
+    keep_empty: bool,
+) -> Iterator[str]:
+    """The texts of records; those that have none are counted."""
+    used = 0
+    skipped: Counter[str] = Counter()
+    try:
+        for number, record in enumerate(records, start=1):
+            if number == 1:
+                column = _column(source, record, column)
+            assert column is not None  # the first record has it
+            try:
+                text = _text(record.get(column), column, tokenizer)
+            except RefusedChatError as error:
+                skipped[f"refused by the chat template: {error}"] += 1
+                continue
+            except ValueError as error:
+                raise ValueError(f"record {number} of {source}: {error}") from error
+            if text or (keep_empty and text is not None):
+                used += 1
+                yield text
+            else:
+                skipped["empty"] += 1
+    finally:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        total = used + skipped.total()
+        if used and skipped:
+            logger.warning(
+                f"{skipped.total()} of {total} records of {source} are left out "
+                f"({counts})"
             )
-        yield record[column]
+    if skipped and not used:
+        raise ValueError(
+            f"none of the {total} records of {source} has a text in '{column}' "
+            f"({counts}): name another column by --text-column, or other data"
+        )
+
+
+def _column(source: str, record: Record, wanted: str | None) -> str:
+    """The field to read: the user's, or the first of those that usually hold text."""
+    for column in [wanted] if wanted else [TEXT_COLUMN, *CHAT_COLUMNS]:
+        if column not in record:
+            continue
+        if isinstance(record[column], str) and not wanted and column in CHAT_COLUMNS:
+            raise ValueError(
+                f"'{column}' of {source} holds text in place of a list of messages: "
+                f"store the messages as lists, or, if the text is meant, name it by "
+                f"--text-column {column}"
+            )
+        return column
+    missing = repr(wanted or TEXT_COLUMN)
+    if not wanted:
+        missing += f", nor a chat in {' or '.join(CHAT_COLUMNS)}"
+    raise ValueError(
+        f"record 1 of {source} has no text in a field {missing}; found "
+        f"{sorted(record)}: name the field that holds the text (--text-column)"
+    )
+
+
+def _text(value: Any, column: str, tokenizer: Any) -> str | None:
+    """
+    :return: the text of a field, None if it is empty
+    :raises RefusedChatError: if the chat template does not take it
+    :raises ValueError: if it is neither text nor a conversation
+    """
+    if isinstance(value, str) or value is None:
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"'{column}' holds no text but {value!r}")
+
+    if not value:
+        return None
+    check_template(tokenizer)
+    return render(value, tokenizer)
 
 
 def calibration_dataset(
@@ -120,7 +194,7 @@ def calibration_dataset(
     samples: int = 128,
     seq_len: int,
     seed: int = 0,
-    text_column: str = "text",
+    text_column: str | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Choose calibration samples of equal length from a text.
@@ -134,7 +208,8 @@ def calibration_dataset(
     :param samples: number of samples.
     :param seq_len: tokens in each sample.
     :param seed: the same seed gives the same samples.
-    :param text_column: the field of a record that holds its text.
+    :param text_column: the field of a record that holds its text or conversation, as
+        for :func:`load_text`.
     :param progress: whether to show a progress bar.
     :return: ``samples`` rows of ``input_ids`` and ``attention_mask`` (all ones), each
         ``seq_len`` long.
@@ -148,9 +223,11 @@ def calibration_dataset(
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}; at least 1 is needed")
     needed = samples * seq_len
-    documents = load_text(source, text_column=text_column, seed=seed)
-    is_local = Path(source).is_file()
-    tokens = _join(documents, tokenizer, None if is_local else needed, progress)
+    documents = load_text(
+        source, text_column=text_column, seed=seed, tokenizer=tokenizer
+    )
+    enough = None if is_local(source) else needed
+    tokens = _join(documents, tokenizer, enough, progress)
     if len(tokens) < needed:
         raise ValueError(
             f"{source} has {len(tokens)} tokens, but {samples} samples of {seq_len} "

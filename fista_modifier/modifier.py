@@ -15,7 +15,7 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.activations import ActivationStorage
@@ -39,11 +39,13 @@ from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.layer import ErrorCorrection, OperatorResult
+from fista_modifier.limits import check_vocabulary
 from fista_modifier.presets import PRESETS, Preset, Procedure
 from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
 from fista_modifier.resume import FinishedLayers, fingerprint
 from fista_modifier.schedule import Method, Schedule
 from fista_modifier.solver import SolverOptions, WarmStart, parse_pattern
+from fista_modifier.solver.patterns import mask_structure_of
 
 __all__ = ["FISTAPruningModifier"]
 
@@ -196,6 +198,13 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     _epoch: ExitStack = PrivateAttr(default_factory=ExitStack)
     _seconds: float = PrivateAttr(default=0.0)
 
+    @field_validator("mask_structure", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any) -> Any:
+        """YAML takes n:m without quotes for a number."""
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return mask_structure_of(value) if is_number else value
+
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
         pattern = parse_pattern(self.mask_structure, self.sparsity)
@@ -263,15 +272,17 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         Find the operators and refuse what cannot be pruned, before any long work.
 
         :raises OSError: if there can be no ``activations_dir``
-        :raises ValueError: if there is no calibration data, if targets match nothing,
-            if an operator cannot have the pattern or is not finite, if the model does
-            not have the ``layers``, or if ``resume_dir`` belongs to another run
+        :raises ValueError: if there is no calibration data, or a token in it is not in
+            the vocabulary, if targets match nothing, if an operator cannot have the
+            pattern or is not finite, if the model does not have the ``layers``, or if
+            ``resume_dir`` belongs to another run
         """
         model = state.model
         if state.data.calib is None:
             raise ValueError(
                 "FISTAPruningModifier needs calibration data: pass dataset=… to oneshot"
             )
+        check_vocabulary(model, getattr(state.data.calib, "dataset", None))
         if self._method.storage.folder is not None:
             self._method.storage.folder.mkdir(parents=True, exist_ok=True)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets

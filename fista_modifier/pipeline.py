@@ -13,7 +13,6 @@ from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
-from llmcompressor.recipe import Recipe
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -29,8 +28,10 @@ from fista_modifier.distributed import current_ranks
 from fista_modifier.experts import native_experts
 from fista_modifier.files import whole
 from fista_modifier.layer import OperatorResult
+from fista_modifier.limits import check_calibration
 from fista_modifier.models.classes import model_class
 from fista_modifier.modifier import FISTAPruningModifier
+from fista_modifier.recipes import read_recipe
 from fista_modifier.reconstruction import ReconstructionResult
 
 __all__ = [
@@ -70,9 +71,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     :param model: folder of a checkpoint, or its id on the hub
     :return: its tokenizer
     :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if it has no tokenizer, or a damaged one
     """
     load_config(model)
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of many kinds, and few of them name a file
+        raise ValueError(
+            f"the tokenizer of '{model}' could not be loaded: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
 
 
 def load_model(
@@ -163,7 +171,8 @@ def prune(
     :param recipe: a modifier or several, YAML text, or a YAML file
     :param batch_size: sequences in one forward pass
     :return: the pruned model and what became of each operator
-    :raises ValueError: if there are more ranks than sequences
+    :raises ValueError: if there are more ranks than sequences, the model cannot be run
+        on them, or the recipe is none or would have no effect
     """
     started = time.perf_counter()
     ranks = current_ranks()
@@ -172,18 +181,19 @@ def prune(
             f"{len(calibration)} calibration sequences are too few for {ranks.size} "
             "ranks: start fewer processes"
         )
+    applied = read_recipe(recipe)
+    check_calibration(model, calibration)
     # oneshot gives all ranks the first part of a set that they share
     calibration = calibration.shard(ranks.size, ranks.rank, contiguous=True)
-    recipe = Recipe.create_instance(str(recipe) if isinstance(recipe, Path) else recipe)
     # the propagation pass would run each layer a second time, for other modifiers only
     propagate = any(
-        not isinstance(modifier, FISTAPruningModifier) for modifier in recipe.modifiers
+        not isinstance(modifier, FISTAPruningModifier) for modifier in applied.modifiers
     )
     oneshot(
         model=model,
         tokenizer=tokenizer,
         dataset=calibration,
-        recipe=recipe,
+        recipe=applied,
         propagate_error=propagate,
         num_calibration_samples=len(calibration),
         max_seq_length=None,
@@ -193,14 +203,14 @@ def prune(
     results: list[OperatorResult] = []
     reconstructions: dict[str, ReconstructionResult] = {}
     unfinished: list[str] = []
-    for modifier in recipe.modifiers:
+    for modifier in applied.modifiers:
         if isinstance(modifier, FISTAPruningModifier):
             results += modifier.results
             reconstructions |= modifier.reconstructions
             unfinished += modifier.unfinished
     seconds = time.perf_counter() - started
     return PruningRun(
-        model, results, reconstructions, seconds, recipe.yaml(), unfinished
+        model, results, reconstructions, seconds, applied.yaml(), unfinished
     )
 
 

@@ -183,14 +183,25 @@ class Schedule:
 
         :param modules: the part
         :raises ValueError: if the calibration data are not those of the layers on disk,
-            or a layer was not run
+            or a layer or all of them were not run
         """
         self.store()
         here = set(modules)
+        if self._model in here:
+            self._check_was_run()
         with calibration_runs(self._model):
             for layer in self.layers:
                 if layer.module in here:
                     self._leave(layer)
+
+    def _check_was_run(self) -> None:
+        recordings = [layer.recording for layer in self.layers if layer.recording]
+        if recordings and not any(len(recording.inputs) for recording in recordings):
+            raise ValueError(
+                "FISTAPruningModifier needs calibration, and the pipeline ran the "
+                "model on no data: leave oneshot's pipeline at 'independent'; "
+                "'datafree' is for modifiers that need none"
+            )
 
     def _leave(self, layer: DecoderLayer) -> None:
         if self._data is not None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, checkpoint
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
+from fista_modifier import cli
 from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
@@ -228,11 +229,135 @@ def test_bad_arguments_are_a_message_and_leave_nothing(
     assert not (tmp_path / "pruned").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("", "recipe.yaml is empty"),
+        ("a: {", "recipe.yaml is not YAML, line 1"),
+        ("pruning: {p_modifiers: {FISTAPruningModifier: {}}}", "'pruning_stage'"),
+        ("p_stage: {pruning: {FISTAPruningModifier: {}}}", "'pruning_modifiers'"),
+        ("p_stage: {p_modifiers: {FISTAPruningModifier: }}", "write its fields"),
+        ("p_stage: {p_modifiers: {FISTAPruningModifier: {x: 1}}}", "x"),
+        ("p_stage: {p_modifiers: {QuantizationModifier: {scheme: [1]}}}", "scheme"),
+        ("p_stage: {p_modifiers: {GPTQModifier: {config_groups: 1}}}", "config_groups"),
+        ("p_stage: {p_modifiers: {Nonsense: {}}}", "Nonsense"),
+    ],
+)
+def test_a_recipe_that_is_none_is_a_message(
+    model: Path, text: Path, tmp_path: Path, recipe: str, words: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe)
+    result = prune(model, text, tmp_path / "pruned", "--recipe", file)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)  # and no traceback
+    assert "error:" in result.output
+    assert words in " ".join(result.output.split())
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_pattern_needs_no_quotes(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "pruned"
+    recipe.write_text(
+        "p_stage:\n  p_modifiers:\n    FISTAPruningModifier:\n"
+        "      mask_structure: 2:4\n      preset: fast\n      ignore: [lm_head]\n"
+    )
+    result = prune(model, text, output, "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    assert run("verify", output, "--pattern", "2:4").exit_code == 0
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    folder = tmp_path / "gpt2"
+    shutil.copytree(checkpoint("gpt2", vocab_size=len(tiny_tokenizer)), folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--format", "sparse-24-bitmask"], "use --format sparse-bitmask or dense"),
+        (["--seq-len", "65"], "64 positions: use --seq-len 64 or less"),
+    ],
+)
+def test_what_gpt2_cannot_have_is_refused_before_its_data_are_read(
+    gpt2: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    arguments += ["--pattern", "2:4", "--dataset", "missing.txt"]
+    result = run("prune", gpt2, "-o", tmp_path / "pruned", *arguments)
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+
+
+def test_too_few_positions_are_named_by_every_command(gpt2: Path, text: Path) -> None:
+    words = "64 positions: use --seq-len 64 or less"
+    for arguments in (
+        ("eval", gpt2, "--text", text, "--seq-len", 65),
+        ("compare", gpt2, "--pattern", "2:4", "--methods", "magnitude")
+        + ("--text", text, "--dataset", "missing.txt", "--seq-len", 65),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert words in " ".join(result.output.split())
+
+
+def test_a_foreign_tokenizer_is_a_message(
+    text: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "small")
+    tiny_tokenizer.save_pretrained(folder)
+    result = prune(folder, text, tmp_path / "pruned", "--pattern", "2:4")
+    assert result.exit_code == 1
+    assert "is not in the vocabulary of LlamaForCausalLM" in result.output
+    result = run("eval", folder, "--text", text, "--seq-len", 16)
+    assert result.exit_code == 1
+    assert "is not in the vocabulary of LlamaForCausalLM" in result.output
+
+
+def test_a_column_of_a_table_is_calibrated_on(model: Path, tmp_path: Path) -> None:
+    table, output = tmp_path / "table.csv", tmp_path / "pruned"
+    table.write_text("text,body\n" + "nothing,The quick brown fox.\n" * 10)
+    arguments = ("--pattern", "2:4", "--preset", "fast", "--text-column")
+    result = prune(model, table, output, *arguments, "body")
+    assert result.exit_code == 0, result.output
+    calibration = PruningReport.load(output).calibration
+    assert calibration == Calibration(str(table), 4, 16, 0, "body")
+    result = prune(model, table, tmp_path / "no", *arguments, "title")
+    assert result.exit_code == 1
+    assert "'title'; found ['body', 'text']" in " ".join(result.output.split())
+
+
+def test_chats_need_a_template(model: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    result = prune(model, chats, tmp_path / "pruned", "--pattern", "2:4")
+    assert result.exit_code == 1
+    assert "no chat template" in " ".join(result.output.split())
+
+
 def test_a_missing_model_is_named(text: Path, tmp_path: Path) -> None:
     missing = tmp_path / "no-such-model"
     result = prune(missing, text, tmp_path / "pruned", "--pattern", "2:4")
     assert result.exit_code == 1
     assert "no-such-model" in result.output.replace("\n", "")
+
+
+def test_a_damaged_tokenizer_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    (model / "tokenizer.json").write_text("{")
+    result = prune(model, text, tmp_path / "pruned", "--pattern", "2:4")
+    assert result.exit_code == 1
+    assert f"the tokenizer of '{model}' could not be loaded" in result.output
+
+
+def test_a_bug_is_told_as_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "verify_checkpoint", lambda *_: {}["fault"])
+    result = run("verify", model)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "error: unexpected KeyError: 'fault'" in result.output
+    assert "LLM_COMPRESSOR_LOG_LEVEL=DEBUG" in result.output
 
 
 def test_eval_prints_the_perplexity_of_each_model(

@@ -152,15 +152,15 @@ def find_operators(
     :raises ValueError: if a target matches nothing, if nothing is left to prune, or if
         a target names an output embedding that is tied to the input embedding
     """
-    targets = expand_special_targets(targets)
+    asked, targets = set(targets), expand_special_targets(targets)
     if "Linear" in targets:
         targets = [*targets, "Conv1D"]
+    # of the classes that one word stands for, not every model has each
+    optional = {"Conv1D", *targets} - (asked - {"Conv1D"})
     found: dict[str, torch.nn.Linear | Conv1D] = {}
     for target in targets:
         matches = list(match_named_modules(model, [target]))
-        if not matches and target == "Linear":
-            continue  # GPT-2 has Conv1D instead; if there is neither, that is said
-        if not matches and target != "Conv1D":
+        if not matches and target not in optional | {"Linear"}:
             raise ValueError(
                 f"target '{target}' matches no module of {type(model).__name__}; use a "
                 "class name ('Linear'), a module name, or 're:' and a pattern"

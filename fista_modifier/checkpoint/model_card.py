@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
 from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
-from fista_modifier.data import LOCAL_SUFFIXES
+from fista_modifier.records import is_local
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 
@@ -104,7 +104,7 @@ def model_card(
 def _hub_id(source: str) -> str | None:
     """A model or data set by its id, unless it is a file or a folder."""
     path = Path(source)
-    if path.exists() or path.suffix.lower() in LOCAL_SUFFIXES:
+    if path.exists() or is_local(source):
         return None
     return source if HUB_ID.fullmatch(source) else None
 

@@ -34,12 +34,14 @@ class Calibration:
     :param samples: number of sequences
     :param seq_len: tokens in each
     :param seed: of their choice
+    :param text_column: that holds the text, if the user named one
     """
 
     dataset: str
     samples: int
     seq_len: int
     seed: int
+    text_column: str | None = None
 
 
 @dataclass(frozen=True)

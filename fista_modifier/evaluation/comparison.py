@@ -45,6 +45,7 @@ from fista_modifier.evaluation.results import (
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.experts import linearize_weightless
 from fista_modifier.host import package_versions
+from fista_modifier.limits import check_length
 from fista_modifier.models.classes import check_predicts_text, weightless_model
 from fista_modifier.solver import SparsityPattern
 
@@ -197,7 +198,8 @@ class Comparison:
         :raises RuntimeError: if a method's process was killed
         """
         self.measurement.check()
-        check_methods(self.measurement.model, methods, patterns.values())
+        longest = max(self.calibration.seq_len, self.measurement.seq_len)
+        check_methods(self.measurement.model, methods, patterns.values(), longest)
         results = Results.resume(file, self._setup())
         tokens = calibration_dataset(
             self.calibration.dataset,
@@ -205,6 +207,7 @@ class Comparison:
             samples=self.calibration.samples,
             seq_len=self.calibration.seq_len,
             seed=self.calibration.seed,
+            text_column=self.calibration.text_column,
         )
         seed = self.calibration.seed
         jobs: list[tuple[str, str, int | None]] = [(DENSE, "-", None)]
@@ -225,7 +228,8 @@ class Comparison:
     def _setup(self) -> dict[str, Any]:
         """What rows must share to stand in one table."""
         texts = {text.name: digest(text.content) for text in self.measurement.texts}
-        return {
+        column = self.calibration.text_column
+        return ({"text_column": column} if column else {}) | {
             "model": self.measurement.model,
             "checkpoint": fingerprint(self.measurement.model),
             "dtype": self.measurement.dtype,
@@ -241,19 +245,24 @@ class Comparison:
 
 
 def check_methods(
-    model: str, methods: Sequence[str], patterns: Iterable[SparsityPattern]
+    model: str,
+    methods: Sequence[str],
+    patterns: Iterable[SparsityPattern],
+    longest: int = 1,
 ) -> None:
     """
     :param model: folder of a checkpoint, or its id on the hub
     :param methods: that are to prune it
     :param patterns: to which
+    :param longest: tokens in the longest sequence that it is to be run on
     :raises ValueError: if a method is unknown, or cannot prune the model, or the
-        model's operators cannot have a pattern
+        model's operators cannot have a pattern, or it has too few positions
     """
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
     skeleton = weightless_model(pipeline.load_config(model))
+    check_length(skeleton, longest)
     linearize_weightless(skeleton)
     operators = find_operators(skeleton, TARGETS, IGNORE)
     foreign = {"wanda", "sparsegpt"}.intersection(methods)

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from fista_modifier.limits import check_length, check_tokens
+
 # Positions whose logits are held in float32 at a time.
 CHUNK_POSITIONS = 512
 
@@ -123,10 +125,13 @@ def block_losses(
     :param batch_size: blocks in a forward pass
     :param progress: whether to show a progress bar
     :return: mean negative log-likelihood of each block, in nats per token
-    :raises ValueError: if ``batch_size`` is not positive
+    :raises ValueError: if ``batch_size`` is not positive, or the model does not have so
+        many positions or such tokens
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    check_tokens(model, blocks)
+    check_length(model, blocks.shape[1])
     losses: list[float] = []
     batches = torch.split(blocks, batch_size)
     with _inference(model):

@@ -17,7 +17,8 @@ from pathlib import Path
 import httpx
 from datasets import load_dataset
 
-from fista_modifier.data import LOCAL_SUFFIXES, load_text
+from fista_modifier.data import load_text
+from fista_modifier.records import is_local
 
 __all__ = ["PAPER_TEXTS", "Corpus", "Text", "load_texts"]
 
@@ -136,13 +137,8 @@ def load_texts(sources: Sequence[str]) -> list[Text]:
     return [_load(*pair) for pair in zip(names, sources, strict=True)]
 
 
-def _is_local(source: str) -> bool:
-    path = Path(source)
-    return path.suffix.lower() in LOCAL_SUFFIXES or path.is_file()
-
-
 def _name(source: str) -> str:
-    if _is_local(source):
+    if is_local(source):
         return Path(source).stem
     for name, corpus in PAPER_TEXTS.items():
         if source in (corpus.path, f"{corpus.path}:{corpus.configuration}"):
@@ -151,6 +147,8 @@ def _name(source: str) -> str:
 
 
 def _load(name: str, source: str) -> Text:
-    if name in PAPER_TEXTS and not _is_local(source):
+    if name in PAPER_TEXTS and not is_local(source):
         return PAPER_TEXTS[name].read(name)
-    return Text(name, "\n\n".join(load_text(source, split="test")))
+    # an empty record is a blank line of the text
+    documents = load_text(source, split="test", keep_empty=True)
+    return Text(name, "\n\n".join(documents))

@@ -15,6 +15,7 @@ __all__ = [
     "SparsityPattern",
     "Unstructured",
     "Within",
+    "mask_structure_of",
     "parse_pattern",
     "pattern_of",
 ]
@@ -202,6 +203,21 @@ def pattern_of(text: str) -> SparsityPattern:
             f"a pattern is n:m such as 2:4, or a sparsity such as 0.5; got '{text}'"
         ) from None
     return Unstructured(sparsity)
+
+
+def mask_structure_of(number: int) -> str:
+    """
+    :param number: what YAML 1.1 makes of n:m without quotes, 60·n + m
+    :return: "n:m", or "0:0"
+    :raises ValueError: if it is that of no pattern
+    """
+    n, m = divmod(number, 60)
+    if number == 0 or 1 <= n <= m:
+        return f"{n}:{m}"
+    raise ValueError(
+        f"mask_structure is the number {number}: quote n:m, as in mask_structure: "
+        '"2:4", because YAML takes it for a number of base 60'
+    )
 
 
 def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPattern:

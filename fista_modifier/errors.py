@@ -1,0 +1,75 @@
+"""What the command line says of an error: what is wrong, and what lay behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import jinja2
+import yaml
+
+__all__ = ["describe"]
+
+USERS_OWN = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    yaml.YAMLError,
+    jinja2.TemplateError,
+)
+"""types of errors that say themselves what is wrong with what the user gave"""
+# The toolkit puts the source of the forward pass before the message of its error.
+LISTING = re.compile(r"--- <Autowrapped (\w+) \d+>:\d+ ---\n")
+
+
+def describe(error: BaseException) -> str:
+    """
+    :param error: that ended a command
+    :return: its message and those of its causes that say more; of an error that no user
+        can mend also its type, and how to see where it came from
+    """
+    message = _text(error)
+    told = message
+    for cause in _causes(error):
+        text = _first_line(_text(cause))
+        if (_first_line(str(cause).strip()) or text) not in told:
+            message += f" (caused by: {text})"
+            told += text
+    if isinstance(error, USERS_OWN):
+        return message
+    return (
+        f"unexpected {message}\nThis should not happen, please report it. "
+        "LLM_COMPRESSOR_LOG_LEVEL=DEBUG in the environment shows where it came from."
+    )
+
+
+def _text(error: BaseException) -> str:
+    """The message; with the type where it alone says little, as that of a KeyError."""
+    text = str(error).strip()
+    if listing := LISTING.match(text):
+        return f"{listing[1]} could not be run on the calibration data"
+    if text and isinstance(error, USERS_OWN):
+        return text
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def _first_line(text: str) -> str:
+    """What follows it are hints of other libraries, for other programs."""
+    return text.partition("\n")[0]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen = {id(error)}
+    cause = _cause(error)
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = _cause(cause)
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    hidden = error.__suppress_context__
+    return error.__cause__ or (None if hidden else error.__context__)

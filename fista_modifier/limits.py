@@ -1,0 +1,120 @@
+"""What a model can be given: token ids of its vocabulary, and so many positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from loguru import logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["check_calibration", "check_length", "check_tokens", "check_vocabulary"]
+
+POSITIONS = {"wpe", "embed_positions", "position_embeddings", "positions_embed"}
+"""what families call their table with an entry for each position"""
+# Some tables have a few entries that no position uses, at their beginning.
+SPARE_POSITIONS = 2
+
+
+def check_calibration(model: PreTrainedModel, calibration: Dataset) -> None:
+    """
+    :param model: about to be calibrated
+    :param calibration: with ``input_ids``, none of which is cut off
+    :raises ValueError: if the model cannot be run on them
+    """
+    check_vocabulary(model, calibration)
+    longest = max((len(ids) for ids in _token_ids(calibration)), default=0)
+    check_length(model, longest)
+
+
+def check_vocabulary(model: PreTrainedModel, data: object) -> None:
+    """
+    :param model: about to be calibrated
+    :param data: what a loader loads; only a data set of ``datasets`` is looked at
+    :raises ValueError: if a token id is not in the vocabulary
+    """
+    for ids in _token_ids(data):
+        check_tokens(model, ids)
+
+
+def _token_ids(data: object) -> Iterator[Tensor]:
+    """Those of each row."""
+    if isinstance(data, Dataset) and "input_ids" in data.column_names:
+        for row in data.select_columns("input_ids"):
+            yield torch.as_tensor(row["input_ids"]).flatten()
+
+
+def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:
+    """
+    :param model: that is to read them
+    :param ids: token ids
+    :raises ValueError: if one of them is not in the vocabulary, nor stands for an image
+        or the like
+    """
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size is None or not ids.numel():
+        return
+    outside = ids[(ids < 0) | (ids >= size)]
+    if not len(outside):
+        return
+    stand_ins = _stand_ins(model.config.to_dict())
+    for token in outside.tolist():
+        if token not in stand_ins:
+            raise ValueError(
+                f"token id {token} is not in the vocabulary of {type(model).__name__}, "
+                f"which goes from 0 to {size - 1}: take the tokenizer that belongs to "
+                "the model, or resize the model's embeddings for it"
+            )
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """
+    :param model: that is to read them, on any device
+    :param tokens: of a sequence
+    :raises ValueError: if it has an embedding for each position, and too few
+    """
+    config = model.config.get_text_config()
+    maximum = getattr(config, "max_position_embeddings", None)
+    if maximum is None or tokens <= maximum - SPARE_POSITIONS:
+        return
+    positions = _positions(model, maximum)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"sequences of {tokens} tokens are too long for {type(model).__name__}, "
+            f"which has {positions} positions: use --seq-len {positions} or less"
+        )
+    if tokens > maximum:
+        logger.warning(
+            f"Sequences of {tokens} tokens are longer than the {maximum} that "
+            f"{type(model).__name__} was made for"
+        )
+
+
+def _positions(model: PreTrainedModel, maximum: int) -> int | None:
+    """How many a table in the language model has; None if there is no table."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in POSITIONS and isinstance(
+            module, torch.nn.Embedding
+        ):
+            if 0 <= module.num_embeddings - maximum <= SPARE_POSITIONS:
+                # RoBERTa counts its spare positions among the maximum
+                spare = 0 if module.padding_idx is None else module.padding_idx + 1
+                return min(maximum, module.num_embeddings - spare)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in POSITIONS and len(buffer) == maximum:
+            return maximum
+    return None
+
+
+def _stand_ins(config: dict[str, Any]) -> set[int]:
+    """Ids that a model replaces before it looks them up, of images and the like."""
+    found = set()
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= _stand_ins(value)
+        elif isinstance(value, int) and name.endswith(("_token_id", "_token_index")):
+            found.add(value)
+    return found

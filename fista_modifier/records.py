@@ -1,0 +1,204 @@
+"""Records of local files and folders, read by the ``datasets`` library.
+
+Files are read as streams, so that nothing is cached and a file that has changed is
+read anew.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.utils import logging
+
+__all__ = ["Record", "is_local", "is_plain_text", "local_records", "read_plain_text"]
+
+Record = dict[str, Any]
+
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+"""of ``datasets``, by the ending of a file's name, which may have .gz after it"""
+PLAIN = ".txt"
+
+
+def is_local(source: str) -> bool:
+    """
+    :param source: what a user named
+    :return: whether it can only be a local file, or a folder of ``save_to_disk``
+    """
+    path = Path(source)
+    ending = _ending(path)
+    return ending == PLAIN or ending in BUILDERS or path.is_file() or _is_saved(path)
+
+
+def is_plain_text(source: str) -> bool:
+    """
+    :param source: a local file
+    :return: whether it is text without records
+    """
+    path = Path(source)
+    return not _is_saved(path) and _ending(path) not in BUILDERS
+
+
+def read_plain_text(source: str) -> str:
+    """
+    :param source: a local file of text, also a compressed one
+    :return: all of it
+    :raises ValueError: if it is not UTF-8 text
+    """
+    try:
+        with _opened(Path(source)) as file:
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
+
+
+def local_records(
+    source: str, split: str, text_columns: Iterable[str]
+) -> Iterator[Record]:
+    """
+    :param source: a JSON, JSON lines, CSV or parquet file, or a folder of
+        ``save_to_disk``
+    :param split: that is read of several in a folder
+    :param text_columns: columns of a CSV file in which numbers are text, too
+    :return: its records, in order
+    :raises ValueError: if it cannot be read, with the line if there is a bad one; at
+        once if its beginning cannot
+    """
+    path = Path(source)
+    try:
+        if _is_saved(path):
+            return iter(_saved(path, split))
+        builder = BUILDERS[_ending(path)]
+        options: dict[str, Any] = {}
+        if builder == "json":
+            # one schema for the whole file: records may differ in their fields
+            size = _size(path)
+            if not size:
+                return iter(())
+            options["chunksize"] = size
+        elif builder == "csv":
+            options = {
+                "sep": "\t" if _ending(path) == ".tsv" else ",",
+                "converters": dict.fromkeys(text_columns, str),
+                "keep_default_na": False,  # "None" and "NA" are words
+            }
+        with _own_message():
+            records = iter(_stream(builder, path, options))
+            first = list(islice(records, 1))
+    except Exception as error:
+        raise _unreadable(source, error) from None  # which says it all
+    return _checked(source, chain(first, records))
+
+
+def _ending(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+
+
+def _saved(path: Path, split: str) -> Dataset:
+    data = load_from_disk(str(path))
+    if not isinstance(data, DatasetDict):
+        return data
+    if split in data:
+        return data[split]
+    if len(data) == 1:
+        return next(iter(data.values()))
+    raise ValueError(
+        f"it has the splits {', '.join(data)} and none that is called '{split}': name "
+        "the folder of one of them"
+    )
+
+
+def _stream(builder: str, path: Path, options: dict[str, Any]) -> Iterable[Record]:
+    with tempfile.TemporaryDirectory() as cache:  # for the builder's lock
+        records: Iterable[Record] = load_dataset(
+            builder,
+            data_files=glob.escape(str(path)),
+            split="train",
+            streaming=True,
+            cache_dir=cache,
+            **options,
+        )
+        return records
+
+
+def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _size(path: Path) -> int:
+    """In bytes, once it is decompressed."""
+    with _opened(path) as file:
+        return file.seek(0, io.SEEK_END)
+
+
+@contextmanager
+def _own_message() -> Iterator[None]:
+    """Keep ``datasets`` from logging an error that is raised as well."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _checked(source: str, records: Iterable[Record]) -> Iterator[Record]:
+    try:
+        yield from records
+    except Exception as error:
+        raise _unreadable(source, error) from None  # which says it all
+
+
+def _unreadable(source: str, error: Exception) -> ValueError:
+    if isinstance(error, UnicodeDecodeError):
+        return ValueError(f"{source} is not UTF-8 text: {error}")
+    path = Path(source)
+    reason = BUILDERS.get(_ending(path)) == "json" and _json_fault(path)
+    if reason:
+        return ValueError(
+            f"{source} is neither one JSON record a line nor a JSON list: {reason}"
+        )
+    return ValueError(f"{source} cannot be read: {error}")
+
+
+def _json_fault(path: Path) -> str | None:
+    """``datasets`` counts records from the start of a block: look for the line."""
+    try:
+        text = read_plain_text(str(path))
+    except ValueError:
+        return None
+    lines = [pair for pair in enumerate(text.split("\n"), start=1) if pair[1].strip()]
+    if _ending(path) == ".json" and lines and _fault(lines[0][1]):
+        lines = [(1, text)]  # one value over several lines
+    for number, line in lines:
+        if error := _fault(line):
+            return f"line {number + error.lineno - 1}: {error.msg}"
+    return None
+
+
+def _fault(text: str) -> json.JSONDecodeError | None:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error
+    return None
