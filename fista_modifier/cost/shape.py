@@ -10,16 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from compressed_tensors.utils import match_named_modules, patch_attr
+from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
+from fista_modifier.calibration.layers import (
+    DecoderLayer,
+    group_by_layer,
+    layer_targets,
+)
 from fista_modifier.calibration.operators import Operator, blocks_of, find_operators
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
@@ -173,25 +176,9 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
 def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """Those with operators."""
     operators = find_operators(model, ["Linear"], [])
-    targets = infer_sequential_targets(model)
-    if isinstance(targets, str) or not any(match_named_modules(model, targets)):
-        targets = _largest_stack(model)  # TO MERGE: calibration's find_decoder_layers
+    targets = layer_targets(model, operators)
     layers = group_by_layer(model, operators, targets)
     return [layer for layer in layers if layer.in_sequence and layer.operators]
-
-
-def _largest_stack(model: PreTrainedModel) -> list[str]:
-    """Names of the equal modules in the list that has most parameters."""
-    stacks = [
-        (name, stack)
-        for name, stack in model.named_modules()
-        if isinstance(stack, torch.nn.ModuleList)
-        and len({type(layer) for layer in stack}) == 1
-    ]
-    if not stacks:
-        raise ValueError(f"{type(model).__name__} has no list of equal layers")
-    name, stack = max(stacks, key=lambda pair: _entries(pair[1]))
-    return [f"{name}.{number}" for number in range(len(stack))]
 
 
 def _in_one_stack(layer: DecoderLayer, other: DecoderLayer) -> bool:

@@ -5,6 +5,7 @@ from fista_modifier.solver.patterns import (
     NofM,
     SparsityPattern,
     Unstructured,
+    Within,
     parse_pattern,
     pattern_of,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "StageSolver",
     "Unstructured",
     "WarmStart",
+    "Within",
     "parse_pattern",
     "pattern_of",
     "prune_weight",

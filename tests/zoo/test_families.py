@@ -101,7 +101,7 @@ def layer_of(name: str) -> str | None:
 def check_checkpoint(pruned: Pruned, folder: Path) -> None:
     specimen = pruned.specimen
     pruned.model.save_pretrained(folder)
-    reloaded = specimen.auto_class.from_pretrained(folder).eval()
+    reloaded = specimen.load(folder)
     with torch.no_grad():
         expected = first(pruned.model(**specimen.batches[0]))
         found = first(reloaded(**specimen.batches[0]))

@@ -84,8 +84,17 @@ class Specimen:
     def auto_class(self) -> Any:
         return getattr(transformers, self.case["auto_class"])
 
-    def load(self) -> PreTrainedModel:
-        return self.auto_class.from_pretrained(self.checkpoint.name).eval()
+    def load(self, folder: Path | None = None) -> PreTrainedModel:
+        """
+        :param folder: of a checkpoint; that of the dense model if left out
+
+        "eager" in its entry is for a family of which transformers' other kernels
+        compute something else (Doge's see later tokens).
+        """
+        eager = {"attn_implementation": "eager"} if self.case.get("eager") else {}
+        return self.auto_class.from_pretrained(
+            folder or self.checkpoint.name, **eager
+        ).eval()
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:

@@ -1,0 +1,147 @@
+"""What a run says of weights that it does not prune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from families import tiny_model
+from loguru import logger
+from runs import calibration, prune, samples, weights
+from torch import Tensor
+
+from fista_modifier import FISTAPruningModifier
+from fista_modifier.calibration.operators import Operator
+from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.stages import Stage, used_without_a_call
+from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.solver import Unstructured
+from fista_modifier.solver.patterns import project
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    found: list[str] = []
+    sink = logger.add(found.append, level="INFO", format="{message}")
+    yield found
+    logger.remove(sink)
+
+
+def said(messages: list[str], text: str) -> bool:
+    return any(text in message for message in messages)
+
+
+def test_a_run_ends_with_its_share_of_the_layers(messages: list[str]) -> None:
+    modifier = prune(tiny_model("llama"), targets=["re:.*mlp.*"], preset="fast")
+    entries = {
+        name: parameter.numel()
+        for name, parameter in tiny_model("llama").named_parameters()
+        if ".layers." in name and parameter.ndim > 1
+    }
+    of_mlp = sum(size for name, size in entries.items() if "mlp" in name)
+    share = of_mlp / sum(entries.values())
+    assert modifier.share_of_weights == pytest.approx(share)
+    assert said(messages, f"hold {100 * share:.1f} % of the decoder layers' weights")
+
+
+def test_a_sparse_model_is_named_and_its_zeros_may_stay(messages: list[str]) -> None:
+    sparse = tiny_model("llama")
+    for module in sparse.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = project(module.weight.data, Unstructured(0.7))
+    before = weights(sparse)
+    prune(sparse, preserve_sparsity_mask=True)
+    assert not said(messages, "sparse already")
+    after = weights(sparse)
+    for name, weight in before.items():
+        assert not bool(after[name][weight == 0].any()), name
+    prune(sparse)
+    assert said(messages, "set preserve_sparsity_mask: true to keep them")
+
+
+def test_sequential_targets_that_match_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sequential_targets \['Layer'\] match no"):
+        prune(tiny_model("llama"), oneshot_arguments={"sequential_targets": ["Layer"]})
+
+
+def test_a_layer_that_runs_several_times_stays_dense(messages: list[str]) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    dense = weights(model)
+    with pytest.raises(ValueError, match="leave no linear operator"):
+        prune(model)
+    assert said(messages, "14 operators stay dense") or said(messages, "share their")
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, dense[name])
+
+
+class Choosing(torch.nn.Module):
+    """Gives its second operator the tokens that its first one chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 8, bias=False)
+        self.second = torch.nn.Linear(8, 8, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        first = self.first(hidden_states)
+        return self.second(first[first[..., 0] > 0])
+
+
+def test_where_other_tokens_arrive_x_is_that_of_the_dense_layer(
+    messages: list[str],
+) -> None:
+    layer = Choosing()
+    call = LayerInputs(layer)
+    call.append((torch.randn(2, 9, 8),), {})
+    pruned = {Operator("first", layer.first): -layer.first.weight.data}
+    stage = Stage([Operator("second", layer.second)], wave=1, routed=True)
+    with torch.no_grad():
+        (found,) = wave_statistics([stage], call, call, pruned, [None])
+        (dense,) = wave_statistics([stage], call, call, {}, [None])
+    assert torch.equal(found.gram, dense.gram)
+    assert found.drift is None
+    assert said(messages, "tokens reach the operator in the dense layer and")
+
+
+class Reading(torch.nn.Module):
+    """Reads the weight of one of its operators, and calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = torch.nn.Linear(8, 8)
+        self.read = torch.nn.Linear(8, 8)
+        self.unused = torch.nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.called(hidden_states) @ self.read.weight
+
+
+def test_a_weight_that_is_read_is_told_from_one_that_is_not_used() -> None:
+    layer = Reading()
+    inputs = LayerInputs(layer)
+    inputs.append((torch.randn(2, 5, 8),), {})
+    operators = [Operator(name, one) for name, one in layer.named_children()]
+    found = used_without_a_call(operators, inputs[0])
+    assert [operator.name for operator in found] == ["read"]
+
+
+def test_data_that_reach_nothing_are_an_error() -> None:
+    """All operators are in the vision tower, and there is text alone."""
+    model = tiny_model("gemma3_vision")
+    with pytest.raises(ValueError, match="nothing was pruned"):
+        prune(model, targets=["re:.*vision_tower.*"])
+
+
+def test_padding_alone_is_an_operator_without_data(messages: list[str]) -> None:
+    tokens = samples()
+    data = calibration(tokens).map(
+        lambda row: {"attention_mask": [0] * (len(row["input_ids"]) - 1) + [1]}
+    )
+    modifier = FISTAPruningModifier(mask_structure="2:4", preset="fast")
+    from runs import run
+
+    run(tiny_model("llama"), modifier, dataset=data)
+    assert {result.tokens for result in modifier.results} == {len(tokens)}
