@@ -23,6 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2VLConfig,
+    SwitchTransformersConfig,
     T5Config,
     Zamba2Config,
 )
@@ -130,6 +131,16 @@ OTHERS = {
     "encoder": Kind(lambda: BertConfig(**_SIZES), "BertForMaskedLM"),
     "encoder_embedding": Kind(lambda: BertConfig(**_SIZES), "BertModel"),
     "t5": Kind(lambda: T5Config(**_T5, num_layers=2), "T5ForConditionalGeneration"),
+    "switch": Kind(
+        lambda: SwitchTransformersConfig(
+            **_T5,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_sparse_encoder_layers=1,
+            num_experts=2,
+        ),
+        "SwitchTransformersForConditionalGeneration",
+    ),
     "bart": Kind(
         lambda: BartConfig(
             vocab_size=64, d_model=32, max_position_embeddings=64, **_BART
