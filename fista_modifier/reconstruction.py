@@ -151,7 +151,12 @@ def _token_errors(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor
     target = target.to(output.device, torch.float32)
     norms = target.square().sum(-1).clamp_min(SMALLEST)
     errors = (output.float() - target).square().sum(-1) / norms
-    return errors.flatten() if real is None else errors[real]
+    if real is None:
+        return errors.flatten()
+    # some layers have their tokens in one row, and some several outputs for each
+    real = real.to(errors.device)
+    where = real if errors.shape[-2:] == real.shape else real.flatten()
+    return errors[..., where].flatten()
 
 
 def _root_mean(squares: Iterable[Tensor]) -> float:
@@ -170,7 +175,7 @@ def _errors(
     power: defaultdict[str, float] = defaultdict(float)
     for batch in batches:
         real, call = recording.real_tokens[batch], recording.inputs[batch]
-        tokens = call.hidden_states[..., 0].numel() if real is None else int(real.sum())
+        tokens = call.tokens if real is None else int(real.sum())
         dense, _ = _outputs(weights, call, real)
         with replaced_weights(weights):
             pruned, output = _outputs(weights, inputs[batch], real)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import tiny_model
 from loguru import logger
+from peft import LoraConfig, get_peft_model
 from runs import calibration, prune, samples, weights
 from torch import Tensor
 
@@ -126,6 +127,15 @@ def test_a_weight_that_is_read_is_told_from_one_that_is_not_used() -> None:
     operators = [Operator(name, one) for name, one in layer.named_children()]
     found = used_without_a_call(operators, inputs[0])
     assert [operator.name for operator in found] == ["read"]
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_adapters_have_to_be_merged_first(wrapped: bool) -> None:
+    model = tiny_model("llama")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters: merge them first"):
+        prune(adapted if wrapped else model, preset="fast")
+    assert len(prune(adapted.merge_and_unload(), preset="fast").results) == 14
 
 
 def test_data_that_reach_nothing_are_an_error() -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.reconstruction import Reconstruction, reconstruct
+from fista_modifier.reconstruction import Reconstruction, _token_errors, reconstruct
 
 BATCHES = 64  # of one sequence each
 SEQUENCES = samples(BATCHES, 48, seed=1)
@@ -46,6 +46,7 @@ def recorded(layer: Layer, batches: list[Tensor]) -> tuple[Recording, Operator]:
     recording = Recording(layer, [operator], with_outputs=True)
     for batch in batches:
         recording.inputs.append((batch,), {})
+        recording.real_tokens.append(None)
         recording.outputs.append(layer(batch).detach())
     return recording, operator
 
@@ -207,3 +208,17 @@ def test_padding_is_not_trained_on():
 def test_a_fraction_of_an_epoch_is_that_many_steps():
     modifier = prune(tiny_model("llama"), **TRAINED | {"reconstruction_epochs": 0.51})
     assert [result.steps for result in modifier.reconstructions.values()] == [33, 33]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (3, 2, 5, 8), (10, 8)])
+def test_errors_are_those_of_real_tokens_in_each_layout(shape):
+    real = torch.tensor([[False, True, True, True, True], [True] * 5])
+    target = torch.ones(shape)
+    output = target.clone()
+    row = (0,) * (len(shape) - 1)
+    output[row] = torch.nan  # which is padding
+    errors = _token_errors(output, target, real)
+    copies = target[..., 0].numel() // real.numel()
+    # of several hidden states of a token each counts, and only one of them is broken
+    assert int(errors.isnan().sum()) == 0
+    assert len(errors) == copies * 9

@@ -150,8 +150,10 @@ def find_operators(
     :param ignore: what to leave dense
     :return: operators in the order of ``model.named_modules()``
     :raises ValueError: if a target matches nothing, if nothing is left to prune, or if
-        a target names an output embedding that is tied to the input embedding
+        a target names an output embedding that is tied to the input embedding, or the
+        model has adapters
     """
+    _check_adapters(model)
     asked, targets = set(targets), expand_special_targets(targets)
     if "Linear" in targets:
         targets = [*targets, "Conv1D"]
@@ -201,6 +203,15 @@ def find_operators(
             f"{type(model).__name__} to prune"
         )
     return operators
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    """Of PEFT: what is pruned below them is not what runs once they are merged."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError(
+            f"the {type(model).__name__} has adapters: merge them first, "
+            "model = model.merge_and_unload(), and prune what that returns"
+        )
 
 
 def _without_shared(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from zoo import CASES, TABLE, Pruned, Specimen, refusal
 
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.experts import linearize
-from fista_modifier.layer import OperatorResult
 
 WORKING = [name for name, case in CASES.items() if "refused" not in case]
 REFUSED = [name for name in CASES if name not in WORKING]
@@ -59,35 +59,57 @@ def check_tokens(pruned: Pruned) -> None:
 def check_errors(pruned: Pruned) -> None:
     """
     By plain runs of the dense model, and of one in which those operators are pruned
-    that the modifier pruned before in the same layer. Operators that are not called
-    exactly once for each token are left out: inside an expert, X* is another.
+    that X* follows: all that were pruned before in the layer or, in a block that routes
+    its tokens, in the block. An operator that is called again later is left out.
     """
-    specimen = pruned.specimen
+    specimen, results = pruned.specimen, pruned.modifier.results
     dense = specimen.load()
     linearize(dense)
-    partly = copy.deepcopy(dense)
+    tokens = specimen.tokens or 0
+    routing = {
+        block_of(result.name) for result in results if tokens and result.tokens % tokens
+    }
     compared = 0
-    before: list[OperatorResult] = []
-    for result in pruned.modifier.results:
-        if before and not same_layer(before[-1].name, result.name):
-            partly, before = copy.deepcopy(dense), []
-        if result.tokens == specimen.tokens:
-            x = inputs_of(dense, result.name, specimen.batches)
-            x_star = inputs_of(partly, result.name, specimen.batches)
-            assert len(x) == result.tokens, result.name
-            outputs = x @ oriented(dense, result.name).T
-            sparse = x_star @ oriented(pruned.model, result.name).T
-            error = float((sparse - outputs).norm() / outputs.norm())
-            assert result.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
-            compared += 1
-        oriented(partly, result.name).copy_(oriented(pruned.model, result.name))
-        before.append(result)
-    assert compared or specimen.tokens is None
+    for index, result in enumerate(results):
+        if not 0 < result.tokens <= tokens:
+            continue
+        part = block_of if block_of(result.name) in routing else layer_of
+        before = [
+            other.name
+            for other in results[:index]
+            if part(other.name) == part(result.name) is not None
+        ]
+        x = inputs_of(dense, result.name, specimen.batches)
+        with weights_of(pruned.model, dense, before):
+            x_star = inputs_of(dense, result.name, specimen.batches)
+        assert len(x) == result.tokens, result.name
+        outputs = x @ oriented(dense, result.name).T
+        sparse = x_star @ oriented(pruned.model, result.name).T
+        error = float((sparse - outputs).norm() / outputs.norm())
+        assert result.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        compared += 1
+    assert compared or not tokens
 
 
-def same_layer(one: str, other: str) -> bool:
-    """Whether two operators are in the block of the same number."""
-    return layer_of(one) == layer_of(other) is not None
+@contextmanager
+def weights_of(
+    source: PreTrainedModel, target: PreTrainedModel, names: list[str]
+) -> Iterator[None]:
+    """Give one model the weights of another, for a while."""
+    own = {name: oriented(target, name).clone() for name in names}
+    for name in names:
+        oriented(target, name).copy_(oriented(source, name))
+    yield
+    for name, weight in own.items():
+        oriented(target, name).copy_(weight)
+
+
+def block_of(name: str) -> str | None:
+    """Of a layer, such as its MLP."""
+    layer = layer_of(name)
+    if layer is None:
+        return None
+    return f"{layer}.{name.removeprefix(layer + '.').partition('.')[0]}"
 
 
 def layer_of(name: str) -> str | None:
