@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,15 +66,16 @@ def check_errors(pruned: Pruned) -> None:
     specimen, results = pruned.specimen, pruned.modifier.results
     dense = specimen.load()
     linearize(dense)
-    tokens = specimen.tokens or 0
-    routing = {
-        block_of(result.name) for result in results if tokens and result.tokens % tokens
-    }
+    layers = Layers(dense)
+    rests: dict[str | None, set[int]] = {}
+    for result in results:  # what is called twice has a whole multiple of the tokens
+        rest = result.tokens % (specimen.tokens or 1)
+        rests.setdefault(layers.block_of(result.name), set()).add(rest)
     compared = 0
     for index, result in enumerate(results):
-        if not 0 < result.tokens <= tokens:
-            continue
-        part = block_of if block_of(result.name) in routing else layer_of
+        block = layers.block_of(result.name)
+        # experts are given a choice of the tokens, each another
+        part = layers.block_of if len(rests[block]) > 1 else layers.layer_of
         before = [
             other.name
             for other in results[:index]
@@ -83,12 +85,14 @@ def check_errors(pruned: Pruned) -> None:
         with weights_of(pruned.model, dense, before):
             x_star = inputs_of(dense, result.name, specimen.batches)
         assert len(x) == result.tokens, result.name
+        if not result.tokens or result.tokens > (specimen.tokens or 0):
+            continue
         outputs = x @ oriented(dense, result.name).T
         sparse = x_star @ oriented(pruned.model, result.name).T
         error = float((sparse - outputs).norm() / outputs.norm())
         assert result.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
         compared += 1
-    assert compared or not tokens
+    assert compared or specimen.tokens is None
 
 
 @contextmanager
@@ -104,20 +108,33 @@ def weights_of(
         oriented(target, name).copy_(weight)
 
 
-def block_of(name: str) -> str | None:
-    """Of a layer, such as its MLP."""
-    layer = layer_of(name)
-    if layer is None:
-        return None
-    return f"{layer}.{name.removeprefix(layer + '.').partition('.')[0]}"
+class Layers:
+    """
+    Of a model, by the names of their operators: what transformers says is not to be
+    split or, where it says nothing, what has a number.
+    """
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        classes = set(model._no_split_modules or [])
+        self._names = [
+            f"{name}."
+            for name, module in model.named_modules()
+            if type(module).__name__ in classes
+        ]
 
-def layer_of(name: str) -> str | None:
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: index + 1])
-    return None
+    def layer_of(self, name: str) -> str | None:
+        around = [layer for layer in self._names if name.startswith(layer)]
+        if self._names:
+            return around[0] if around else None
+        numbered = re.match(r"(.*?\.\d+\.)", name)
+        return numbered[1] if numbered else None
+
+    def block_of(self, name: str) -> str | None:
+        """A part of the layer, such as its MLP"""
+        layer = self.layer_of(name)
+        if layer is None:
+            return None
+        return layer + name.removeprefix(layer).partition(".")[0]
 
 
 def check_checkpoint(pruned: Pruned, folder: Path) -> None:
