@@ -356,8 +356,7 @@ class Schedule:
             raise ValueError(
                 "nothing was pruned: in this pipeline the calibration data reach none "
                 "of the operators that can be pruned (see the warnings above). With "
-                "pipeline='basic' oneshot runs the model as a whole; 'datafree' has no "
-                "data, which FISTAPruner needs"
+                "pipeline='basic' oneshot runs the model as a whole"
             )
         self._stream = None  # the user may keep the modifier, not the activations
 

@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from loguru import logger
 from peft import LoraConfig, get_peft_model
-from runs import calibration, prune, samples, weights
+from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 
 from fista_modifier import FISTAPruningModifier
@@ -151,7 +151,5 @@ def test_padding_alone_is_an_operator_without_data(messages: list[str]) -> None:
         lambda row: {"attention_mask": [0] * (len(row["input_ids"]) - 1) + [1]}
     )
     modifier = FISTAPruningModifier(mask_structure="2:4", preset="fast")
-    from runs import run
-
     run(tiny_model("llama"), modifier, dataset=data)
     assert {result.tokens for result in modifier.results} == {len(tokens)}
