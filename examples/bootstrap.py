@@ -31,7 +31,10 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "installed.json"
 
 EXTRAS = {"demo": ["demo"], "test": ["demo", "test"]}
-MODULES = {"demo": ["fista_modifier.cli", "demo"], "test": ["pytest"]}
+MODULES = {
+    "demo": ["fista_modifier.cli", "demo"],
+    "test": ["pytest", "-n", "auto", "--dist", "loadfile"],
+}
 GPU_LIBRARY = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
 
 Report = dict[str, Any]

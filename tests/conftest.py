@@ -2,21 +2,28 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 # the suite is the same everywhere; FISTA_TEST_GPU=1 lets the toolkit use the GPU
 if not os.environ.get("FISTA_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# operators of 32 columns gain nothing from a second thread, and wait for it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from families import checkpoint
+from filelock import FileLock
 from llmcompressor.pipelines.cache import IntermediatesCache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fista_modifier import demo
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """With ``-n auto``: each process holds a torch and a model, about 2 GB."""
+    return min(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture(scope="session")
@@ -42,30 +49,30 @@ def cache() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(cache: Path) -> Path:
+def making(cache: Path) -> FileLock:
+    """Held by the one test process that fills the cache, while others wait."""
+    return FileLock(cache / "making.lock")
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path, making: FileLock) -> Path:
     """The checkpoint of SmolLM2-135M-Instruct in float32, built once."""
-    return demo.build_smollm2(cache / "smollm2-135m-instruct")
+    with making:
+        return demo.build_smollm2(cache / "smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
-def news(cache: Path) -> Path:
+def news(cache: Path, making: FileLock) -> Path:
     """A text for evaluation."""
-    return demo.news_text(cache)
+    with making:
+        return demo.news_text(cache)
 
 
 @pytest.fixture(scope="session")
-def wikipedia(cache: Path) -> Path:
+def wikipedia(cache: Path, making: FileLock) -> Path:
     """A text for calibration."""
-    return demo.wikipedia_text(cache)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operators of 32 columns gain nothing from a second thread, and wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with making:
+        return demo.wikipedia_text(cache)
 
 
 @pytest.fixture

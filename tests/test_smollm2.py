@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -19,15 +18,6 @@ from fista_modifier import FISTAPruningModifier, layer, pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.solver import PAPER, NofM, PrunedWeight, StageSolver
-
-
-@pytest.fixture(autouse=True)
-def all_threads() -> Iterator[None]:
-    """Operators of hundreds of columns gain from them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_pruned_smollm2_still_predicts_news(
