@@ -27,6 +27,8 @@ if find_spec("llmcompressor") is not None:
     from fista_modifier.masks import apply_masks_, masks_of
     from fista_modifier.modifier import FISTAPruningModifier
     from fista_modifier.quantization.gptq import MaskedGPTQModifier
+    from fista_modifier.recipes import notice_what_is_dropped
 
-    ModifierFactory.register("FISTAPruningModifier", FISTAPruningModifier)
-    ModifierFactory.register("MaskedGPTQModifier", MaskedGPTQModifier)
+    for modifier in (FISTAPruningModifier, MaskedGPTQModifier):
+        ModifierFactory.register(modifier.__name__, modifier)
+    notice_what_is_dropped([FISTAPruningModifier, MaskedGPTQModifier])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -254,8 +254,8 @@ def _with_inputs(
 ) -> Iterator[tuple[list[Stage], LayerInputs, LayerInputs]]:
     """
     The stages of each wave, with the smallest run that shows their inputs, dense and
-    partly pruned. The inputs of a block in the partly pruned layer are computed once:
-    they are final when its first wave's turn comes.
+    partly pruned. The inputs of a block in the partly pruned layer are kept from wave
+    to wave, until an operator before the block is pruned that they depend on.
 
     A block that routes its tokens (a mixture of experts) is always run from its inputs
     in the dense model: from those of the pruned one other experts would get the tokens,
@@ -271,7 +271,8 @@ def _with_inputs(
     ]
     left = Counter(id(dense_inputs) for dense_inputs, _ in runs)
     routed = {id(source) for source, group in runs for one in group if one.routed}
-    of_block: dict[int, LayerInputs] = {}
+    before = _operators_before(runs)
+    of_block: dict[int, tuple[int, LayerInputs]] = {}
     for dense_inputs, group in runs:
         block = id(dense_inputs)
         in_layer = dense_inputs is recording.inputs
@@ -280,18 +281,32 @@ def _with_inputs(
             inputs = dense_inputs
         elif not pruned and pruned_inputs is recording.inputs:
             inputs = dense_inputs
-        elif block in of_block:
-            inputs = of_block[block]
-        elif not in_layer and left[block] > 1:
-            with replaced_weights(pruned):
-                inputs = pruned_inputs.of_block(dense_inputs.layer)
-            of_block[block] = inputs
+        elif not in_layer and (left[block] > 1 or block in of_block):
+            done = sum(operator.name in before[block] for operator in pruned)
+            if of_block.get(block, (-1,))[0] != done:
+                with replaced_weights(pruned):
+                    inputs = pruned_inputs.of_block(dense_inputs.layer)
+                of_block[block] = done, inputs
+            inputs = of_block[block][1]
         yield group, dense_inputs, inputs
         left[block] -= 1
         if not left[block] and not in_layer:
-            for done in (dense_inputs, inputs):
-                if done is not pruned_inputs:
-                    done.clear()
+            for used in (dense_inputs, inputs):
+                if used is not pruned_inputs:
+                    used.clear()
+
+
+def _operators_before(
+    runs: Sequence[tuple[LayerInputs, list[Stage]]],
+) -> dict[int, set[str]]:
+    """Outside each block, those on which what is run in it depends."""
+    inside: defaultdict[int, set[str]] = defaultdict(set)
+    follows: defaultdict[int, set[str]] = defaultdict(set)
+    for inputs, group in runs:
+        for stage in group:
+            inside[id(inputs)] |= {operator.name for operator in stage.operators}
+            follows[id(inputs)] |= stage.follows
+    return {block: follows[block] - inside[block] for block in follows}
 
 
 def _solve(

@@ -362,6 +362,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
                 self._seconds,
                 results,
                 self.reconstructions,
+                share_of_layers=self.share_of_weights,
                 recipe=active_session().lifecycle.recipe.yaml(),
             )
             describe_on_save(state.model, report)

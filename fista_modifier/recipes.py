@@ -16,7 +16,7 @@ import yaml
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 
-__all__ = ["read_recipe"]
+__all__ = ["notice_what_is_dropped", "read_recipe"]
 
 EXAMPLE = "pruning_stage: pruning_modifiers: FISTAPruningModifier: …"
 
@@ -46,6 +46,33 @@ def read_recipe(recipe: str | Path | Recipe | Modifier | Sequence[Modifier]) -> 
     if not read.modifiers:
         raise ValueError(f"the recipe has no modifiers; it needs {EXAMPLE}")
     return read
+
+
+def notice_what_is_dropped(modifiers: Sequence[type[Modifier]]) -> None:
+    """
+    From now on the toolkit refuses a recipe, also that of ``oneshot()``, which names a
+    modifier of this package where it would pass over it.
+
+    :param modifiers: of this package
+    """
+    read = Recipe.from_dict.__func__
+    names = {modifier.__name__ for modifier in modifiers}
+
+    def from_dict(cls: type[Recipe], recipe_dict: dict[str, Any]) -> Recipe:
+        recipe: Recipe = read(cls, recipe_dict)
+        found = [one for one in recipe.modifiers if type(one).__name__ in names]
+        if len(found) < _count(recipe_dict, names):
+            _check(recipe_dict, "the recipe")
+        return recipe
+
+    Recipe.from_dict = classmethod(from_dict)
+
+
+def _count(content: Any, names: set[str]) -> int:
+    """How often one of the names is a key"""
+    if not isinstance(content, dict):
+        return 0
+    return sum((key in names) + _count(one, names) for key, one in content.items())
 
 
 def _is_file(text: str) -> bool:

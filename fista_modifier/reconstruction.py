@@ -24,7 +24,7 @@ from fista_modifier.calibration.operators import (
     trainable,
 )
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerCall, LayerInputs, real_rows
+from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
 from fista_modifier.solver.precision import matmul_precision
 
 __all__ = ["Reconstruction", "ReconstructionResult", "reconstruct"]
@@ -118,7 +118,7 @@ def reconstruct(
     }
 
     def errors(batch: int) -> Tensor:
-        real, target = recording.real_tokens[batch], recording.outputs[batch]
+        real, target = recording.real_tokens[batch].own, recording.outputs[batch]
         return _token_errors(inputs[batch].run(), target, real)
 
     with replaced_weights(current), trainable(inputs.layer, current):
@@ -175,14 +175,13 @@ def _errors(
     power: defaultdict[str, float] = defaultdict(float)
     for batch in batches:
         real, call = recording.real_tokens[batch], recording.inputs[batch]
-        tokens = call.tokens if real is None else int(real.sum())
         dense, _ = _outputs(weights, call, real)
         with replaced_weights(weights):
             pruned, output = _outputs(weights, inputs[batch], real)
-        of_layer.append(_token_errors(output, recording.outputs[batch], real))
+        of_layer.append(_token_errors(output, recording.outputs[batch], real.own))
         for operator, output in dense.items():
             other = pruned.get(operator)
-            if other is not None and len(other) == len(output) == tokens:
+            if other is not None and len(other) == len(output):
                 squared[operator.name] += float((other - output).square().sum())
                 if operator.module.bias is not None:
                     output = output - operator.module.bias
@@ -194,17 +193,21 @@ def _errors(
 
 
 def _outputs(
-    operators: Iterable[Operator], call: LayerCall, real: Tensor | None
+    operators: Iterable[Operator], call: LayerCall, real: RealTokens
 ) -> tuple[dict[Operator, Tensor], Tensor]:
     """
-    Real tokens × out features, float32, of each operator that is called at all, and the
-    layer's output
+    Real tokens × out features, float32, of each operator that all tokens reach once,
+    and the layer's output
     """
     outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
+    partly: set[Operator] = set()
 
     def record(operator: Operator) -> RemovableHandle:
-        def hook(_module: torch.nn.Module, _args: Any, output: Tensor) -> None:
-            outputs[operator].append(real_rows(output, real).float())
+        def hook(_module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            tokens = args[0].shape[:-1].numel()
+            if tokens != call.tokens and not call.is_context(args[0]):
+                partly.add(operator)  # an expert
+            outputs[operator].append(real.rows(output, call, args[0]).float())
 
         return operator.module.register_forward_hook(hook)
 
@@ -212,7 +215,12 @@ def _outputs(
         for operator in operators:
             hooks.enter_context(record(operator))
         output = call.run()
-    return {operator: torch.cat(seen) for operator, seen in outputs.items()}, output
+    whole = {
+        operator: seen[0]
+        for operator, seen in outputs.items()
+        if len(seen) == 1 and operator not in partly
+    }
+    return whole, output
 
 
 def _shuffled(batches: Sequence[int]) -> Iterator[int]:

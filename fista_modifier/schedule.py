@@ -143,7 +143,7 @@ class Schedule:
                     layer.module,
                     layer.operators,
                     self._method.storage,
-                    padding=partial(self._batches.real_tokens, layer.mask_name),
+                    padding=partial(self._batches.real, layer.mask_name),
                     with_outputs=layer in self._open and self._reconstructs(layer),
                     with_block_outputs=layer in self._open and self._corrects_errors,
                 )
@@ -238,7 +238,7 @@ class Schedule:
         if layer.in_sequence:
             with self._attention.used(layer.module):
                 self._reference.check(
-                    layer, recording.inputs[0], recording.real_tokens[0]
+                    layer, recording.inputs[0], recording.real_tokens[0].own
                 )
         given = self._batches.tokens
         reads_text = layer.in_sequence and layer.mask_name == "attention_mask"

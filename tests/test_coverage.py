@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
 
 import pytest
 import torch
 from families import tiny_model
 from loguru import logger
+from model_kinds import KINDS
 from peft import LoraConfig, get_peft_model
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
+from transformers import DbrxForCausalLM
 
 from fista_modifier import FISTAPruningModifier
 from fista_modifier.calibration.operators import Operator
-from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.replay import LayerInputs, RealTokens
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.solver import Unstructured
 from fista_modifier.solver.patterns import project
 
@@ -100,8 +106,8 @@ def test_where_other_tokens_arrive_x_is_that_of_the_dense_layer(
     pruned = {Operator("first", layer.first): -layer.first.weight.data}
     stage = Stage([Operator("second", layer.second)], wave=1, routed=True)
     with torch.no_grad():
-        (found,) = wave_statistics([stage], call, call, pruned, [None])
-        (dense,) = wave_statistics([stage], call, call, {}, [None])
+        (found,) = wave_statistics([stage], call, call, pruned, [RealTokens()])
+        (dense,) = wave_statistics([stage], call, call, {}, [RealTokens()])
     assert torch.equal(found.gram, dense.gram)
     assert found.drift is None
     assert said(messages, "tokens reach the operator in the dense layer and")
@@ -153,3 +159,30 @@ def test_padding_alone_is_an_operator_without_data(messages: list[str]) -> None:
     modifier = FISTAPruningModifier(mask_structure="2:4", preset="fast")
     run(tiny_model("llama"), modifier, dataset=data)
     assert {result.tokens for result in modifier.results} == {len(tokens)}
+
+
+def test_a_model_that_stays_dense_for_the_most_part_has_no_structure(
+    tmp_path: Path,
+) -> None:
+    KINDS["dbrx"].model().save_pretrained(tmp_path / "dense")
+    model = DbrxForCausalLM.from_pretrained(tmp_path / "dense")
+    modifier = prune(model, preset="fast", mask_structure="2:4")
+    assert modifier.share_of_weights < 0.5  # its experts are stacked
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["sparsity_config"]["sparsity_structure"] == "unstructured"
+    share = PruningReport.load(tmp_path).share_of_layers
+    assert share == pytest.approx(modifier.share_of_weights)
+    assert f"{100 * modifier.share_of_weights:.1f} % of the decoder" in (
+        tmp_path / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_the_share_of_two_runs_counts_each_operator_once() -> None:
+    model = tiny_model("llama")
+    mlp = ["re:.*mlp.*"]
+    first = prune(model, preset="fast", targets=mlp)
+    prune(model, preset="fast", targets=[*mlp, "re:.*self_attn.*"])
+    both = reduce(PruningReport.followed_by, model.save_pretrained.pruning_reports)
+    assert 0 < first.share_of_weights < 1
+    assert both.share_of_layers == pytest.approx(1)

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from families import tiny_model
 from llmcompressor.recipe import Recipe
+from runs import run, weights
 
 from fista_modifier import FISTAPruningModifier
 from fista_modifier.recipes import read_recipe
@@ -143,3 +146,23 @@ def test_unstructured_needs_no_quotes() -> None:
 def test_a_number_that_is_no_pattern_is_to_be_quoted(value: str) -> None:
     with pytest.raises(ValueError, match=r"mask_structure is the number .*: quote n:m"):
         read_recipe(GOOD.replace('"2:4"', value))
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [("pruning_stage", "pruning"), ("pruning_modifiers", "pruners")],
+)
+def test_oneshot_refuses_a_modifier_that_the_toolkit_would_drop(
+    part: str, instead: str
+) -> None:
+    model = tiny_model("llama")
+    before = weights(model)
+    with pytest.raises(ValueError, match=f"has '{instead}'.* write '"):
+        run(model, GOOD.replace(part, instead))
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, before[name])
+
+
+def test_other_recipes_are_left_to_the_toolkit() -> None:
+    dropped = GOOD.replace("FISTAPruning", "SparseGPT").replace("_stage", "")
+    assert not Recipe.create_instance(dropped).modifiers

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import RealTokens
 from fista_modifier.reconstruction import Reconstruction, _token_errors, reconstruct
 
 BATCHES = 64  # of one sequence each
@@ -46,7 +47,7 @@ def recorded(layer: Layer, batches: list[Tensor]) -> tuple[Recording, Operator]:
     recording = Recording(layer, [operator], with_outputs=True)
     for batch in batches:
         recording.inputs.append((batch,), {})
-        recording.real_tokens.append(None)
+        recording.real_tokens.append(RealTokens())
         recording.outputs.append(layer(batch).detach())
     return recording, operator
 

@@ -21,6 +21,7 @@ from fista_modifier.calibration.replay import (
 
 __all__ = [
     "FusedAttention",
+    "configs_of",
     "same_output",
     "traced_with_masks",
     "traces_forgotten",
@@ -46,7 +47,7 @@ def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
 
     :param model: the model that will be traced
     """
-    configs = _configs_of(model)
+    configs = configs_of(model)
     with ExitStack() as stack:
         for config in configs:
             stack.enter_context(patch_attr(config, "attn_implementation", "eager"))
@@ -181,15 +182,18 @@ def _attention_implementation(
 ) -> Iterator[None]:
     """Of a layer, and of what else has the same configuration"""
     with ExitStack() as stack:
-        for config in _configs_of(layer) or [model.config]:
+        for config in configs_of(layer) or [model.config]:
             stack.enter_context(
                 patch_attr(config, "_attn_implementation", implementation)
             )
         yield
 
 
-def _configs_of(module: torch.nn.Module) -> list[PretrainedConfig]:
-    """Of all models and attention modules in it"""
+def configs_of(module: torch.nn.Module) -> list[PretrainedConfig]:
+    """
+    :param module: a model, or a part of one
+    :return: configurations of all models and attention modules in it
+    """
     configs = (getattr(part, "config", None) for part in module.modules())
     found = {id(one): one for one in configs if isinstance(one, PretrainedConfig)}
     return list(found.values())

@@ -14,6 +14,8 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fista_modifier.calibration.replay import RealTokens
+
 __all__ = ["CalibrationBatches", "MaskName", "mask_name"]
 
 MaskName = Literal["attention_mask", "decoder_attention_mask"]
@@ -81,6 +83,26 @@ class CalibrationBatches:
         else:
             self._sizes.append(tokens.numel() if isinstance(tokens, Tensor) else 0)
 
+    def real(self, mask_name: MaskName | None, hidden_states: Tensor) -> RealTokens:
+        """
+        :param mask_name: of the mask that goes with a layer's input, if any does
+        :param hidden_states: the layer's input in the batch that runs now
+        :return: what of the batch is not padding, in the layer's input and, for one of
+            a decoder, in the encoder's output
+        """
+        own = self.real_tokens(mask_name, hidden_states)
+        if mask_name != "decoder_attention_mask":
+            return RealTokens(own, own)
+        return RealTokens(own, self._mask("attention_mask"))
+
+    def _mask(self, name: MaskName) -> Tensor | None:
+        """Of the batch that runs now, unless all of it is true"""
+        batch = active_session().state.current_batch_idx
+        if not 0 <= batch < len(self._masks):
+            return None
+        real = self._masks[batch].get(name)
+        return None if real is None or bool(real.all()) else real
+
     @property
     def tokens(self) -> int:
         """of all batches, padding left out; 0 if they are no tokens"""
@@ -94,11 +116,8 @@ class CalibrationBatches:
         :param hidden_states: the layer's input in the batch that runs now
         :return: bool batch×sequence, what of it is not padding; None if all is
         """
-        batch = active_session().state.current_batch_idx
-        if mask_name is None or not 0 <= batch < len(self._masks):
-            return None
-        real: Tensor | None = self._masks[batch].get(mask_name)
-        if real is None or bool(real.all()):
+        real = None if mask_name is None else self._mask(mask_name)
+        if mask_name is None or real is None:
             return None
         flat = hidden_states.ndim == 2 and len(hidden_states) == real.numel()
         if flat or hidden_states.shape[-3:-1] == real.shape:

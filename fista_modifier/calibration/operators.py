@@ -88,14 +88,23 @@ def blocks_of(
     """
     :param layer: a decoder layer
     :param operators: of the layer
-    :return: the layer's children with operators in them (attention, MLP), and which
+    :return: the layer's children with operators in them (attention, MLP), and which;
+        where they are in a list, as in T5's layers, those of the list
     """
     blocks = {}
-    for child in layer.children():
+    for child in _called_children(layer):
         inside = set(child.modules())
         if found := [one for one in operators if one.module in inside]:
             blocks[child] = found
     return blocks
+
+
+def _called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from _called_children(child)
+        else:
+            yield child
 
 
 @contextmanager

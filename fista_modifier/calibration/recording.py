@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.operators import Operator, blocks_of
-from fista_modifier.calibration.replay import LayerInputs, first_tensor
+from fista_modifier.calibration.replay import LayerInputs, RealTokens, first_tensor
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import Ranks
 
@@ -30,8 +30,8 @@ class Recording:
     its own is not kept. Where a block returns the output of an operator, the dense
     layer need not be replayed for that operator at all.
 
-    ``real_tokens`` has for each batch which tokens are not padding, None for all, and
-    ``tokens`` their number.
+    ``real_tokens`` has for each batch which tokens are not padding, and ``tokens``
+    their number.
 
     Per token this holds a hidden state for the layer's input and one for its output,
     one for the output of each block and one for the input of each but the first.
@@ -40,7 +40,7 @@ class Recording:
     :param operators: its operators
     :param storage: where tensors wait between the passes
     :param padding: given the layer's hidden states in the batch that runs now, says
-        which of its tokens are real, None for all
+        which of its tokens are real
     :param with_outputs: whether to record what the layer returns
     :param with_block_outputs: whether to record what its blocks return
     """
@@ -51,13 +51,13 @@ class Recording:
         operators: Sequence[Operator],
         storage: ActivationStorage = MAIN_MEMORY,
         *,
-        padding: Callable[[Tensor], Tensor | None] = lambda _: None,
+        padding: Callable[[Tensor], RealTokens] = lambda _: RealTokens(),
         with_outputs: bool,
         with_block_outputs: bool = False,
     ) -> None:
         self.inputs = LayerInputs(layer, storage)
         self.outputs: list[Tensor] = []
-        self.real_tokens: list[Tensor | None] = []
+        self.real_tokens: list[RealTokens] = []
         self.tokens = 0
         self._padding = padding
         self._with_outputs = with_outputs
@@ -95,7 +95,7 @@ class Recording:
         real = self._padding(hidden_states)
         self.real_tokens.append(real)
         all_tokens = hidden_states.shape[-3:-1].numel()
-        self.tokens += all_tokens if real is None else int(real.sum())
+        self.tokens += all_tokens if real.own is None else int(real.own.sum())
         self._entered = True
 
     def _remember_block(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from loguru import logger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from fista_modifier.calibration.attention import configs_of
 from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.replay import LayerCall
 
@@ -41,32 +43,72 @@ class _Outputs(NamedTuple):
     rows: Tensor
 
 
+OfLayers = dict[DecoderLayer, dict[torch.nn.Module, _Outputs]]
+
+
 class ReferenceRun:
     """
     The toolkit's sequential pipeline runs a trace of the model, which may leave out a
     mask or compute it otherwise. What the parts of each layer put out for the first
     batch is therefore recorded from the model itself, for a few tokens, and compared.
 
-    :param model: the model being calibrated
+    Calibration has eager attention, or what computes the same, and no cache. In some
+    families other tokens are seen with other kernels, or without a cache, so that the
+    model that the user loaded is not the one that is pruned for: this is compared, too.
+
+    :param model: the model being calibrated, as the user loaded it
     :param layers: its decoder layers
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> None:
         self._model = model
         self._layers = [layer for layer in layers if layer.in_sequence]
-        self._outputs: dict[DecoderLayer, dict[torch.nn.Module, _Outputs]] = {}
+        self._outputs: OfLayers = {}
         self._calls: Counter[DecoderLayer] = Counter()
         self._done = False
+        self._as_loaded = [
+            (config, name, getattr(config, name))
+            for config in configs_of(model)
+            for name in ("_attn_implementation", "use_cache")
+            if hasattr(config, name)
+        ]
 
     def run(self, batch: dict[str, Any]) -> None:
         """
         :param batch: arguments of the model by their names; others are left out
         """
+        with ExitStack() as stack:
+            for config, name, value in self._as_loaded:
+                stack.enter_context(patch_attr(config, name, value))
+            as_loaded = self._recorded(batch)
+        self._outputs = self._recorded(batch)
+        self._done = True
+        self._compare(as_loaded, batch)
+
+    def _compare(self, as_loaded: OfLayers, batch: dict[str, Any]) -> None:
+        for layer in self._layers:
+            mask = batch.get(layer.mask_name or "")
+            real = mask.bool().cpu() if mask is not None and mask.ndim == 2 else None
+            error, part = self._difference(layer, as_loaded.get(layer, {}), real)
+            if part:
+                logger.warning(
+                    f"{layer.name} ({part}) puts out something else with eager "
+                    "attention and no cache, as in calibration, than in the model as "
+                    "it was loaded "
+                    f"(relative difference {error:.2g}): transformers' masks for "
+                    f"{type(self._model).__name__} differ. Give the data an "
+                    "attention_mask, or load the model with "
+                    'attn_implementation="eager" and see whether it predicts as well'
+                )
+                return
+
+    def _recorded(self, batch: dict[str, Any]) -> OfLayers:
+        recorded: OfLayers = {}
+        self._calls.clear()
         taken = inspect.signature(self._model.forward).parameters
         arguments = {name: value for name, value in batch.items() if name in taken}
-        if "use_cache" in taken:
-            arguments["use_cache"] = False
         with ExitStack() as stack:
+            stack.enter_context(_attributes_kept(self._model))
             stack.enter_context(HooksMixin.disable_hooks())
             stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
             for layer in self._layers:
@@ -75,7 +117,7 @@ class ReferenceRun:
                 )
                 for child in layer.module.children():
                     stack.enter_context(
-                        child.register_forward_hook(self._recorder(layer))
+                        child.register_forward_hook(self._recorder(layer, recorded))
                     )
             head = self._model.get_output_embeddings()
             if head is not None:  # the toolkit keeps it without weights
@@ -83,7 +125,7 @@ class ReferenceRun:
             stack.enter_context(suppress(_Stop))
             stack.enter_context(torch.no_grad())
             self._model(**arguments)
-        self._done = True
+        return recorded
 
     def calls(self, layer: DecoderLayer) -> int | None:
         """
@@ -107,17 +149,31 @@ class ReferenceRun:
             for child in expected:
                 stack.enter_context(child.register_forward_hook(_into(seen)))
             first.run()
-        tolerance = TOLERANCE[4 if first.hidden_states.element_size() >= 4 else 2]
-        for child, outputs in expected.items():
+        error, part = self._difference(layer, seen, real)
+        if part:
+            raise RuntimeError(
+                f"{layer.name} ({part}) computes something else in the calibration "
+                f"pipeline than in the model itself (relative difference {error:.2g}): "
+                f"the toolkit's trace of {type(self._model).__name__} is not faithful. "
+                "Use pipeline='basic', and report this model family"
+            )
+
+    def _difference(
+        self,
+        layer: DecoderLayer,
+        seen: dict[torch.nn.Module, _Outputs],
+        real: Tensor | None,
+    ) -> tuple[float, str]:
+        """Of the first part of a layer that differs, and its class"""
+        for child, outputs in self._outputs.get(layer, {}).items():
             error = _difference(seen.get(child), outputs, real)
-            if not error <= tolerance:
-                raise RuntimeError(
-                    f"{layer.name} ({type(child).__name__}) computes something else in "
-                    "the calibration pipeline than in the model itself (relative "
-                    f"difference {error:.2g}): the toolkit's trace of "
-                    f"{type(self._model).__name__} is not faithful. Use "
-                    "pipeline='basic', and report this model family"
-                )
+            if not error <= self._tolerance:
+                return error, type(child).__name__
+        return 0.0, ""
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE[4 if self._model.dtype.itemsize >= 4 else 2]
 
     def _counter(self, layer: DecoderLayer) -> Any:
         def count(_module: torch.nn.Module, _args: Any) -> None:
@@ -125,14 +181,24 @@ class ReferenceRun:
 
         return count
 
-    def _recorder(self, layer: DecoderLayer) -> Any:
-        record = _into(self._outputs.setdefault(layer, {}))
+    def _recorder(self, layer: DecoderLayer, recorded: OfLayers) -> Any:
+        record = _into(recorded.setdefault(layer, {}))
 
         def once(module: torch.nn.Module, args: Any, output: Any) -> None:
             if self._calls[layer] == 1:
                 record(module, args, output)
 
         return once
+
+
+@contextmanager
+def _attributes_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Some models remember things from one run to the next, such as position offsets"""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    yield
+    for module, attributes in before:
+        vars(module).clear()
+        vars(module).update(attributes)
 
 
 def _into(seen: dict[torch.nn.Module, _Outputs]) -> Any:

@@ -17,7 +17,7 @@ from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers import Cache, PreTrainedModel
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
@@ -26,11 +26,13 @@ from fista_modifier.distributed import Ranks
 __all__ = [
     "LayerCall",
     "LayerInputs",
+    "RealTokens",
     "calibration_runs",
     "first_tensor",
     "inputs_of",
     "outputs_of_parts",
     "real_rows",
+    "same_memory",
 ]
 
 
@@ -203,6 +205,48 @@ class LayerCall:
         """padding included; one that has several hidden states counts once"""
         return self.hidden_states.shape[-3:-1].numel()
 
+    @property
+    def context(self) -> list[Tensor]:
+        """other states that the layer is given, such as the encoder's for a decoder"""
+        given = tree_leaves((self.args[1:], self.kwargs))
+        return [
+            one
+            for one in given
+            if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 2
+        ]
+
+    def is_context(self, value: Tensor) -> bool:
+        """
+        :param value: what an operator in the layer is given
+        :return: whether that is the context, as for keys and values of cross-attention
+        """
+        return any(same_memory(value, one) for one in self.context)
+
+
+@dataclass(frozen=True)
+class RealTokens:
+    """
+    What is not padding in one batch, bool batch×sequence; None where all is.
+
+    :param own: of the layer's input
+    :param context: of other states that it is given, as of the encoder's in a decoder
+    """
+
+    own: Tensor | None = None
+    context: Tensor | None = None
+
+    def rows(
+        self, value: Tensor, call: LayerCall, source: Tensor | None = None
+    ) -> Tensor:
+        """
+        :param value: input or output of an operator, … × features, an entry a token
+        :param call: of the layer or block in which the operator runs
+        :param source: the operator's input, if value is its output
+        :return: real tokens × features
+        """
+        reads_context = call.is_context(value if source is None else source)
+        return real_rows(value, self.context if reads_context else self.own)
+
 
 class _Stop(Exception):
     """Ends a run of a layer once everything that was asked for has been seen."""
@@ -267,6 +311,15 @@ def real_rows(value: Tensor, real: Tensor | None) -> Tensor:
     if real is None or real.numel() != flat.shape[0]:
         return flat
     return flat[real.flatten().to(flat.device)]
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """:return: whether two tensors have the same entries in the same places"""
+    return one is other or (
+        one.data_ptr() == other.data_ptr() != 0
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
 
 
 def first_tensor(value: Any) -> Tensor:

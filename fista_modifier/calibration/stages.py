@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.operators import Operator, blocks_of, trainable
-from fista_modifier.calibration.replay import LayerCall, first_tensor
+from fista_modifier.calibration.replay import LayerCall, first_tensor, same_memory
 from fista_modifier.distributed import Ranks
 
 __all__ = ["Stage", "agreed", "find_stages", "used_without_a_call", "waves"]
@@ -31,6 +31,7 @@ class Stage:
     :param calls: how often they are called in one run of the layer
     :param wave: 0 if no other operator of the layer comes before them, otherwise one
         more than the highest wave of those whose output their input depends on
+    :param follows: names of the operators whose output their input depends on
     :param routed: whether they are given a choice of the tokens only, as an expert is
     :param returned: whether there is one operator, called once, whose output is what
         the block that it is in returns (a child of the layer, such as the MLP)
@@ -39,6 +40,7 @@ class Stage:
     operators: list[Operator]
     calls: int = 1
     wave: int = 0
+    follows: frozenset[str] = frozenset()
     routed: bool = False
     returned: bool = False
 
@@ -156,10 +158,10 @@ def _watch(
             hooks.enter_context(record_returned(block))
         output = call.run()
 
-    # a layer may be given several hidden states of each token
-    all_tokens = {call.tokens, call.hidden_states.shape[:-1].numel()}
     stages: list[Stage] = []
     wave_of: dict[Operator, int] = {}
+    # neighbouring tokens may be joined, as at the end of a vision tower
+    sizes = {call.hidden_states.numel()}
     for operator, seen in inputs.items():  # in the order of execution
         for stage in stages:
             if _same(inputs[stage.operators[0]].tensors, seen.tensors):
@@ -167,17 +169,22 @@ def _watch(
                 break
         else:
             stage = Stage([operator], len(seen.tensors))
-            stage.routed = seen.tensors[0].shape[:-1].numel() not in all_tokens
+            value = seen.tensors[0]
+            stage.routed = _is_choice(value, call) and value.numel() not in sizes
+            if not stage.routed:
+                sizes.add(value.numel())
             if output.requires_grad:
                 # what is called again later depends on operators that come after it
-                before = (
-                    wave_of[source]
+                before = [
+                    source
                     for source in sources(seen.origins, operators)
                     if source in wave_of
-                )
-                stage.wave = 1 + max(before, default=-1)
+                ]
+                stage.wave = 1 + max((wave_of[one] for one in before), default=-1)
             else:  # a layer that keeps autograd out: one stage after the other
+                before = list(wave_of)
                 stage.wave = len(stages)
+            stage.follows = frozenset(one.name for one in before)
             stages.append(stage)
         wave_of[operator] = stage.wave
     for stage in stages:
@@ -186,6 +193,16 @@ def _watch(
             stage.returned = any(_same([one], put_out) for one in returned)
         stage.operators = [one for one in stage.operators if one in unseen]
     return [stage for stage in stages if stage.operators]
+
+
+def _is_choice(value: Tensor, call: LayerCall) -> bool:
+    """Whether an operator's input is of some tokens of those that the layer is given"""
+    # a layer may be given several hidden states of each token, and context
+    width = value.shape[-1]
+    whole = {call.tokens, call.hidden_states.shape[:-1].numel()} | {
+        one.shape[:-1].numel() for one in call.context if one.shape[-1] == width
+    }
+    return value.shape[:-1].numel() not in whole
 
 
 def used_without_a_call(
@@ -235,11 +252,4 @@ def sources(
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     """Whether two operators were called with the same memory, every time."""
-    return len(one) == len(other) and all(
-        a is b or (a.data_ptr() != 0 and _address(a) == _address(b))
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _address(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    return len(one) == len(other) and all(map(same_memory, one, other))

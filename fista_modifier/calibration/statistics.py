@@ -14,6 +14,7 @@ from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,
+    RealTokens,
     inputs_of,
     real_rows,
 )
@@ -29,7 +30,7 @@ def wave_statistics(
     dense_inputs: LayerInputs,
     pruned_inputs: LayerInputs,
     pruned: dict[Operator, Tensor],
-    real_tokens: Sequence[Tensor | None],
+    real_tokens: Sequence[RealTokens],
     dense_outputs: Sequence[Tensor] | None = None,
     on_batch: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
@@ -94,7 +95,7 @@ def _accumulated(
     pruned_inputs: LayerInputs,
     pruned: dict[Operator, Tensor],
     *,
-    real_tokens: Sequence[Tensor | None],
+    real_tokens: Sequence[RealTokens],
     dense_outputs: Sequence[Tensor] | None = None,
     on_batch: Callable[[], object],
     offload: bool,
@@ -111,7 +112,8 @@ def _accumulated(
             for statistics, tokens in zip(gathered, partly_pruned, strict=True):
                 statistics.accumulate(tokens)
         elif dense_outputs is not None and gathered[0].weight is not None:
-            outputs = _without_bias(wave[0], real_rows(dense_outputs[batch], real))
+            found = real_rows(dense_outputs[batch], real.own)
+            outputs = _without_bias(wave[0], found)
             _check_same_tokens(wave[0], partly_pruned[0], outputs)
             gathered[0].accumulate(partly_pruned[0], outputs=outputs)
         else:
@@ -138,14 +140,12 @@ def _empty(stage: Stage, offload: bool) -> GramStatistics:
     return GramStatistics.empty(weights[0].shape[1], device, weights, offload)
 
 
-def _tokens(
-    wave: Sequence[Stage], call: LayerCall, real: Tensor | None
-) -> list[Tensor]:
+def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Tensor]:
     """The input of each stage in one batch, real tokens × features."""
     calls = {stage.operators[0].module: stage.calls for stage in wave}
     seen = inputs_of(calls, call)
     return [
-        torch.cat([real_rows(value, real) for value in values])
+        torch.cat([real.rows(value, call) for value in values])
         if (values := seen[stage.operators[0].module])
         else call.hidden_states.new_empty(0, stage.operators[0].weight.shape[1])
         for stage in wave

@@ -52,7 +52,7 @@ def _write_on_save(model: PreTrainedModel, reports: list[PruningReport]) -> None
         if is_source_process():
             folder = Path(save_directory)
             report = reduce(PruningReport.followed_by, reports)
-            write_sparsity(folder, report.operators, entries)
+            write_sparsity(folder, report.operators, entries, report.share_of_layers)
             report.save(folder)
             update_model_card(folder, report)
 

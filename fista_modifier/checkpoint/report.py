@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -55,6 +56,8 @@ class PruningReport:
     :param layers: what became of each reconstructed decoder layer, by its name
     :param storage_format: how the operators' weights are stored
     :param stored_share: bytes of these weights, as a share of those of dense ones
+    :param share_of_layers: what the pruned operators hold of the matrices in the
+        decoder layers; reports of older versions have none
     :param recipe: what was applied, as YAML; reports of older versions have none
     :param versions: of this package and of those that its result depends on
     """
@@ -66,6 +69,7 @@ class PruningReport:
     layers: dict[str, ReconstructionResult] = field(default_factory=dict)
     storage_format: str = "dense"
     stored_share: float = 1.0
+    share_of_layers: float | None = None
     recipe: str = ""
     versions: dict[str, str] = field(
         default_factory=lambda: package_versions(*PACKAGES)
@@ -81,9 +85,16 @@ class PruningReport:
         :param later: of what was done to the same model afterwards
         :return: a report of both
         """
+        share = None
+        if self.share_of_layers is not None and later.share_of_layers is not None:
+            again = {operator.name for operator in later.operators}
+            before = [one for one in self.operators if one.name not in again]
+            left = _weights(before) / max(_weights(self.operators), 1)
+            share = later.share_of_layers + left * self.share_of_layers
         return replace(
             later,
             model=self.model,
+            share_of_layers=share,
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],
@@ -110,3 +121,7 @@ class PruningReport:
             return TypeAdapter(cls).validate_json(file.read_bytes())
         except ValidationError as error:
             raise ValueError(f"{file} is not a pruning report: {error}") from error
+
+
+def _weights(operators: Sequence[OperatorResult]) -> int:
+    return sum(math.prod(operator.shape) for operator in operators)

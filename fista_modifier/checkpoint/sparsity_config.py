@@ -18,7 +18,10 @@ UNSTRUCTURED = SparsityStructure.UNSTRUCTURED.value
 
 
 def write_sparsity(
-    folder: Path, operators: Sequence[OperatorResult], entries: int
+    folder: Path,
+    operators: Sequence[OperatorResult],
+    entries: int,
+    share_of_layers: float | None = None,
 ) -> None:
     """
     Write ``sparsity_config`` into ``config.json``. At its top level it is read by
@@ -29,18 +32,23 @@ def write_sparsity(
     :param folder: of the checkpoint
     :param operators: what became of the pruned ones
     :param entries: of all parameters of the model
+    :param share_of_layers: what the pruned operators hold of the decoder layers'
+        matrices; where that is less than half, the model is said to have no structure
     """
     structures = {
         operator.pattern if ":" in operator.pattern else UNSTRUCTURED
         for operator in operators
     }
+    structure = structures.pop() if len(structures) == 1 else UNSTRUCTURED
+    if share_of_layers is not None and share_of_layers < 0.5:
+        structure = UNSTRUCTURED
     file, content = _read(folder)
     content[KEY] = SparsityCompressionConfig(
         format="dense",
         targets=[],
         ignore=[],
         global_sparsity=round(sum(one.zeros for one in operators) / entries, 6),
-        sparsity_structure=structures.pop() if len(structures) == 1 else UNSTRUCTURED,
+        sparsity_structure=structure,
     ).model_dump()
     _write(file, content)
 

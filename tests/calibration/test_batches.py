@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
 from llmcompressor.core import active_session
 from loguru import logger
-from runs import calibration, prune, samples
+from model_kinds import KINDS
+from runs import calibration, prune, samples, weights
 from torch import Tensor
-from transformers import MptConfig, MptForCausalLM
+from torch.utils.data import DataLoader
+from transformers import BartModel, MptConfig, MptForCausalLM
 
 from fista_modifier.calibration.batches import CalibrationBatches, mask_name
 
@@ -105,3 +109,40 @@ def test_mpt_is_pruned_with_all_of_its_tokens(tmp_path_factory) -> None:
     assert first.relative_error == pytest.approx(
         output_error(outputs, sparse), rel=1e-3
     )
+
+
+def test_keys_and_values_of_the_encoder_have_its_padding(tmp_path: Path) -> None:
+    """As long as the decoder's tokens, of which other ones are padding."""
+    encoder = torch.ones(3, 8, dtype=torch.long)
+    decoder = encoder.clone()
+    encoder[:, 5:], decoder[:, 6:] = 0, 0
+
+    def pruned(filled_with: int) -> tuple[dict[str, int], dict[str, Tensor]]:
+        tokens = samples(3, 8)
+        batch = {
+            "input_ids": torch.where(encoder > 0, tokens, filled_with),
+            "attention_mask": encoder,
+            "decoder_input_ids": tokens.flip(-1),
+            "decoder_attention_mask": decoder,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            BartModel(KINDS["bart"].config()).save_pretrained(tmp_path)
+        model = BartModel.from_pretrained(tmp_path)
+        data: DataLoader[Any] = DataLoader(
+            [batch],  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=lambda one: one,
+        )
+        modifier = prune(
+            model, oneshot_arguments={"dataset": data, "pipeline": "basic"}
+        )
+        return {one.name: one.tokens for one in modifier.results}, weights(model)
+
+    counts, one = pruned(filled_with=7)
+    assert counts["decoder.layers.0.self_attn.k_proj"] == 18
+    assert counts["decoder.layers.0.encoder_attn.q_proj"] == 18
+    assert counts["decoder.layers.0.encoder_attn.k_proj"] == 15
+    _, other = pruned(filled_with=9)
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, msg=name)

@@ -19,6 +19,7 @@ from fista_modifier.checkpoint.verification import verify
 from fista_modifier.experts import linearize
 
 WORKING = [name for name, case in CASES.items() if "refused" not in case]
+NUMBERED = r"(.*?\.\d+\.)"
 REFUSED = [name for name in CASES if name not in WORKING]
 
 
@@ -67,11 +68,11 @@ def check_errors(pruned: Pruned) -> None:
     specimen, results = pruned.specimen, pruned.modifier.results
     dense = specimen.load()
     linearize(dense)
-    layers = Layers(dense)
+    layers = Layers(dense, specimen.case.get("layers", NUMBERED))
     routing = {
         layers.block_of(f"{name}.0")
         for name, module in dense.named_modules()
-        if isinstance(module, LinearExperts2D)
+        if isinstance(module, LinearExperts2D) or "Experts" in type(module).__name__
     }
     compared = 0
     for index, result in enumerate(results):
@@ -113,30 +114,40 @@ def weights_of(
 class Layers:
     """
     Of a model, by the names of their operators: what transformers says is not to be
-    split or, where it says nothing, what has a number.
+    split or, where it says nothing, what has a number. "layers" in an entry says what
+    has one, for a family of which transformers names a part of the layers.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, numbered: str) -> None:
+        self._numbered = numbered
         classes = set(model._no_split_modules or [])
         self._names = [
             f"{name}."
             for name, module in model.named_modules()
             if type(module).__name__ in classes
         ]
+        self._lists = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.ModuleList)
+        }
 
     def layer_of(self, name: str) -> str | None:
         around = [layer for layer in self._names if name.startswith(layer)]
-        if self._names:
+        if around or (self._names and self._numbered == NUMBERED):
             return around[0] if around else None
-        numbered = re.match(r"(.*?\.\d+\.)", name)
+        numbered = re.match(self._numbered, name)
         return numbered[1] if numbered else None
 
     def block_of(self, name: str) -> str | None:
-        """A part of the layer, such as its MLP"""
+        """A part of the layer, such as its MLP, or an entry of a list of parts"""
         layer = self.layer_of(name)
         if layer is None:
             return None
-        return layer + name.removeprefix(layer).partition(".")[0]
+        child, _, rest = name.removeprefix(layer).partition(".")
+        if layer + child in self._lists:
+            child += "." + rest.partition(".")[0]
+        return layer + child
 
 
 def check_checkpoint(pruned: Pruned, folder: Path) -> None:

@@ -232,9 +232,6 @@ pipeline is named where llm-compressor cannot trace the family: it then needs
 `oneshot(pipeline="basic")`, which runs the model as a whole. The last column says what
 stays dense, and why.
 
-Not in it yet: BART-like encoder–decoders, Switch Transformers, BLIP and Cosmos 3. They
-are pruned and read back, but some errors differ from those of plain runs.
-
 | family | class | data | pipeline | operators | share | what is left |
 |---|---|---|---|---|---|---|
 """
