@@ -39,16 +39,16 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     named = [name for name in config.architectures or () if isinstance(name, str)]
     candidates = [getattr(transformers, name, None) for name in named]
+    # transformers gives some configurations a class that was made for another
+    mapped = [auto._model_mapping.get(type(config), None) for auto in FALLBACKS]
     auto_map = getattr(config, "auto_map", None) or {}
     own_code = {str(value).rpartition(".")[2] for value in auto_map.values()}
     if not own_code.intersection(named):
-        candidates += [
-            auto._model_mapping.get(type(config), None) for auto in FALLBACKS
-        ]
+        candidates += mapped
     for candidate in candidates:
         # AutoModel has several classes for some configurations
         for one in candidate if isinstance(candidate, tuple) else (candidate,):
-            if _fits(one, config):
+            if _fits(one, config) or (one is not None and one in mapped):
                 return cast(type[PreTrainedModel], one)
     architecture = " or ".join(named) or type(config).__name__
     why = "transformers has no such class for this configuration"
