@@ -29,6 +29,10 @@ Starter = Callable[[LayerObjective, SparsityPattern], Tensor]
 REFIT_TOLERANCE = 1e-3
 """a refit ends where a step lowers the squared error by less than this share"""
 
+MAX_ROUNDS = 100
+"""of the search for λ. With fewer tokens than features an error of zero can be had, and
+each round may come a little closer to it"""
+
 RESOLUTION = 1e-3
 """errors that differ by less than this share of ‖WX‖_F are equal: squares of float32"""
 
@@ -189,7 +193,8 @@ class StageSolver:
     weight, so the result is never worse than its warm start in the checkpoint either.
     As in section 3.5's text (and unlike the listing, which never resets t), T counts
     consecutive rounds without improvement. Rounds that repeat the same λ are not idle:
-    FISTA goes on from the best weight so far, and its support may change.
+    FISTA goes on from the best weight so far, and its support may change. There are 100
+    at most, a bound that the paper does not have.
 
     :param statistics: Gram matrices of the shared input, n×n
     :param pattern: sparsity asked for
@@ -311,7 +316,7 @@ class StageSolver:
         search = LambdaBisection(options.lambda_init, options.lambda_max)
         trials: list[Trial] = []
         failures = 0
-        while failures < options.patience:
+        while failures < options.patience and len(trials) < MAX_ROUNDS:
             penalty = search.value
             solution = fista(objective, penalty * unit, iterate, options.max_iterations)
             unrounded_error = objective.error(solution.weight)

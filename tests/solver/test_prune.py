@@ -156,6 +156,13 @@ def test_the_search_ends_after_patience_rounds_without_improvement(tokens):
         assert max(map(len, runs.split("m"))) == patience
 
 
+def test_the_search_ends_at_last(tokens):
+    weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
+    options = replace(PAPER, patience=10**6, epsilon=0.0, max_iterations=1)
+    solution = prune_weight(weight, statistics, Unstructured(0.5), options)
+    assert len(solution.trials) == 100
+
+
 def test_an_improvement_below_epsilon_ends_the_search(tokens):
     weight, statistics = normal(ROWS, FEATURES), gram_statistics(*tokens)
     options = replace(PAPER, epsilon=0.9, start="magnitude")
