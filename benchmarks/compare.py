@@ -29,7 +29,7 @@ from unittest.mock import patch
 import inputs
 import peers
 
-from fista_modifier import layer, pipeline
+from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import (
     Measurement,
     comparison_table,
@@ -39,6 +39,7 @@ from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, rec
 from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.evaluation.texts import load_texts
 from fista_modifier.host import package_versions
+from fista_modifier.pruning import layer
 from fista_modifier.solver import pattern_of
 
 SOLVERS = {"alps": peers.ALPS, "boza": peers.Boza}

@@ -24,10 +24,10 @@ if find_spec("llmcompressor") is not None:
 
     from llmcompressor.modifiers.factory import ModifierFactory
 
-    from fista_modifier.masks import apply_masks_, masks_of
-    from fista_modifier.modifier import FISTAPruningModifier
-    from fista_modifier.quantization.gptq import MaskedGPTQModifier
-    from fista_modifier.recipes import notice_what_is_dropped
+    from fista_modifier.models.masks import apply_masks_, masks_of
+    from fista_modifier.modifiers.fista import FISTAPruningModifier
+    from fista_modifier.modifiers.gptq import MaskedGPTQModifier
+    from fista_modifier.modifiers.recipes import notice_what_is_dropped
 
     for modifier in (FISTAPruningModifier, MaskedGPTQModifier):
         ModifierFactory.register(modifier.__name__, modifier)

@@ -20,9 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
-from fista_modifier.calibration.operators import find_operators
 from fista_modifier.checkpoint.model_card import has_foreign_card, write_model_card
-from fista_modifier.checkpoint.report import REPORT_NAME, Calibration, PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, unpack_checkpoint
 from fista_modifier.checkpoint.verification import Verification
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
@@ -48,11 +46,13 @@ from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
 from fista_modifier.files import write_whole
-from fista_modifier.layer import ErrorCorrection
-from fista_modifier.limits import check_length
-from fista_modifier.modifier import FISTAPruningModifier
-from fista_modifier.presets import PRESETS, Preset
-from fista_modifier.recipes import read_recipe
+from fista_modifier.models.limits import check_length
+from fista_modifier.models.operators import find_operators
+from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.modifiers.recipes import read_recipe
+from fista_modifier.pruning.layer import ErrorCorrection
+from fista_modifier.pruning.procedures import PRESETS, Preset
+from fista_modifier.pruning.results import REPORT_NAME, Calibration, PruningReport
 from fista_modifier.solver import WarmStart, pattern_of
 from fista_modifier.tables import (
     cost_table,

@@ -22,17 +22,19 @@ from transformers import (
 )
 
 from fista_modifier.checkpoint.model_card import write_model_card
-from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.distributed import current_ranks
-from fista_modifier.experts import native_experts
 from fista_modifier.files import whole
-from fista_modifier.layer import OperatorResult
-from fista_modifier.limits import check_calibration
 from fista_modifier.models.classes import model_class
-from fista_modifier.modifier import FISTAPruningModifier
-from fista_modifier.recipes import read_recipe
-from fista_modifier.reconstruction import ReconstructionResult
+from fista_modifier.models.experts import native_experts
+from fista_modifier.models.limits import check_calibration
+from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.modifiers.recipes import read_recipe
+from fista_modifier.pruning.results import (
+    OperatorResult,
+    PruningReport,
+    ReconstructionResult,
+)
 
 __all__ = [
     "PruningRun",

@@ -21,9 +21,8 @@ from fista_modifier.cost import (
 )
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
-from fista_modifier.layer import OperatorResult
-from fista_modifier.presets import Procedure
-from fista_modifier.reconstruction import ReconstructionResult
+from fista_modifier.pruning.procedures import Procedure
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
 
 __all__ = [
     "cost_table",

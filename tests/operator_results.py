@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fista_modifier.layer import OperatorResult
+from fista_modifier.pruning.results import OperatorResult
 
 
 def operator_result(name: str, zeros: int) -> OperatorResult:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from families import tiny_model
 from runs import calibration, prune, samples, weights
 
-from fista_modifier.progress import LayerProgress
+from fista_modifier.pruning.progress import LayerProgress
 
 
 def main(output: str, family: str, fields: str, dies: str = "") -> None:

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
 from fista_modifier import cli
-from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -25,8 +25,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.cost import peak_device_memory, reconstruction_memory, shape_of
-from fista_modifier.presets import PRESETS
-from fista_modifier.reconstruction import reconstruct
+from fista_modifier.pruning.procedures import PRESETS
+from fista_modifier.pruning.reconstruction import reconstruct
 
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 64}
 
@@ -182,7 +182,7 @@ def test_the_memory_of_a_reconstruction_is_what_torch_allocates(
         peaks.append(max(accumulate(size for _, size in sorted(changes))))
         return result
 
-    monkeypatch.setattr("fista_modifier.layer.reconstruct", profiled)
+    monkeypatch.setattr("fista_modifier.pruning.layer.reconstruct", profiled)
     recipe = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
     pipeline.prune(model, object(), data, recipe)
     shape = shape_of(model.config, length)

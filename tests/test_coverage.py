@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import DbrxForCausalLM
 
 from fista_modifier import FISTAPruningModifier
-from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.replay import LayerInputs, RealTokens
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics
-from fista_modifier.checkpoint.report import PruningReport
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.results import PruningReport
 from fista_modifier.solver import Unstructured
 from fista_modifier.solver.patterns import project
 

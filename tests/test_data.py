@@ -126,7 +126,9 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_without_a_network_the_way_out_is_named():
-    script = "from fista_modifier.data import C4, load_text; next(load_text(C4))"
+    script = (
+        "from fista_modifier.data.calibration import C4, load_text; next(load_text(C4))"
+    )
     # Hugging Face reads its offline switch once, at import: hence a new process.
     finished = subprocess.run(
         [sys.executable, "-c", script],

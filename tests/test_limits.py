@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fista_modifier import FISTAPruningModifier, pipeline
-from fista_modifier.limits import check_calibration, check_length, check_tokens
+from fista_modifier.models.limits import check_calibration, check_length, check_tokens
 
 SMALL = {
     "hidden_size": 8,

@@ -114,7 +114,7 @@ def test_it_runs_from_its_source_folder() -> None:
         "    return installed(name)\n"
         "metadata.version = version\n"
         "import fista_modifier\n"
-        "from fista_modifier.checkpoint.report import PruningReport\n"
+        "from fista_modifier.pruning.results import PruningReport\n"
         "report = PruningReport('a model', None, 0.0, [])\n"
         "assert report.versions['fista-modifier'] == fista_modifier.__version__\n"
     )

@@ -12,7 +12,7 @@ from llmcompressor.recipe import Recipe
 from runs import run, weights
 
 from fista_modifier import FISTAPruningModifier
-from fista_modifier.recipes import read_recipe
+from fista_modifier.modifiers.recipes import read_recipe
 
 GOOD = """
 pruning_stage:

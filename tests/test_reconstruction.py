@@ -15,10 +15,14 @@ from runs import LENGTH, calibration, prune, samples, weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import RealTokens
-from fista_modifier.reconstruction import Reconstruction, _token_errors, reconstruct
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.reconstruction import (
+    Reconstruction,
+    _token_errors,
+    reconstruct,
+)
 
 BATCHES = 64  # of one sequence each
 SEQUENCES = samples(BATCHES, 48, seed=1)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fista_modifier import FISTAPruningModifier, layer, pipeline
+from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.pruning import layer
 from fista_modifier.solver import PAPER, NofM, PrunedWeight, StageSolver
 
 

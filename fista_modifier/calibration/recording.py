@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
-from fista_modifier.calibration.operators import Operator, blocks_of
 from fista_modifier.calibration.replay import LayerInputs, RealTokens, first_tensor
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import Ranks
+from fista_modifier.models.operators import Operator, blocks_of
 
 __all__ = ["Recording"]
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.attention import configs_of
-from fista_modifier.calibration.layers import DecoderLayer
 from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.models.layers import DecoderLayer
 
 __all__ = ["ReferenceRun"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.operators import Operator, blocks_of, trainable
 from fista_modifier.calibration.replay import LayerCall, first_tensor, same_memory
 from fista_modifier.distributed import Ranks
+from fista_modifier.models.operators import Operator, blocks_of, trainable
 
 __all__ = ["Stage", "agreed", "find_stages", "used_without_a_call", "waves"]
 

@@ -10,7 +10,6 @@ from compressed_tensors.offload import get_execution_device
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,
@@ -20,6 +19,7 @@ from fista_modifier.calibration.replay import (
 )
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import ALONE, Ranks
+from fista_modifier.models.operators import Operator, replaced_weights
 from fista_modifier.solver.gram import GramStatistics
 
 __all__ = ["wave_statistics"]

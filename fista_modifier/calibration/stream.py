@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import same_output
-from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.models.operators import Operator, replaced_weights
 
 __all__ = ["PrunedStream"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
-from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
-from fista_modifier.records import is_local
+from fista_modifier.data.records import is_local
+from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 

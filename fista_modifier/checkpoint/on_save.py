@@ -10,9 +10,9 @@ from compressed_tensors.offload.dist_utils import is_source_process
 from transformers import PreTrainedModel
 
 from fista_modifier.checkpoint.model_card import update_model_card
-from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.sparsity_config import write_sparsity
-from fista_modifier.experts import native_experts
+from fista_modifier.models.experts import native_experts
+from fista_modifier.pruning.results import PruningReport
 
 __all__ = ["describe_on_save"]
 

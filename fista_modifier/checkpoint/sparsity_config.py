@@ -9,7 +9,7 @@ from typing import Any
 
 from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
 
-from fista_modifier.layer import OperatorResult
+from fista_modifier.pruning.results import OperatorResult
 
 __all__ = ["restore_sparsity", "write_legacy_sparsity", "write_sparsity"]
 

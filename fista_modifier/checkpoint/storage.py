@@ -19,13 +19,13 @@ from fista_modifier.checkpoint.packing import (
     parts_of,
     stored_twice,
 )
-from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import locate, read, rewrite
 from fista_modifier.checkpoint.sparsity_config import (
     restore_sparsity,
     write_legacy_sparsity,
 )
 from fista_modifier.files import whole
+from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
 __all__ = ["StorageFormat", "convert", "unpack_checkpoint"]
 

@@ -19,13 +19,13 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from fista_modifier.calibration.operators import Operator, find_operators
 from fista_modifier.checkpoint.names import disagreements, names_in_memory
 from fista_modifier.checkpoint.packing import parts_of, stored_twice
-from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
-from fista_modifier.experts import linearize, linearize_weightless
 from fista_modifier.models.classes import model_class, weightless_model
+from fista_modifier.models.experts import linearize, linearize_weightless
+from fista_modifier.models.operators import Operator, find_operators
+from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 from fista_modifier.solver import SparsityPattern, parse_pattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fista_modifier.cost.operations import Cost
 from fista_modifier.cost.shape import LayerShape
-from fista_modifier.presets import Procedure
+from fista_modifier.pruning.procedures import Procedure
 
 __all__ = ["DEVICES", "Device", "seconds"]
 

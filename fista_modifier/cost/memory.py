@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fista_modifier.cost.shape import LayerShape, StageShape
-from fista_modifier.presets import Procedure
+from fista_modifier.pruning.procedures import Procedure
 from fista_modifier.solver.blocks import BLOCK, ENTRIES
 
 __all__ = [

@@ -10,8 +10,8 @@ from collections import defaultdict
 from dataclasses import astuple, dataclass
 
 from fista_modifier.cost.shape import LayerShape, StageShape
-from fista_modifier.presets import Procedure
-from fista_modifier.reconstruction import MEASURED_EVERY
+from fista_modifier.pruning.procedures import Procedure
+from fista_modifier.pruning.reconstruction import MEASURED_EVERY
 from fista_modifier.solver import SolverOptions
 
 __all__ = ["Cost", "layer_cost"]

@@ -18,16 +18,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fista_modifier.calibration.layers import (
+from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.stages import find_stages
+from fista_modifier.models.classes import weightless_model
+from fista_modifier.models.experts import linearize_weightless
+from fista_modifier.models.layers import (
     DecoderLayer,
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.calibration.operators import Operator, blocks_of, find_operators
-from fista_modifier.calibration.replay import LayerCall
-from fista_modifier.calibration.stages import find_stages
-from fista_modifier.experts import linearize_weightless
-from fista_modifier.models.classes import weightless_model
+from fista_modifier.models.operators import Operator, blocks_of, find_operators
 from fista_modifier.solver.drift import narrows
 
 __all__ = ["LayerShape", "StageShape", "shape_of"]

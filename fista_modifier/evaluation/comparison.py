@@ -23,8 +23,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
-from fista_modifier.calibration.operators import find_operators
-from fista_modifier.checkpoint.report import PACKAGES, Calibration
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import (
@@ -43,10 +41,12 @@ from fista_modifier.evaluation.results import (
     fingerprint,
 )
 from fista_modifier.evaluation.texts import Text
-from fista_modifier.experts import linearize_weightless
 from fista_modifier.host import package_versions
-from fista_modifier.limits import check_length
 from fista_modifier.models.classes import check_predicts_text, weightless_model
+from fista_modifier.models.experts import linearize_weightless
+from fista_modifier.models.limits import check_length
+from fista_modifier.models.operators import find_operators
+from fista_modifier.pruning.results import PACKAGES, Calibration
 from fista_modifier.solver import SparsityPattern
 
 __all__ = [

@@ -12,10 +12,10 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
-from fista_modifier.calibration.operators import check_prunable, find_operators
-from fista_modifier.experts import linearize
-from fista_modifier.modifier import FISTAPruningModifier
-from fista_modifier.presets import PRESETS, Preset
+from fista_modifier.models.experts import linearize
+from fista_modifier.models.operators import check_prunable, find_operators
+from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.pruning.procedures import PRESETS, Preset
 from fista_modifier.solver import NofM, SparsityPattern
 from fista_modifier.solver.patterns import project
 

@@ -26,7 +26,7 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fista_modifier.limits import check_length, check_tokens
+from fista_modifier.models.limits import check_length, check_tokens
 
 # Positions whose logits are held in float32 at a time.
 CHUNK_POSITIONS = 512

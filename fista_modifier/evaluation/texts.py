@@ -18,7 +18,7 @@ import httpx
 from datasets import load_dataset
 
 from fista_modifier.data import load_text
-from fista_modifier.records import is_local
+from fista_modifier.data.records import is_local
 
 __all__ = ["PAPER_TEXTS", "Corpus", "Text", "load_texts"]
 

@@ -1,6 +1,6 @@
 """
 ``pruning_report.json`` as a page to read and to send round. The file itself belongs to
-the checkpoint (:mod:`fista_modifier.checkpoint.report`); this view of it needs the
+the checkpoint (:mod:`fista_modifier.pruning.results`); this view of it needs the
 extra ``report`` and is imported by nothing but its command.
 """
 

@@ -16,8 +16,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from fista_modifier.checkpoint.report import PruningReport
-from fista_modifier.layer import OperatorResult
+from fista_modifier.pruning.results import OperatorResult, PruningReport
 from fista_modifier.report.grid import OperatorGrid
 from fista_modifier.report.svg import (
     GRID,

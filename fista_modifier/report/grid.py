@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fista_modifier.layer import OperatorResult
+from fista_modifier.pruning.results import OperatorResult
 
 __all__ = ["OperatorGrid"]
 

@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fista_modifier.checkpoint.report import REPORT_NAME, PruningReport
-from fista_modifier.layer import OperatorResult
+from fista_modifier.pruning.results import REPORT_NAME, OperatorResult, PruningReport
 from fista_modifier.report.figures import (
     error_lines,
     error_map,

@@ -17,6 +17,7 @@ from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern, Within
 from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import fill_support, refit_
+from fista_modifier.solver.trials import Trial
 from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 from fista_modifier.solver.warm_start import OneShot, warm_start
 
@@ -104,25 +105,6 @@ PAPER = SolverOptions(
 )
 """Algorithm 1 as published, λ in this project's unit. Section 4.1 has ε = 1e-6 for OPT,
 and for LLaMA starts from Wanda."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """
-    One round of Algorithm 1.
-
-    :param penalty: λ, in units of :func:`~fista_modifier.solver.tuning.lambda_unit`
-    :param iterations: FISTA iterations done
-    :param error: 𝓔_total = ‖W_{K+1}* X* − W X‖_F after rounding
-    :param rounding: 𝓔_round / 𝓔_total
-    :param best_error: lowest error so far, the warm start's included
-    """
-
-    penalty: float
-    iterations: int
-    error: float
-    rounding: float
-    best_error: float
 
 
 @dataclass(frozen=True)
@@ -332,7 +314,7 @@ class StageSolver:
             else:
                 failures += 1
             share = (error - unrounded_error) / error if error else 0.0
-            trials.append(Trial(penalty, solution.iterations, error, share, best_error))
+            trials.append(Trial(penalty, error, best_error, solution.iterations, share))
             if 0 < improvement < options.epsilon:
                 break
             search.update(increase=share > options.xi)

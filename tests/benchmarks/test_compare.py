@@ -10,7 +10,7 @@ from runs import calibration
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fista_modifier import layer
+from fista_modifier.pruning import layer
 from fista_modifier.solver import PrunedWeight, StageSolver
 
 

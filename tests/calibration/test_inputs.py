@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import fista_modifier.layer
-import fista_modifier.modifier
+import fista_modifier.modifiers.fista
+import fista_modifier.pruning.layer
 from fista_modifier.calibration.activations import MAIN_MEMORY
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
-from fista_modifier.layer import OperatorResult
+from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import GramStatistics, PrunedWeight, StageSolver
 
 CORRECTIONS = ["none", "intra", "full"]
@@ -65,7 +65,7 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
             seen.solutions += solutions
             return solutions
 
-    monkeypatch.setattr(fista_modifier.layer, "StageSolver", Watched)
+    monkeypatch.setattr(fista_modifier.pruning.layer, "StageSolver", Watched)
     return seen
 
 
@@ -281,7 +281,9 @@ def test_corrections_differ():
 def test_a_layer_that_the_toolkit_runs_without_mask_is_refused(family, monkeypatch):
     """llm-compressor's tracer loses these masks; the modifier mends that by default."""
     monkeypatch.setattr(
-        fista_modifier.modifier, "traced_with_masks", lambda _model: nullcontext()
+        fista_modifier.modifiers.fista,
+        "traced_with_masks",
+        lambda _model: nullcontext(),
     )
     model = tiny_model(family)
     with pytest.raises(

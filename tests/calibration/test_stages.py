@@ -6,11 +6,11 @@ from problems import normal
 from runs import samples
 from torch import Tensor
 
-from fista_modifier.calibration.layers import DecoderLayer, group_by_layer
-from fista_modifier.calibration.operators import Operator, find_operators
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
+from fista_modifier.models.layers import DecoderLayer, group_by_layer
+from fista_modifier.models.operators import Operator, find_operators
 
 
 def called_layers(family: str) -> list[DecoderLayer]:

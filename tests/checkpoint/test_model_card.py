@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from operator_results import operator_result
 
 from fista_modifier.checkpoint.model_card import model_card, write_model_card
-from fista_modifier.checkpoint.report import Calibration, PruningReport
+from fista_modifier.pruning.results import Calibration, PruningReport
 
 OPERATOR = operator_result("model.layers.0.self_attn.q_proj", zeros=512)
 REPORT = PruningReport(

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from runs import LENGTH, SAMPLES, prune, run
 
 from fista_modifier import FISTAPruningModifier
-from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.verification import verify
+from fista_modifier.pruning.results import PruningReport
 
 
 @pytest.mark.parametrize("mask_structure", ["2:4", "0:0"])

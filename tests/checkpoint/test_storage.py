@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.checkpoint.packing import pack, unpack
-from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.checkpoint.storage import convert, unpack_checkpoint
 from fista_modifier.checkpoint.verification import verify
+from fista_modifier.pruning.results import PruningReport
 from fista_modifier.serving import unpacked
 from fista_modifier.solver import parse_pattern
 from fista_modifier.solver.patterns import project

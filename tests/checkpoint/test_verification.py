@@ -27,14 +27,14 @@ from transformers import (
     PretrainedConfig,
 )
 
-from fista_modifier.calibration.operators import find_operators
-from fista_modifier.checkpoint.report import Calibration, PruningReport
 from fista_modifier.checkpoint.verification import (
     OperatorCheck,
     Verification,
     verify,
 )
-from fista_modifier.experts import linearize, native_experts
+from fista_modifier.models.experts import linearize, native_experts
+from fista_modifier.models.operators import find_operators
+from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 from fista_modifier.solver.patterns import SparsityPattern, project
 from fista_modifier.tables import verification_table

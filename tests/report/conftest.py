@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 from runs import prune
 from transformers import AutoModelForCausalLM
 
-from fista_modifier.checkpoint.report import Calibration, PruningReport
+from fista_modifier.pruning.results import Calibration, PruningReport
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from fista_modifier.checkpoint.report import PruningReport
+from fista_modifier.pruning.results import PruningReport
 from fista_modifier.report import render
 
 Scheme = Literal["light", "dark"]

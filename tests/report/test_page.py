@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from fista_modifier.checkpoint.report import PruningReport
 from fista_modifier.cli import app
+from fista_modifier.pruning.results import PruningReport
 from fista_modifier.report import render
 from fista_modifier.report.grid import OperatorGrid
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import CASES, TABLE, Pruned, Specimen, refusal
 
 from fista_modifier.checkpoint.verification import verify
-from fista_modifier.experts import linearize
+from fista_modifier.models.experts import linearize
 
 WORKING = [name for name, case in CASES.items() if "refused" not in case]
 NUMBERED = r"(.*?\.\d+\.)"

@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fista_modifier.calibration.layers import DecoderLayer
-from fista_modifier.checkpoint.report import PACKAGES
 from fista_modifier.files import whole
 from fista_modifier.host import package_versions
-from fista_modifier.layer import OperatorResult, PrunedLayer
-from fista_modifier.reconstruction import ReconstructionResult
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.pruning.layer import PrunedLayer
+from fista_modifier.pruning.results import (
+    PACKAGES,
+    OperatorResult,
+    ReconstructionResult,
+)
 
 __all__ = ["CallDigest", "FinishedLayers", "TensorDigest", "fingerprint"]
 

@@ -12,7 +12,7 @@ from runs import calibration, run
 from torch import Tensor
 
 from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
-from fista_modifier.quantization.gptq import quantize_kept
+from fista_modifier.modifiers.gptq import quantize_kept
 from fista_modifier.solver import parse_pattern
 
 ROWS, COLUMNS = 6, 16

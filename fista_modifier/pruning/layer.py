@@ -7,12 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stages import (
@@ -24,11 +23,9 @@ from fista_modifier.calibration.stages import (
 )
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.distributed import ALONE, Ranks, shared_out
-from fista_modifier.reconstruction import (
-    Reconstruction,
-    ReconstructionResult,
-    reconstruct,
-)
+from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.pruning.reconstruction import Reconstruction, reconstruct
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
 from fista_modifier.solver import (
     PAPER,
     GramStatistics,
@@ -41,83 +38,11 @@ from fista_modifier.solver import (
 
 __all__ = [
     "ErrorCorrection",
-    "OperatorResult",
     "PrunedLayer",
-    "SearchStep",
     "prune_layer",
 ]
 
 ErrorCorrection = Literal["none", "intra", "full"]
-
-
-class SearchStep(NamedTuple):
-    """
-    One value of λ that was tried; errors are relative, as in :class:`OperatorResult`.
-
-    :param penalty: λ, in units of ``lambda_unit``
-    :param error: of the weight that it led to
-    :param best_error: lowest so far, the warm start's included
-    """
-
-    penalty: float
-    error: float
-    best_error: float
-
-
-@dataclass(frozen=True)
-class OperatorResult:
-    """
-    What became of one operator.
-
-    :param name: its module's name
-    :param shape: (m, n), out and in features
-    :param pattern: the sparsity asked for
-    :param zeros: number of zero entries of W*
-    :param relative_error: ‖W* X* − W X‖_F / ‖W X‖_F as the solver left the operator,
-        over all calibration tokens; that is how it is stored, unless its layer was
-        reconstructed
-    :param relative_start_error: the same of the warm start
-    :param penalty: λ of the best trial, in units of ``lambda_unit``; 0 if the warm
-        start was never improved on
-    :param trials: values of λ tried
-    :param iterations: FISTA iterations in all
-    :param tokens: calibration tokens that reached the operator
-    :param seconds: wall time of the solver: of its stage, shared out by rows
-    :param reconstructed_error: where its layer was reconstructed, the error of the
-        weight as it is stored, over every sixteenth batch
-    :param search: the values of λ, in the order in which they were tried
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    zeros: int
-    relative_error: float
-    relative_start_error: float
-    penalty: float
-    trials: int
-    iterations: int
-    tokens: int
-    seconds: float
-    reconstructed_error: float | None = None
-    search: tuple[SearchStep, ...] = ()
-
-    @property
-    def stored_error(self) -> float:
-        """of the weight as it is stored"""
-        if self.reconstructed_error is None:
-            return self.relative_error
-        return self.reconstructed_error
-
-    @property
-    def sparsity(self) -> float:
-        """share of zeros"""
-        return self.zeros / (self.shape[0] * self.shape[1])
-
-    @property
-    def kind(self) -> str:
-        """the last part of the name, such as "q_proj\""""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -418,11 +343,6 @@ def _result(
         tokens=tokens,
         seconds=seconds,
         search=tuple(
-            SearchStep(
-                trial.penalty,
-                solution.relative(trial.error),
-                solution.relative(trial.best_error),
-            )
-            for trial in solution.trials
+            trial.in_units_of(solution.output_norm) for trial in solution.trials
         ),
     )

@@ -8,9 +8,8 @@ from types import TracebackType
 from loguru import logger
 from tqdm import tqdm
 
-from fista_modifier.calibration.layers import DecoderLayer
-from fista_modifier.layer import OperatorResult
-from fista_modifier.reconstruction import ReconstructionResult
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
 
 __all__ = ["LayerProgress", "RunProgress"]
 

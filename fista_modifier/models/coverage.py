@@ -11,7 +11,7 @@ from compressed_tensors.offload import disable_onloading
 from loguru import logger
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.layers import DecoderLayer
+from fista_modifier.models.layers import DecoderLayer
 
 __all__ = ["share_of_weights", "warn_of_other_weights"]
 

@@ -1,4 +1,8 @@
-"""``pruning_report.json``: what was done to a checkpoint, and how well it went."""
+"""
+What became of each operator, of each layer and of a model, and the report of it.
+
+Nothing here needs the toolkit: a report can be read where that cannot be installed.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,16 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from fista_modifier.host import package_versions
-from fista_modifier.layer import OperatorResult
-from fista_modifier.reconstruction import ReconstructionResult
+from fista_modifier.solver.trials import Trial
 
-__all__ = ["PACKAGES", "REPORT_NAME", "Calibration", "PruningReport"]
+__all__ = [
+    "PACKAGES",
+    "REPORT_NAME",
+    "Calibration",
+    "OperatorResult",
+    "PruningReport",
+    "ReconstructionResult",
+]
 
 REPORT_NAME = "pruning_report.json"
 PACKAGES = (
@@ -24,6 +34,86 @@ PACKAGES = (
     "transformers",
     "torch",
 )
+
+
+@dataclass(frozen=True)
+class OperatorResult:
+    """
+    What became of one operator.
+
+    :param name: its module's name
+    :param shape: (m, n), out and in features
+    :param pattern: the sparsity asked for
+    :param zeros: number of zero entries of W*
+    :param relative_error: ‖W* X* − W X‖_F / ‖W X‖_F as the solver left the operator,
+        over all calibration tokens; that is how it is stored, unless its layer was
+        reconstructed
+    :param relative_start_error: the same of the warm start
+    :param penalty: λ of the best trial, in units of ``lambda_unit``; 0 if the warm
+        start was never improved on
+    :param trials: values of λ tried
+    :param iterations: FISTA iterations in all
+    :param tokens: calibration tokens that reached the operator
+    :param seconds: wall time of the solver: of its stage, shared out by rows
+    :param reconstructed_error: where its layer was reconstructed, the error of the
+        weight as it is stored, over every sixteenth batch
+    :param search: the values of λ, in the order in which they were tried, with errors
+        relative like those above
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    zeros: int
+    relative_error: float
+    relative_start_error: float
+    penalty: float
+    trials: int
+    iterations: int
+    tokens: int
+    seconds: float
+    reconstructed_error: float | None = None
+    search: tuple[Trial, ...] = ()
+
+    @property
+    def stored_error(self) -> float:
+        """of the weight as it is stored"""
+        if self.reconstructed_error is None:
+            return self.relative_error
+        return self.reconstructed_error
+
+    @property
+    def sparsity(self) -> float:
+        """share of zeros"""
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+    @property
+    def kind(self) -> str:
+        """the last part of the name, such as "q_proj\""""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class ReconstructionResult:
+    """
+    What became of a layer. Errors are over the tokens of every sixteenth batch; those
+    of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being the layer's output
+    for a token.
+
+    :param start_error: of the layer with its operators as the solver left them
+    :param error: of the layer as it is stored
+    :param operator_errors: ‖W* X* − W X‖_F / ‖W X‖_F of each operator as it is stored,
+        by its name; none for an operator that not all tokens reach (an expert), as
+        others may reach it in the dense than in the pruned layer
+    :param steps: of Adam; 0 if they did not pay and were undone
+    :param seconds: wall time
+    """
+
+    start_error: float
+    error: float
+    operator_errors: dict[str, float]
+    steps: int
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,18 @@ from transformers import PreTrainedModel
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.attention import FusedAttention
 from fista_modifier.calibration.batches import CalibrationBatches
-from fista_modifier.calibration.layers import DecoderLayer
-from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Hook, Recording
 from fista_modifier.calibration.reference import ReferenceRun
 from fista_modifier.calibration.replay import calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
-from fista_modifier.layer import (
-    OperatorResult,
-    PrunedLayer,
-    prune_layer,
-)
-from fista_modifier.presets import Procedure
-from fista_modifier.progress import RunProgress
-from fista_modifier.reconstruction import ReconstructionResult
-from fista_modifier.resume import CallDigest, FinishedLayers
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.layer import PrunedLayer, prune_layer
+from fista_modifier.pruning.procedures import Procedure
+from fista_modifier.pruning.progress import RunProgress
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+from fista_modifier.pruning.resume import CallDigest, FinishedLayers
 from fista_modifier.solver import SparsityPattern
 
 __all__ = ["Method", "Schedule"]

@@ -18,16 +18,17 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.operators import (
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
+from fista_modifier.models.operators import (
     Operator,
     replaced_weights,
     trainable,
 )
-from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
+from fista_modifier.pruning.results import ReconstructionResult
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Reconstruction", "ReconstructionResult", "reconstruct"]
+__all__ = ["Reconstruction", "reconstruct"]
 
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
@@ -48,29 +49,6 @@ class Reconstruction:
 
     epochs: float = 1.0
     rate: float = 0.01
-
-
-@dataclass(frozen=True)
-class ReconstructionResult:
-    """
-    What became of a layer. Errors are over the tokens of every sixteenth batch; those
-    of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being the layer's output
-    for a token.
-
-    :param start_error: of the layer with its operators as the solver left them
-    :param error: of the layer as it is stored
-    :param operator_errors: ‖W* X* − W X‖_F / ‖W X‖_F of each operator as it is stored,
-        by its name; none for an operator that not all tokens reach (an expert), as
-        others may reach it in the dense than in the pruned layer
-    :param steps: of Adam; 0 if they did not pay and were undone
-    :param seconds: wall time
-    """
-
-    start_error: float
-    error: float
-    operator_errors: dict[str, float]
-    steps: int
-    seconds: float
 
 
 def reconstruct(

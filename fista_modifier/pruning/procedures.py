@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fista_modifier.layer import ErrorCorrection
-from fista_modifier.reconstruction import Reconstruction
+from fista_modifier.pruning.layer import ErrorCorrection
+from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.solver import FAST, PAPER, SolverOptions
 
 __all__ = ["PRESETS", "Preset", "Procedure"]

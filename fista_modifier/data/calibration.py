@@ -18,8 +18,8 @@ from datasets import Dataset, load_dataset
 from loguru import logger
 from tqdm.auto import tqdm
 
-from fista_modifier.chat import RefusedChatError, check_template, render
-from fista_modifier.records import (
+from fista_modifier.data.chat import RefusedChatError, check_template, render
+from fista_modifier.data.records import (
     Record,
     is_local,
     is_plain_text,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.calibration.batches import MaskName, mask_name
-from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.recording import Recording
+from fista_modifier.models.operators import Operator
 
 __all__ = ["DecoderLayer", "chosen_layers", "group_by_layer", "layer_targets"]
 

@@ -20,30 +20,34 @@ from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import traced_with_masks, traces_forgotten
-from fista_modifier.calibration.coverage import (
+from fista_modifier.checkpoint.on_save import describe_on_save
+from fista_modifier.distributed import Distribution, current_ranks
+from fista_modifier.models.coverage import (
     share_of_weights,
     warn_of_other_weights,
 )
-from fista_modifier.calibration.layers import (
+from fista_modifier.models.layers import (
     DecoderLayer,
     chosen_layers,
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.calibration.operators import (
+from fista_modifier.models.limits import check_vocabulary
+from fista_modifier.models.operators import (
     check_prunable,
     find_operators,
     warn_of_zeros,
 )
-from fista_modifier.checkpoint.on_save import describe_on_save
-from fista_modifier.checkpoint.report import PruningReport
-from fista_modifier.distributed import Distribution, current_ranks
-from fista_modifier.layer import ErrorCorrection, OperatorResult
-from fista_modifier.limits import check_vocabulary
-from fista_modifier.presets import PRESETS, Preset, Procedure
-from fista_modifier.reconstruction import Reconstruction, ReconstructionResult
-from fista_modifier.resume import FinishedLayers, fingerprint
-from fista_modifier.schedule import Method, Schedule
+from fista_modifier.pruning.layer import ErrorCorrection
+from fista_modifier.pruning.procedures import PRESETS, Preset, Procedure
+from fista_modifier.pruning.reconstruction import Reconstruction
+from fista_modifier.pruning.results import (
+    OperatorResult,
+    PruningReport,
+    ReconstructionResult,
+)
+from fista_modifier.pruning.resume import FinishedLayers, fingerprint
+from fista_modifier.pruning.schedule import Method, Schedule
 from fista_modifier.solver import SolverOptions, WarmStart, parse_pattern
 from fista_modifier.solver.patterns import mask_structure_of
 

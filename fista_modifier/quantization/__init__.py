@@ -1,1 +1,0 @@
-"""Quantisation that keeps what pruning decided."""

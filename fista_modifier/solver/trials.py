@@ -1,0 +1,32 @@
+"""What the search for λ tried."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Trial"]
+
+
+class Trial(NamedTuple):
+    """
+    One round of Algorithm 1.
+
+    :param penalty: λ, in units of :func:`~fista_modifier.solver.tuning.lambda_unit`
+    :param error: 𝓔_total = ‖W_{K+1}* X* − W X‖_F after rounding
+    :param best_error: lowest error so far, the warm start's included
+    :param iterations: FISTA iterations done
+    :param rounding: 𝓔_round / 𝓔_total
+    """
+
+    penalty: float
+    error: float
+    best_error: float
+    iterations: int = 0
+    rounding: float = 0.0
+
+    def in_units_of(self, unit: float) -> Trial:
+        """:return: the same, with both errors divided by a number"""
+        return self._replace(
+            error=self.error / unit if unit else 0.0,
+            best_error=self.best_error / unit if unit else 0.0,
+        )
