@@ -24,7 +24,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import inputs
 import peers
@@ -39,10 +38,9 @@ from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, rec
 from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.evaluation.texts import load_texts
 from fista_modifier.host import package_versions
-from fista_modifier.pruning import layer
-from fista_modifier.solver import pattern_of
+from fista_modifier.solver import SolverFactory, pattern_of
 
-SOLVERS = {"alps": peers.ALPS, "boza": peers.Boza}
+SOLVERS: dict[str, SolverFactory] = {"alps": peers.ALPS, "boza": peers.Boza}
 # one of the package's own methods, and the fields of its recipe that differ
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "boza": ("fista", {"reconstruction_epochs": 0}),
@@ -80,12 +78,13 @@ def prune_by_fields(
     pattern: str,
     method: str,
     fields: dict[str, Any],
-    solver: type | None = None,
+    solver: SolverFactory | None = None,
 ) -> pipeline.PruningRun:
     """A method's recipe with some fields changed, and maybe another's solver."""
     modifier = recipe(method, pattern_of(pattern), **fields)
-    with patch.object(layer, "StageSolver", solver or layer.StageSolver):
-        return pipeline.prune(model, tokenizer, calibration, modifier)
+    if solver is not None:
+        modifier = modifier.with_solver(solver)
+    return pipeline.prune(model, tokenizer, calibration, modifier)
 
 
 def common_arguments(

@@ -26,23 +26,23 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-import fista_modifier.pruning.layer
+import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.cost import layer_cost, shape_of
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.pruning.procedures import PRESETS
-from fista_modifier.solver import StageSolver
+from fista_modifier.pruning.presets import PRESETS
+from fista_modifier.solver import FISTAPruner
 
 PHASES = {
     "replays and sums": [
-        (fista_modifier.pruning.layer, "wave_statistics"),
+        (fista_modifier.pruning.sparse, "wave_statistics"),
         (LayerInputs, "of_block"),
         (PrunedStream, "advance"),
     ],
-    "solver": [(StageSolver, "prune")],
-    "reconstruction": [(fista_modifier.pruning.layer, "reconstruct")],
+    "solver": [(FISTAPruner, "prune")],
+    "reconstruction": [(fista_modifier.pruning.sparse, "reconstruct")],
 }
 # what torch's counter does not know by itself
 ATEN = torch.ops.aten

@@ -36,7 +36,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-import fista_modifier.pruning.layer
+import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
@@ -45,8 +45,8 @@ from fista_modifier.cost.operations import layer_cost
 from fista_modifier.evaluation.comparison import in_own_process
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import FISTA_METHODS, recipe
-from fista_modifier.pruning.procedures import PRESETS
-from fista_modifier.solver import StageSolver, pattern_of
+from fista_modifier.pruning.presets import PRESETS
+from fista_modifier.solver import FISTAPruner, pattern_of
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {
@@ -66,10 +66,10 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best", "fista-paper")
 PHASES = {
-    "sums": [(fista_modifier.pruning.layer, "wave_statistics")],
+    "sums": [(fista_modifier.pruning.sparse, "wave_statistics")],
     "blocks' inputs": [(LayerInputs, "of_block"), (PrunedStream, "advance")],
-    "solver": [(StageSolver, "__init__"), (StageSolver, "prune")],
-    "reconstruction": [(fista_modifier.pruning.layer, "reconstruct")],
+    "solver": [(FISTAPruner, "__init__"), (FISTAPruner, "prune")],
+    "reconstruction": [(fista_modifier.pruning.sparse, "reconstruct")],
 }
 
 

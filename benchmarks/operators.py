@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import inputs
 import peers
@@ -35,8 +34,9 @@ from fista_modifier.solver import (
     PAPER,
     GramStatistics,
     PrunedWeight,
+    SolverFactory,
     SolverOptions,
-    StageSolver,
+    SparsityPattern,
     pattern_of,
 )
 from fista_modifier.solver.objective import LayerObjective
@@ -45,20 +45,17 @@ from fista_modifier.solver.quadratic import Quadratic
 DEFAULT = SolverOptions()
 PRUNES = "default (from ADMM)"
 REFERENCE = "SparseGPT"
-VARIANTS: dict[str, tuple[Any, SolverOptions]] = {
-    REFERENCE: (StageSolver, replace(PAPER, patience=0)),
-    "paper": (StageSolver, PAPER),
-    "default, SparseGPT's weights": (StageSolver, replace(DEFAULT, start="sparsegpt")),
-    "default, dense weights": (StageSolver, replace(DEFAULT, start="dense")),
-    PRUNES: (StageSolver, DEFAULT),
-    "fast": (StageSolver, FAST),
-    "default, damping 0.01": (StageSolver, replace(DEFAULT, dampening_frac=0.01)),
-    "the same, 40 steps of ADMM": (
-        StageSolver,
-        replace(DEFAULT, dampening_frac=0.01, admm_steps=40),
-    ),
-    "ALPS": (peers.ALPS, DEFAULT),
-    "Boža": (peers.Boza, DEFAULT),
+VARIANTS: dict[str, SolverFactory] = {
+    REFERENCE: replace(PAPER, patience=0),
+    "paper": PAPER,
+    "default, SparseGPT's weights": replace(DEFAULT, start="sparsegpt"),
+    "default, dense weights": replace(DEFAULT, start="dense"),
+    PRUNES: DEFAULT,
+    "fast": FAST,
+    "default, damping 0.01": replace(DEFAULT, dampening_frac=0.01),
+    "the same, 40 steps of ADMM": replace(DEFAULT, dampening_frac=0.01, admm_steps=40),
+    "ALPS": peers.ALPS,
+    "Boža": peers.Boza,
 }
 PATTERNS = ("2:4", "0.5")
 
@@ -91,10 +88,12 @@ def prune_with(
     """
 
     class Solver:
-        def __init__(self, statistics: GramStatistics, *_: Any) -> None:
+        def __init__(self, statistics: GramStatistics) -> None:
             self.statistics = statistics
 
-        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
+        def prune(
+            self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+        ) -> list[PrunedWeight]:
             return [solve(weight, self.statistics) for weight in weights]
 
     run = prune_by_fields(
@@ -117,9 +116,9 @@ def measure(args: argparse.Namespace, name: str) -> list[Measured]:
     def solve(weight: Tensor, statistics: GramStatistics) -> PrunedWeight:
         operator = Measured()
         operators.append(operator)
-        for variant, (solver, options) in VARIANTS.items():
+        for variant, solver in VARIANTS.items():
             started = time.perf_counter()
-            (solution,) = solver(statistics, pattern, options).prune([weight])
+            (solution,) = solver(statistics).prune([weight], [pattern])
             operator.seconds[variant] = time.perf_counter() - started
             operator.solved[variant] = solution
         return operator.solved[PRUNES]

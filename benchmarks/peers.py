@@ -1,7 +1,6 @@
 """
-Two ADMM pruners from the literature, written from their papers, in place of this
-project's solver: they are given the same Gram matrices of X and X*, the same stages and
-the same error correction.
+Two ADMM pruners from the literature, written from their papers, as solvers: they are
+given the same Gram matrices of X and X*, the same stages and the same error correction.
 
 Both minimise f(V) subject to V having the pattern, by ADMM with multiplier U:
 
@@ -12,31 +11,32 @@ They differ in damping, in ρ, in how the support comes about and in what follow
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fista_modifier.solver import (
     GramStatistics,
-    SolverOptions,
+    PrunedWeight,
     SparsityPattern,
-    StageSolver,
+    Unstructured,
 )
 from fista_modifier.solver.objective import LayerObjective
-from fista_modifier.solver.patterns import Unstructured, project
-from fista_modifier.solver.prune import Starter
+from fista_modifier.solver.patterns import project
 from fista_modifier.solver.quadratic import Quadratic
+from fista_modifier.solver.stage import OperatorProblem, StageProblem
 
 
-class ALPS(StageSolver):
+class ALPS:
     """
     Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for
     large language models", NeurIPS 2024. ρ starts at 0.1 and grows with the number of
     entries of the support that changed in three steps; when none did, conjugate
     gradients on the support give the weights. Damping 0.01 of the mean of diag(G),
     then columns scaled to norm one.
+
+    :param statistics: Gram matrices of the input of a stage
     """
 
     DAMPING = 0.01
@@ -44,36 +44,37 @@ class ALPS(StageSolver):
     MOST_STEPS = 300
     STEPS_PER_PENALTY = 3
 
-    def __init__(
-        self,
-        statistics: GramStatistics,
-        pattern: SparsityPattern,
-        options: SolverOptions,
-    ) -> None:
-        super().__init__(statistics, pattern, replace(options, patience=0))
+    def __init__(self, statistics: GramStatistics) -> None:
+        mean = float(statistics.gram.diagonal().mean())
+        self._stage = StageProblem(statistics, damping=self.DAMPING * mean)
+        shifted = self._stage.quadratic.shifted(0.0)
+        self._values, self._vectors = torch.linalg.eigh(shifted)
 
-    def _ridge(self, statistics: GramStatistics) -> float:
-        return self.DAMPING * float(statistics.gram.diagonal().mean())
+    def prune(
+        self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedWeight]:
+        """As :class:`~fista_modifier.solver.Solver` says."""
+        return [
+            self._pruned(self._stage.operator(weight, pattern))
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
 
-    def _starter(self) -> Starter:
-        values, vectors = torch.linalg.eigh(self._quadratic.shifted(0.0))
-        return partial(self._supported, values, vectors)
+    def _pruned(self, problem: OperatorProblem) -> PrunedWeight:
+        sparse = self._sparse(problem.objective, problem.pattern)
+        start = problem.rounded(sparse)
+        best = problem.refit(start, problem.pattern.support(sparse.abs()))
+        return problem.solution(problem.filled(best), start.error)
 
-    def _supported(
-        self,
-        values: Tensor,
-        vectors: Tensor,
-        objective: LayerObjective,
-        _pattern: SparsityPattern,
-    ) -> Tensor:
+    def _sparse(self, objective: LayerObjective, pattern: SparsityPattern) -> Tensor:
+        values, vectors = self._values, self._vectors
         penalty = self.FIRST_PENALTY
         sparse = objective.weight
         multiplier = torch.zeros_like(sparse)  # ρU
-        support = self.pattern.support(sparse.abs())
+        support = pattern.support(sparse.abs())
         for step in range(1, self.MOST_STEPS + 1):
             pull = objective.target - multiplier + penalty * sparse
             weight = (pull @ vectors / (values + penalty)) @ vectors.T
-            sparse = project(weight + multiplier / penalty, self.pattern)
+            sparse = project(weight + multiplier / penalty, pattern)
             multiplier += penalty * (weight - sparse)
             if step % self.STEPS_PER_PENALTY == 0:
                 previous, support = support, sparse != 0
@@ -94,48 +95,53 @@ class ALPS(StageSolver):
         return 1.1 if changed else None
 
 
-class Boza(StageSolver):
+class Boza:
     """
     Boža, "Fast and effective weight update for pruned large language models", TMLR
     2024: ρ = 1 with columns scaled to norm one, damping 0.1 of the scaled G. Over 15
     steps the sparsity grows to the one asked for (cubically; n:m at once), then 5 more
     with the support held.
+
+    :param statistics: Gram matrices of the input of a stage
     """
 
     STEPS, GROWING_STEPS = 20, 15
     DAMPING = 0.1
 
-    def __init__(
-        self,
-        statistics: GramStatistics,
-        pattern: SparsityPattern,
-        options: SolverOptions,
-    ) -> None:
-        without_refit = replace(options, patience=0, refit=False)
-        super().__init__(statistics, pattern, without_refit)
-        scaled = self._quadratic.statistics
+    def __init__(self, statistics: GramStatistics) -> None:
+        self._stage = StageProblem(statistics)
+        scaled = self._stage.quadratic.statistics
         damping = torch.full_like(scaled.gram[0], self.DAMPING)
-        self._quadratic = Quadratic(scaled, damping)
+        self._stage.quadratic = Quadratic(scaled, damping)
+        self._resolvent = self._stage.quadratic.resolvent(1.0)
 
-    def _starter(self) -> Starter:
-        return partial(self._pruned, self._quadratic.resolvent(1.0))
+    def prune(
+        self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedWeight]:
+        """As :class:`~fista_modifier.solver.Solver` says."""
+        return [
+            self._pruned(self._stage.operator(weight, pattern))
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
 
-    def _pruned(
-        self, resolvent: Tensor, objective: LayerObjective, _pattern: SparsityPattern
-    ) -> Tensor:
+    def _pruned(self, problem: OperatorProblem) -> PrunedWeight:
+        start = problem.rounded(self._sparse(problem.objective, problem.pattern))
+        return problem.solution(problem.filled(start), start.error)
+
+    def _sparse(self, objective: LayerObjective, pattern: SparsityPattern) -> Tensor:
         weight = objective.weight
         multiplier = torch.zeros_like(weight)
         for step in range(1, self.STEPS + 1):
             moved = weight + multiplier
             if step <= self.GROWING_STEPS:
-                support = self._pattern_at(step).support(moved.abs())
+                support = self._pattern_at(step, pattern).support(moved.abs())
             sparse = moved * support
             multiplier = moved - sparse
-            weight = (objective.target + sparse - multiplier) @ resolvent
+            weight = (objective.target + sparse - multiplier) @ self._resolvent
         return (weight + multiplier) * support
 
-    def _pattern_at(self, step: int) -> SparsityPattern:
-        if not isinstance(self.pattern, Unstructured):
-            return self.pattern
+    def _pattern_at(self, step: int, pattern: SparsityPattern) -> SparsityPattern:
+        if not isinstance(pattern, Unstructured):
+            return pattern
         share = 1 - (1 - step / self.GROWING_STEPS) ** 3
-        return Unstructured(self.pattern.sparsity * share)
+        return Unstructured(pattern.sparsity * share)

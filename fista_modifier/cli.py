@@ -50,9 +50,9 @@ from fista_modifier.models.limits import check_length
 from fista_modifier.models.operators import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.recipes import read_recipe
-from fista_modifier.pruning.layer import ErrorCorrection
-from fista_modifier.pruning.procedures import PRESETS, Preset
+from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.pruning.results import REPORT_NAME, Calibration, PruningReport
+from fista_modifier.pruning.sparse import ErrorCorrection
 from fista_modifier.solver import WarmStart, pattern_of
 from fista_modifier.tables import (
     cost_table,

@@ -21,8 +21,8 @@ from fista_modifier.cost import (
 )
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
-from fista_modifier.pruning.procedures import Procedure
 from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+from fista_modifier.pruning.sparse import SparseProcedure
 
 __all__ = [
     "cost_table",
@@ -140,7 +140,11 @@ def verification_table(verification: Verification) -> Table:
 
 
 def cost_table(
-    shape: LayerShape, samples: int, procedure: Procedure, device: Device, devices: int
+    shape: LayerShape,
+    samples: int,
+    procedure: SparseProcedure,
+    device: Device,
+    devices: int,
 ) -> Table:
     """
     :param shape: of the model's layers
@@ -176,7 +180,7 @@ def cost_table(
 
 
 def memory_sentence(
-    shape: LayerShape, samples: int, procedure: Procedure, device: Device
+    shape: LayerShape, samples: int, procedure: SparseProcedure, device: Device
 ) -> str:
     """
     :param shape: of the model's layers

@@ -25,7 +25,7 @@ from families import tiny_model
 from torch.utils import cpp_extension
 
 from fista_modifier.cost import LayerShape, peak_device_memory, shape_of
-from fista_modifier.pruning.procedures import PRESETS
+from fista_modifier.pruning.presets import PRESETS
 
 TESTS = Path(__file__).resolve().parent
 COMPILER = shutil.which("c++")

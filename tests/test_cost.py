@@ -25,7 +25,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.cost import peak_device_memory, reconstruction_memory, shape_of
-from fista_modifier.pruning.procedures import PRESETS
+from fista_modifier.pruning.presets import PRESETS
 from fista_modifier.pruning.reconstruction import reconstruct
 
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 64}

@@ -19,6 +19,7 @@ from transformers import DbrxForCausalLM
 
 from fista_modifier import FISTAPruningModifier
 from fista_modifier.calibration.replay import LayerInputs, RealTokens
+from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.models.operators import Operator
@@ -106,8 +107,12 @@ def test_where_other_tokens_arrive_x_is_that_of_the_dense_layer(
     pruned = {Operator("first", layer.first): -layer.first.weight.data}
     stage = Stage([Operator("second", layer.second)], wave=1, routed=True)
     with torch.no_grad():
-        (found,) = wave_statistics([stage], call, call, pruned, [RealTokens()])
-        (dense,) = wave_statistics([stage], call, call, {}, [RealTokens()])
+        (found,) = wave_statistics(
+            [stage], Replays(call, call, pruned, True), [RealTokens()]
+        )
+        (dense,) = wave_statistics(
+            [stage], Replays(call, call, {}, False), [RealTokens()]
+        )
     assert torch.equal(found.gram, dense.gram)
     assert found.drift is None
     assert said(messages, "tokens reach the operator in the dense layer and")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,14 @@ from transformers import AutoModelForCausalLM
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.perplexity import perplexity
-from fista_modifier.pruning import layer
-from fista_modifier.solver import PAPER, NofM, PrunedWeight, StageSolver
+from fista_modifier.solver import (
+    PAPER,
+    GramStatistics,
+    NofM,
+    PrunedWeight,
+    SolverOptions,
+    SparsityPattern,
+)
 
 
 def test_pruned_smollm2_still_predicts_news(
@@ -62,24 +67,28 @@ def test_every_operator_beats_sparsegpt(
     wikipedia: Path,
     damping: float | None,
     mean_share: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the same Gram matrices, those of a partly pruned layer."""
     shares: list[float] = []
 
-    class BesideSparseGPT(StageSolver):
-        def __init__(self, *problem: Any) -> None:
-            super().__init__(*problem)
-            statistics, pattern, _ = problem
-            self.other = StageSolver(statistics, pattern, replace(PAPER, patience=0))
+    options = SolverOptions()
+    if damping is not None:
+        options = replace(options, dampening_frac=damping)
 
-        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
-            ours, theirs = super().prune(weights), self.other.prune(weights)
+    class BesideSparseGPT:
+        def __init__(self, statistics: GramStatistics) -> None:
+            self.ours = options(statistics)
+            self.sparsegpt = replace(PAPER, patience=0)(statistics)
+
+        def prune(
+            self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+        ) -> list[PrunedWeight]:
+            ours = self.ours.prune(weights, patterns)
+            theirs = self.sparsegpt.prune(weights, patterns)
             for one, other in zip(ours, theirs, strict=True):
                 shares.append((one.error / other.error) ** 2)
             return ours
 
-    monkeypatch.setattr(layer, "StageSolver", BesideSparseGPT)
     tokenizer = pipeline.load_tokenizer(str(smollm2))
     pipeline.prune(
         pipeline.load_model(str(smollm2), "float32"),
@@ -88,9 +97,8 @@ def test_every_operator_beats_sparsegpt(
         FISTAPruningModifier(
             mask_structure="2:4",
             targets=[r"re:.*layers\.(0|15)$"],
-            dampening_frac=damping,
             reconstruction_epochs=0,
-        ),
+        ).with_solver(BesideSparseGPT),
     )
     assert len(shares) == 14
     assert max(shares) < 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from copy import copy
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import Ranks
 from fista_modifier.models.operators import Operator, blocks_of
 
-__all__ = ["Recording"]
+__all__ = ["Hook", "Recording"]
 
-Recorded = TypeVar("Recorded", LayerInputs, list[Tensor])
 Hook = tuple[torch.nn.Module, Callable[..., None], Literal["forward_pre", "forward"]]
 
 
@@ -146,14 +145,21 @@ class Recording:
         }
         return whole
 
-    def of_stage(self, stage: Stage) -> LayerInputs:
+    def block_of(self, stage: Stage) -> torch.nn.Module:
         """
         :param stage: a stage of the layer
-        :return: the inputs of the block that it is in, or of the layer: what to run,
-            and with what, to see the stage's inputs
+        :return: the block that it is in, or the layer: what to run to see the stage's
+            inputs
         """
-        inputs = self._around(stage, self._blocks)
-        return self.inputs if inputs is None else inputs
+        block = self._around(stage, self._blocks)
+        return self.inputs.layer if block is None else block
+
+    def inputs_of(self, block: torch.nn.Module) -> LayerInputs:
+        """
+        :param block: of the layer, or the layer itself
+        :return: what it was called with
+        """
+        return self._blocks.get(block, self.inputs)
 
     def take_outputs(self, stage: Stage) -> list[Tensor] | None:
         """
@@ -161,21 +167,22 @@ class Recording:
         :return: what its operator put out, one tensor a batch, if that was recorded; it
             is not kept any longer
         """
-        outputs = self._around(stage, self._block_outputs) if stage.returned else None
-        if outputs is None:
+        block = self._around(stage, self._block_outputs) if stage.returned else None
+        if block is None:
             return None
+        outputs = self._block_outputs[block]
         taken = list(outputs)
         outputs.clear()
         return taken
 
     def _around(
-        self, stage: Stage, recorded: dict[torch.nn.Module, Recorded]
-    ) -> Recorded | None:
-        """Of the block that a stage is in, if that is called once a batch."""
+        self, stage: Stage, recorded: Mapping[torch.nn.Module, Sized]
+    ) -> torch.nn.Module | None:
+        """The block that a stage is in, if that is called once a batch."""
         module = stage.operators[0].module
         for block, batches in recorded.items():
             if len(batches) == len(self.inputs) and module in block.modules():
-                return batches
+                return block
         return None
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fista_modifier.calibration.replay import (
     LayerCall,
-    LayerInputs,
     RealTokens,
     inputs_of,
     real_rows,
 )
+from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import ALONE, Ranks
-from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.models.operators import replaced_weights
 from fista_modifier.solver.gram import GramStatistics
 
 __all__ = ["wave_statistics"]
@@ -27,11 +27,8 @@ __all__ = ["wave_statistics"]
 
 def wave_statistics(
     wave: Sequence[Stage],
-    dense_inputs: LayerInputs,
-    pruned_inputs: LayerInputs,
-    pruned: dict[Operator, Tensor],
+    replays: Replays,
     real_tokens: Sequence[RealTokens],
-    dense_outputs: Sequence[Tensor] | None = None,
     on_batch: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
     offload: bool = False,
@@ -44,13 +41,8 @@ def wave_statistics(
     an operator in the partly pruned layer, as behind a router, X* is X.
 
     :param wave: stages none of which disturbs the input of another
-    :param dense_inputs: the layer's or block's inputs in the dense model
-    :param pruned_inputs: the same for X*; the same object where they do not differ
-    :param pruned: out×in weights, in the model's dtype, of the operators of the layer
-        that are pruned already
+    :param replays: the runs that show X and X*
     :param real_tokens: of each batch, what is not padding
-    :param dense_outputs: what the wave's only operator puts out in the dense model, one
-        tensor a batch; None if that is not known, or if there are more of them
     :param on_batch: called after each batch, for a progress bar
     :param ranks: that hold the other batches
     :param offload: keep n×n matrices in main memory
@@ -58,22 +50,17 @@ def wave_statistics(
     :raises ValueError: if an activation is NaN or infinite, naming the operators
     """
     accumulate = partial(
-        _accumulated,
-        wave,
-        dense_inputs,
-        real_tokens=real_tokens,
-        on_batch=on_batch,
-        offload=offload,
+        _accumulated, wave, real_tokens=real_tokens, on_batch=on_batch, offload=offload
     )
     problem: str | None = None
     try:
-        gathered = accumulate(pruned_inputs, pruned, dense_outputs=dense_outputs)
+        gathered = accumulate(replays)
     except _OtherTokens as error:
         problem = str(error)
     problems = [found for found in ranks.all(problem) if found]
     if problems:
         logger.warning(f"{problems[0]}: X* = X for it and what is pruned beside it")
-        gathered = accumulate(dense_inputs, {})
+        gathered = accumulate(replays.of_dense())
     for stage, statistics in zip(wave, gathered, strict=True):
         _sum(statistics, ranks)
         if not statistics.is_finite():
@@ -91,33 +78,27 @@ class _OtherTokens(Exception):
 
 def _accumulated(
     wave: Sequence[Stage],
-    dense_inputs: LayerInputs,
-    pruned_inputs: LayerInputs,
-    pruned: dict[Operator, Tensor],
+    replays: Replays,
     *,
     real_tokens: Sequence[RealTokens],
-    dense_outputs: Sequence[Tensor] | None = None,
     on_batch: Callable[[], object],
     offload: bool,
 ) -> list[GramStatistics]:
     """Those of this rank's batches"""
     gathered = [_empty(stage, offload) for stage in wave]
-    inside = set(dense_inputs.layer.modules())
-    disturbed = any(operator.module in inside for operator in pruned)
-    same_inputs = pruned_inputs is dense_inputs and not disturbed
     for batch, real in enumerate(real_tokens):
-        with replaced_weights(pruned):
-            partly_pruned = _tokens(wave, pruned_inputs[batch], real)
-        if same_inputs:
+        with replaced_weights(replays.weights):
+            partly_pruned = _tokens(wave, replays.pruned[batch], real)
+        if not replays.differ:
             for statistics, tokens in zip(gathered, partly_pruned, strict=True):
                 statistics.accumulate(tokens)
-        elif dense_outputs is not None and gathered[0].weight is not None:
-            found = real_rows(dense_outputs[batch], real.own)
+        elif replays.outputs is not None:
+            found = real_rows(replays.outputs[batch], real.own)
             outputs = _without_bias(wave[0], found)
             _check_same_tokens(wave[0], partly_pruned[0], outputs)
             gathered[0].accumulate(partly_pruned[0], outputs=outputs)
         else:
-            dense = _tokens(wave, dense_inputs[batch], real)
+            dense = _tokens(wave, replays.dense[batch], real)
             for stage, statistics, tokens, before in zip(
                 wave, gathered, partly_pruned, dense, strict=True
             ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fista_modifier.cost.shape import LayerShape, StageShape
-from fista_modifier.pruning.procedures import Procedure
+from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.solver.blocks import BLOCK, ENTRIES
 
 __all__ = [
@@ -25,7 +25,7 @@ operator, as measured on layers of a small LLaMA: 5.1 in float32, 4.7 in bfloat1
 
 def peak_device_memory(
     shape: LayerShape,
-    procedure: Procedure,
+    procedure: SparseProcedure,
     weight_bytes: int = 2,
     *,
     offload_hessians: bool = False,
@@ -102,7 +102,10 @@ def reconstruction_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
 
 
 def recorded_memory(
-    shape: LayerShape, samples: int, procedure: Procedure, activation_bytes: int = 2
+    shape: LayerShape,
+    samples: int,
+    procedure: SparseProcedure,
+    activation_bytes: int = 2,
 ) -> float:
     """
     :param shape: of the model's layers
@@ -121,7 +124,7 @@ def recorded_memory(
 
 
 def peak_host_memory(
-    shape: LayerShape, samples: int, procedure: Procedure, weight_bytes: int = 2
+    shape: LayerShape, samples: int, procedure: SparseProcedure, weight_bytes: int = 2
 ) -> float:
     """
     :param shape: of the model's layers

@@ -10,8 +10,8 @@ from collections import defaultdict
 from dataclasses import astuple, dataclass
 
 from fista_modifier.cost.shape import LayerShape, StageShape
-from fista_modifier.pruning.procedures import Procedure
 from fista_modifier.pruning.reconstruction import MEASURED_EVERY
+from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.solver import SolverOptions
 
 __all__ = ["Cost", "layer_cost"]
@@ -56,7 +56,7 @@ class Cost:
 def layer_cost(
     shape: LayerShape,
     samples: int,
-    procedure: Procedure,
+    procedure: SparseProcedure,
 ) -> Cost:
     """
     :param shape: of the model's layers
@@ -79,14 +79,14 @@ def layer_cost(
             + [stage.products for stage in drifting if stage.narrow]
         ),
         drift=tokens * math.fsum(stage.share * _drift(stage) for stage in drifting),
-        search=math.fsum(_search(stage, procedure.solver) for stage in shape.stages),
-        refits=math.fsum(_refits(stage, procedure.solver) for stage in shape.stages),
+        search=math.fsum(_search(stage, procedure.options) for stage in shape.stages),
+        refits=math.fsum(_refits(stage, procedure.options) for stage in shape.stages),
         reconstruction=samples * runs * shape.forward,
     )
 
 
 def _replays(shape: LayerShape, full: bool) -> float:
-    """Dense and partly pruned runs for one sequence: see layer.py"""
+    """Dense and partly pruned runs for one sequence: see calibration/replays.py"""
     total = 0.0
     first_block = shape.stages[0].block
     for block in sorted({stage.block for stage in shape.stages}):

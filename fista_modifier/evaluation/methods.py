@@ -15,7 +15,7 @@ from fista_modifier import pipeline
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.operators import check_prunable, find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
-from fista_modifier.pruning.procedures import PRESETS, Preset
+from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.solver import NofM, SparsityPattern
 from fista_modifier.solver.patterns import project
 
@@ -54,7 +54,7 @@ class Pruner(Protocol):
 def warm_starts() -> str:
     """:return: a sentence on where each preset of FISTAPruner starts"""
     starts = [
-        f"{PRESETS[preset].solver.start} ({method})"
+        f"{PRESETS[preset].options.start} ({method})"
         for method, preset in FISTA_METHODS.items()
     ]
     return f"Warm starts: {', '.join(starts)}."

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.calibration.batches import MaskName, mask_name
-from fista_modifier.calibration.recording import Recording
 from fista_modifier.models.operators import Operator
 
 __all__ = ["DecoderLayer", "chosen_layers", "group_by_layer", "layer_targets"]
@@ -30,7 +29,6 @@ class DecoderLayer:
     :param in_sequence: whether it passes hidden states on to the next decoder layer
     :param operators: what to prune in it
     :param mask_name: of the batch's mask that says what is padding in its input
-    :param recording: of the toolkit's pass over it, until it is pruned
     """
 
     name: str
@@ -38,7 +36,6 @@ class DecoderLayer:
     in_sequence: bool = True
     operators: list[Operator] = field(default_factory=list)
     mask_name: MaskName | None = None
-    recording: Recording | None = None
 
 
 def layer_targets(

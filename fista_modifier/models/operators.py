@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -108,7 +108,7 @@ def _called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def replaced_weights(weights: dict[Operator, Tensor]) -> Iterator[None]:
+def replaced_weights(weights: Mapping[Operator, Tensor]) -> Iterator[None]:
     """
     Run the modules with other weights, without a copy and without touching what is
     stored: to be used while the modules are onloaded.

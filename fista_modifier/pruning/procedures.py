@@ -1,44 +1,108 @@
-"""What is done to a layer, whatever the pattern, and the choices that have a name."""
+"""What is done to a decoder layer, whichever kind of pruning it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from fista_modifier.pruning.layer import ErrorCorrection
-from fista_modifier.pruning.reconstruction import Reconstruction
-from fista_modifier.solver import FAST, PAPER, SolverOptions
+from torch import Tensor
 
-__all__ = ["PRESETS", "Preset", "Procedure"]
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.distributed import ALONE, Ranks
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+
+__all__ = ["LayerTask", "Procedure", "PrunedLayer", "Recorded"]
 
 
 @dataclass(frozen=True)
-class Procedure:
+class Recorded:
     """
-    :param solver: parameters of Algorithm 1
-    :param reconstruction: of a layer, once its operators are pruned
-    :param error_correction: what X* is
+    What a procedure wants recorded of a dense layer, beside what it is called with.
+
+    :param outputs: what the layer returns
+    :param block_outputs: what its blocks return
     """
 
-    solver: SolverOptions = SolverOptions()
-    reconstruction: Reconstruction = Reconstruction()
-    error_correction: ErrorCorrection = "intra"
+    outputs: bool = False
+    block_outputs: bool = False
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """
+    One decoder layer that is to be pruned. The model stays as it is: the caller stores
+    the result when it suits the pipeline.
+
+    :param layer: with the operators that are to be pruned
+    :param recording: what the layer was called with in the dense model
+    :param pruned_inputs: what it is called with in the model pruned so far; None if
+        that is the same
+    :param ranks: that prune this layer together, each with batches of its own: sums go
+        over all of them, operators are shared out, and rank 0 reconstructs
+    :param offload: keep n×n matrices in main memory
+    :param on_batch: called after each batch of each wave and of the reconstruction
+    :param on_operator: called with the result of each operator, as soon as it is known
+    """
+
+    layer: DecoderLayer
+    recording: Recording
+    pruned_inputs: LayerInputs | None = None
+    ranks: Ranks = ALONE
+    offload: bool = False
+    on_batch: Callable[[], object] = lambda: None
+    on_operator: Callable[[OperatorResult], object] = lambda _: None
 
     @property
-    def reconstructs(self) -> bool:
-        """whether layers are trained at all"""
-        return self.reconstruction.epochs > 0
+    def operators(self) -> Sequence[Operator]:
+        """of the layer, to be pruned"""
+        return self.layer.operators
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """
+    :param weights: out×in weight of each operator by its name, in the dtype of the
+        module, of its shape or a smaller one; an operator that is missing stays dense
+    :param operators: what became of each
+    :param reconstruction: what became of the layer, if it was reconstructed
+    """
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    operators: Sequence[OperatorResult] = ()
+    reconstruction: ReconstructionResult | None = None
+
+    def on_cpu(self) -> PrunedLayer:
+        """:return: the same, to be sent to another process or to disk"""
+        weights = {name: weight.cpu() for name, weight in self.weights.items()}
+        return replace(self, weights=weights)
+
+
+class Procedure(Protocol):
+    """
+    What is done to each layer. Whoever runs it, stores what it returns or tells of it
+    asks nothing about the kind of pruning.
+    """
 
     @property
     def chains_layers(self) -> bool:
         """whether a layer depends on how those before it were pruned"""
-        return self.error_correction == "full"
+        ...
 
+    def recorded(self, layer: DecoderLayer) -> Recorded:
+        """
+        :param layer: with operators that are to be pruned
+        :return: what its task has to have
+        """
+        ...
 
-Preset = Literal["default", "best", "fast", "paper"]
-PRESETS: dict[Preset, Procedure] = {
-    "default": Procedure(),
-    "best": Procedure(reconstruction=Reconstruction(epochs=2), error_correction="full"),
-    "fast": Procedure(FAST, Reconstruction(epochs=0)),
-    "paper": Procedure(PAPER, Reconstruction(epochs=0)),
-}
+    def prune(self, task: LayerTask) -> PrunedLayer:
+        """
+        :param task: a layer
+        :return: weights, and what became of the operators, alike on all ranks
+        :raises ValueError: if an activation is NaN or infinite
+        """
+        ...

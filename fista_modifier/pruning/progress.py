@@ -24,7 +24,7 @@ class RunProgress:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._done = 0
-        self._started = time.monotonic()
+        self._started: float | None = None
 
     def layer(self, layer: DecoderLayer) -> LayerProgress:
         """
@@ -32,6 +32,8 @@ class RunProgress:
         :return: its progress
         """
         label = f"Pruning {layer.name} ({self._done + 1}/{self._layers}"
+        if self._started is None:
+            self._started = time.monotonic()
         if self._done:
             elapsed = time.monotonic() - self._started
             left = elapsed / self._done * (self._layers - self._done)

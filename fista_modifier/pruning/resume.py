@@ -6,27 +6,38 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
+from fista_modifier.calibration.recording import Hook
+from fista_modifier.distributed import Ranks
 from fista_modifier.files import whole
 from fista_modifier.host import package_versions
 from fista_modifier.models.layers import DecoderLayer
-from fista_modifier.pruning.layer import PrunedLayer
+from fista_modifier.pruning.procedures import PrunedLayer
 from fista_modifier.pruning.results import (
     PACKAGES,
     OperatorResult,
     ReconstructionResult,
 )
 
-__all__ = ["CallDigest", "FinishedLayers", "TensorDigest", "fingerprint"]
+__all__ = [
+    "CallDigest",
+    "FinishedLayers",
+    "Resumption",
+    "TensorDigest",
+    "fingerprint",
+]
 
 RUN_FILE = "run.json"
 SHOWN = 3
@@ -39,7 +50,7 @@ Fingerprint = dict[str, dict[str, Any]]
 class _Results:
     """What a layer's file says beside its weights."""
 
-    operators: list[OperatorResult]
+    operators: Sequence[OperatorResult]
     reconstruction: ReconstructionResult | None
 
 
@@ -79,6 +90,86 @@ class CallDigest:
             if isinstance(leaf, Tensor):
                 digest.update(leaf)
         self.batches.append(digest.hex())
+
+
+class Resumption:
+    """
+    A run that goes on from layers on disk, or can be gone on from. Without a folder,
+    several ranks still compare their data here.
+
+    :param disk: finished layers, if the run can be resumed
+    :param ranks: the processes of the run
+    """
+
+    def __init__(self, disk: FinishedLayers | None, ranks: Ranks) -> None:
+        self._disk = disk
+        self._ranks = ranks
+        self._found: set[DecoderLayer] = set()
+        # until it is compared
+        self._data = CallDigest() if disk is not None or ranks.size > 1 else None
+
+    def look_for(self, layers: Sequence[DecoderLayer]) -> set[DecoderLayer]:
+        """
+        :param layers: of the model
+        :return: those that are on disk
+        """
+        if self._disk is None:
+            return set()
+        names = [layer.name for layer in layers if layer in self._disk]
+        names = self._ranks.all(names)[0]  # files may appear while the ranks look
+        self._found = {layer for layer in layers if layer.name in names}
+        if self._found:
+            logger.info(
+                f"Resuming: {len(self._found)} layers are in {self._disk.folder}"
+            )
+        return self._found
+
+    def hooks(self, model: PreTrainedModel) -> list[Hook]:
+        """
+        :param model: being calibrated
+        :return: what is to be hooked until the first layer has run
+        """
+        if self._data is None:
+            return []
+        return [(model.get_input_embeddings(), self._data.add, "forward_pre")]
+
+    def check_data(self) -> None:
+        """
+        To be called when the first layer has run, and again as often as one likes.
+
+        :raises ValueError: if the calibration data are not those of the layers on disk,
+            or those of one rank are those of another
+        """
+        if self._data is None:
+            return
+        of_ranks = self._ranks.all(self._data.batches)
+        self._data = None
+        for one, other in permutations(range(len(of_ranks)), 2):
+            if set(of_ranks[one]) <= set(of_ranks[other]):
+                raise ValueError(
+                    f"all calibration data of rank {one} are among those of rank "
+                    f"{other}: let each load a part of its own, as with "
+                    "llmcompressor.datasets.get_rank_partition"
+                )
+        if self._disk is not None:
+            self._disk.check_calibration(list(chain(*of_ranks)))
+
+    def load(self, layer: DecoderLayer) -> PrunedLayer | None:
+        """
+        :param layer: that the pipeline has left
+        :return: what became of it in the run before, if it is on disk
+        """
+        if self._disk is None or layer not in self._found:
+            return None
+        return self._disk.load(layer)
+
+    def save(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
+        """
+        :param layer: that was pruned
+        :param pruned: what became of it
+        """
+        if self._disk is not None:
+            self._disk.save(layer, pruned)
 
 
 def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
@@ -190,10 +281,7 @@ class FinishedLayers:
                 results = TypeAdapter(_Results).validate_json(
                     opened.metadata()["results"]
                 )
-                weights = {
-                    operator.name: opened.get_tensor(operator.name)
-                    for operator in results.operators
-                }
+                weights = {name: opened.get_tensor(name) for name in opened.keys()}
             return PrunedLayer(weights, results.operators, results.reconstruction)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

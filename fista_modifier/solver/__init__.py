@@ -1,6 +1,7 @@
 """The solver: pure torch, knows tensors and not models."""
 
 from fista_modifier.solver.gram import GramStatistics
+from fista_modifier.solver.interface import PrunedWeight, Solver, SolverFactory
 from fista_modifier.solver.patterns import (
     NofM,
     SparsityPattern,
@@ -12,9 +13,8 @@ from fista_modifier.solver.patterns import (
 from fista_modifier.solver.prune import (
     FAST,
     PAPER,
-    PrunedWeight,
+    FISTAPruner,
     SolverOptions,
-    StageSolver,
     WarmStart,
     prune_weight,
 )
@@ -27,7 +27,9 @@ __all__ = [
     "PrunedWeight",
     "SolverOptions",
     "SparsityPattern",
-    "StageSolver",
+    "Solver",
+    "SolverFactory",
+    "FISTAPruner",
     "Unstructured",
     "WarmStart",
     "Within",

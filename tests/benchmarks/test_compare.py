@@ -10,19 +10,29 @@ from runs import calibration
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fista_modifier.pruning import layer
-from fista_modifier.solver import PrunedWeight, StageSolver
+from fista_modifier.solver import (
+    FISTAPruner,
+    GramStatistics,
+    PrunedWeight,
+    SolverOptions,
+    SparsityPattern,
+)
 
 
-def test_another_solver_is_there_for_one_run(
+def test_a_run_may_have_another_solver(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     asked: list[int] = []
 
-    class Other(StageSolver):
-        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
+    class Other(FISTAPruner):
+        def __init__(self, statistics: GramStatistics) -> None:
+            super().__init__(statistics, SolverOptions())
+
+        def prune(
+            self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+        ) -> list[PrunedWeight]:
             asked.append(len(weights))
-            return super().prune(weights)
+            return super().prune(weights, patterns)
 
     prune_by_fields(
         tiny_model("llama"),
@@ -34,4 +44,3 @@ def test_another_solver_is_there_for_one_run(
         solver=Other,
     )
     assert asked
-    assert layer.StageSolver is StageSolver

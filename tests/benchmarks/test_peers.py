@@ -10,7 +10,6 @@ from problems import normal
 from fista_modifier.solver import (
     PAPER,
     GramStatistics,
-    SolverOptions,
     pattern_of,
     prune_weight,
 )
@@ -26,8 +25,7 @@ def test_a_peer_is_exact_and_better_than_sparsegpt(peer, pattern):
     statistics.accumulate(inputs.T)
     weight = normal(32, 64)
     wanted = pattern_of(pattern)
-    solver = peer(statistics, wanted, SolverOptions())
-    [solution] = solver.prune([weight])
+    [solution] = peer(statistics).prune([weight], [wanted])
     assert wanted.holds(solution.weight)
     assert int((solution.weight == 0).sum()) == round(wanted.sparsity * weight.numel())
     difference = (solution.weight - weight) @ inputs

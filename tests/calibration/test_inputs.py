@@ -19,13 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import fista_modifier.modifiers.fista
-import fista_modifier.pruning.layer
+import fista_modifier.modifiers.base
 from fista_modifier.calibration.activations import MAIN_MEMORY
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.pruning.results import OperatorResult
-from fista_modifier.solver import GramStatistics, PrunedWeight, StageSolver
+from fista_modifier.solver import (
+    FISTAPruner,
+    GramStatistics,
+    PrunedWeight,
+    SolverOptions,
+    SparsityPattern,
+)
 
 CORRECTIONS = ["none", "intra", "full"]
 
@@ -54,18 +59,23 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
     """The real solver, watched."""
     seen = Solver()
 
-    class Watched(StageSolver):
-        def __init__(self, statistics: GramStatistics, *others: Any) -> None:
-            super().__init__(statistics, *others)
+    class Watched(FISTAPruner):
+        def __init__(self, statistics: GramStatistics, options: SolverOptions) -> None:
+            super().__init__(statistics, options)
             self.given = copy.deepcopy(statistics)
 
-        def prune(self, weights: Sequence[Tensor]) -> list[PrunedWeight]:
-            solutions = super().prune(weights)
+        def prune(
+            self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+        ) -> list[PrunedWeight]:
+            solutions = super().prune(weights, patterns)
             seen.statistics += [self.given] * len(solutions)
             seen.solutions += solutions
             return solutions
 
-    monkeypatch.setattr(fista_modifier.pruning.layer, "StageSolver", Watched)
+    def made(options: SolverOptions, statistics: GramStatistics) -> Watched:
+        return Watched(statistics, options)
+
+    monkeypatch.setattr(SolverOptions, "__call__", made)
     return seen
 
 
@@ -281,7 +291,7 @@ def test_corrections_differ():
 def test_a_layer_that_the_toolkit_runs_without_mask_is_refused(family, monkeypatch):
     """llm-compressor's tracer loses these masks; the modifier mends that by default."""
     monkeypatch.setattr(
-        fista_modifier.modifiers.fista,
+        fista_modifier.modifiers.base,
         "traced_with_masks",
         lambda _model: nullcontext(),
     )

@@ -13,18 +13,21 @@ from fista_modifier.models.layers import DecoderLayer, group_by_layer
 from fista_modifier.models.operators import Operator, find_operators
 
 
-def called_layers(family: str) -> list[DecoderLayer]:
-    """The decoder layers of a model after one run of it."""
+def called_layers(family: str) -> dict[DecoderLayer, Recording]:
+    """The decoder layers of a model, and what one run of it shows."""
     model = tiny_model(family)
     operators = find_operators(model, ["Linear"], [])
     layers = group_by_layer(model, operators, infer_sequential_targets(model))
-    for layer in layers:
-        layer.recording = Recording(layer.module, layer.operators, with_outputs=False)
-        for module, hook, _ in layer.recording.hooks():
+    recordings = {
+        layer: Recording(layer.module, layer.operators, with_outputs=False)
+        for layer in layers
+    }
+    for recording in recordings.values():
+        for module, hook, _ in recording.hooks():
             module.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         model(samples(), use_cache=False)
-    return layers
+    return recordings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,10 +35,9 @@ def test_stages_follow_the_execution_and_share_an_input(family):
     prefix, expected = FAMILIES[family].layers, FAMILIES[family].stages
     layers = called_layers(family)
     assert [layer.name for layer in layers] == [f"{prefix}.0", f"{prefix}.1"]
-    for layer in layers:
-        assert layer.recording is not None
+    for layer, recording in layers.items():
         # the order in which operators are given must not matter
-        stages = find_stages(layer.operators[::-1], layer.recording.inputs)
+        stages = find_stages(layer.operators[::-1], recording.inputs)
         found = [{operator.name for operator in stage.operators} for stage in stages]
         assert found == [
             {f"{layer.name}.{name}" for name in operators} for operators in expected

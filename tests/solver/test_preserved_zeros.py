@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from problems import gram_statistics, inputs, normal
@@ -36,9 +34,9 @@ def sparse(request: pytest.FixtureRequest) -> torch.Tensor:
 def test_zeros_stay_and_the_pattern_holds(
     sparse: torch.Tensor, pattern: SparsityPattern, preset: str
 ) -> None:
-    options = replace(PRESETS[preset], preserve_sparsity_mask=True)
     statistics = gram_statistics(inputs(TOKENS, FEATURES))
-    solution = prune_weight(sparse, statistics, pattern, options)
+    within = Within(pattern, sparse != 0)
+    solution = prune_weight(sparse, statistics, within, PRESETS[preset])
     assert not bool(solution.weight[sparse == 0].any())
     assert Within(pattern, sparse != 0).holds(solution.weight)
     # and no entry is given up for nothing: as many are kept as can be
@@ -51,8 +49,7 @@ def test_a_dense_weight_is_pruned_as_without(pattern: SparsityPattern) -> None:
     statistics = gram_statistics(inputs(TOKENS, FEATURES))
     weight = normal(ROWS, FEATURES)
     plain = prune_weight(weight, statistics, pattern)
-    options = SolverOptions(preserve_sparsity_mask=True)
-    kept = prune_weight(weight, statistics, pattern, options)
+    kept = prune_weight(weight, statistics, Within(pattern, weight != 0))
     assert torch.equal(kept.weight, plain.weight)
 
 

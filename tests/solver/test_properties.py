@@ -22,7 +22,7 @@ from fista_modifier.solver import (
     WarmStart,
     prune_weight,
 )
-from fista_modifier.solver.prune import RESOLUTION
+from fista_modifier.solver.stage import RESOLUTION
 
 PATTERNS = [NofM(2, 4), NofM(1, 4), NofM(4, 8), NofM(4, 4), NofM(7, 8), NofM(1, 8)]
 PATTERNS += [Unstructured(share) for share in (0.0, 1e-9, 0.3, 0.5, 0.95, 1 - 1e-9)]

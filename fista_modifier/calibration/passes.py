@@ -1,0 +1,151 @@
+"""The toolkit's own passes over the layers: what is recorded of them, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.activations import ActivationStorage
+from fista_modifier.calibration.attention import FusedAttention
+from fista_modifier.calibration.batches import CalibrationBatches
+from fista_modifier.calibration.recording import Hook, Recording
+from fista_modifier.calibration.reference import ReferenceRun
+from fista_modifier.models.layers import DecoderLayer
+
+__all__ = ["CalibrationPasses"]
+
+
+class CalibrationPasses:
+    """
+    Records what each layer is called with while the pipeline runs it.
+
+    :param model: being calibrated
+    :param layers: of the model; lone operators after the decoder layers
+    :param storage: where activations wait
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        storage: ActivationStorage,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._storage = storage
+        self._recordings: dict[DecoderLayer, Recording] = {}
+        self._attention = FusedAttention(model)
+        self._batches = CalibrationBatches()
+        self._reference = ReferenceRun(model, layers)
+
+    def count_batches(self) -> Hook:
+        """:return: what is to be hooked until the last layer has run"""
+        return self._model, self._batches.on_model_call, "forward_pre"
+
+    def record(
+        self, layer: DecoderLayer, *, outputs: bool, block_outputs: bool
+    ) -> Iterator[Hook]:
+        """
+        :param layer: to be recorded
+        :param outputs: whether what it returns is recorded, too
+        :param block_outputs: whether what its blocks return is
+        :return: what is to be hooked until the pipeline leaves it
+        """
+        self._recordings[layer] = Recording(
+            layer.module,
+            layer.operators,
+            self._storage,
+            padding=partial(self._batches.real, layer.mask_name),
+            with_outputs=outputs,
+            with_block_outputs=block_outputs,
+        )
+        return self._recordings[layer].hooks()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """The context of the calibration epoch."""
+        masks = {layer.module: layer.mask_name for layer in self._layers}
+
+        def padding(layer: torch.nn.Module, hidden_states: Tensor) -> Tensor | None:
+            return self._batches.real_tokens(masks[layer], hidden_states)
+
+        def run_plainly(batch: dict[str, Any]) -> None:
+            with self._attention.suspended():
+                self._reference.run(batch)
+
+        in_sequence = [layer.module for layer in self._layers if layer.in_sequence]
+        with (
+            self._batches.watched(run_plainly),
+            self._attention.in_passes(in_sequence, padding),
+        ):
+            yield
+
+    def running(self, layer: DecoderLayer) -> AbstractContextManager[None]:
+        """:return: a context in which the layer runs as in the toolkit's passes"""
+        return self._attention.used(layer.module)
+
+    def has_run(self, layer: DecoderLayer) -> bool:
+        """:return: whether the layer was recorded in a batch"""
+        recording = self._recordings.get(layer)
+        return recording is not None and len(recording.inputs) > 0
+
+    def check_any_ran(self) -> None:
+        """:raises ValueError: if the pipeline ran the model on no data"""
+        if self._recordings and not any(map(self.has_run, self._recordings)):
+            raise ValueError(
+                "FISTAPruningModifier needs calibration, and the pipeline ran the "
+                "model on no data: leave oneshot's pipeline at 'independent'; "
+                "'datafree' is for modifiers that need none"
+            )
+
+    def take(self, layer: DecoderLayer) -> Recording | None:
+        """
+        :param layer: that the pipeline has left
+        :return: what was recorded of it, if it was; that is not kept here any longer
+        """
+        return self._recordings.pop(layer, None)
+
+    def forget(self, layer: DecoderLayer) -> None:
+        """:param layer: of which nothing recorded is needed"""
+        self._recordings.pop(layer, None)
+
+    def reason_to_skip(self, layer: DecoderLayer) -> str | None:
+        """
+        :param layer: that the pipeline has left
+        :return: why it cannot be pruned, if so
+        :raises RuntimeError: if the layer runs otherwise than in the model itself
+        """
+        recording = self._recordings[layer]
+        if not len(recording.inputs):
+            return "the calibration data do not reach it"
+        if self._calls_of(layer, recording) > 1:
+            return "the model runs it several times for each batch"
+        if layer.in_sequence:
+            with self.running(layer):
+                self._reference.check(
+                    layer, recording.inputs[0], recording.real_tokens[0].own
+                )
+        self._warn_of_few_tokens(layer, recording)
+        return None
+
+    def _calls_of(self, layer: DecoderLayer, recording: Recording) -> int:
+        calls = self._reference.calls(layer)
+        if calls is None:  # a pipeline that runs the model itself
+            calls = len(recording.inputs) // max(len(self._batches), 1)
+        return calls
+
+    def _warn_of_few_tokens(self, layer: DecoderLayer, recording: Recording) -> None:
+        given = self._batches.tokens
+        reads_text = layer.in_sequence and layer.mask_name == "attention_mask"
+        if reads_text and recording.tokens < given / 2:
+            logger.warning(
+                f"{layer.name} is given {recording.tokens} of the {given} tokens of "
+                "the calibration data: what is pruned in it rests on few data"
+            )

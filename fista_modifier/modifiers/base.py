@@ -1,0 +1,331 @@
+"""What all modifiers share that prune layer by layer: fields and lifecycle."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch.utils.hooks import RemovableHandle
+
+from fista_modifier.calibration.activations import ActivationStorage
+from fista_modifier.calibration.attention import traced_with_masks, traces_forgotten
+from fista_modifier.checkpoint.on_save import describe_on_save
+from fista_modifier.distributed import Distribution, current_ranks
+from fista_modifier.models.coverage import share_of_weights, warn_of_other_weights
+from fista_modifier.models.layers import (
+    DecoderLayer,
+    chosen_layers,
+    group_by_layer,
+    layer_targets,
+)
+from fista_modifier.models.limits import check_vocabulary
+from fista_modifier.models.operators import find_operators
+from fista_modifier.pruning.procedures import Procedure
+from fista_modifier.pruning.results import (
+    OperatorResult,
+    PruningReport,
+    ReconstructionResult,
+)
+from fista_modifier.pruning.resume import FinishedLayers, fingerprint
+from fista_modifier.pruning.schedule import Resources, Schedule
+
+__all__ = ["LayerwiseModifier"]
+
+HOW_TO_RUN = {
+    "offload_hessians",
+    "activations_dir",
+    "resume_dir",
+    "layers",
+    "distribute",
+}
+"""fields on which the result does not depend"""
+
+
+class LayerwiseModifier(Modifier):  # type: ignore[misc]
+    """
+    Gives each decoder layer to a procedure when the pipeline has run it.
+
+    Lifecycle:
+
+    - on_initialize
+        - find the operators, and let ``procedure`` refuse what cannot be pruned
+    - on_calibration_start
+        - hook the decoder layers
+    - hooked pass of a layer
+        - remember what the layer is called with
+    - on_sequential_epoch_end
+        - run the procedure on each layer that the pipeline has left
+    - on_calibration_end
+        - store the last layer, remove hooks
+
+    Whatever ``propagate_error`` says, the toolkit's pipeline carries the dense model's
+    activations from layer to layer, because a pruned layer is stored only once the
+    pipeline has left it. Because of this the modifier needs a calibration epoch of its
+    own, which the toolkit's default pipeline "independent" gives to every modifier.
+    """
+
+    requires_calibration_data: bool = True
+
+    targets: str | list[str] = Field(
+        default=["Linear"],
+        description=(
+            'class names, module names or "re:" patterns. Modules that contain linear '
+            "operators stand for all of them; the output embedding is pruned only if a "
+            "target names it"
+        ),
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="what to leave dense, in the same notation"
+    )
+    offload_hessians: bool = Field(
+        default=False,
+        description=(
+            "keep Gram matrices in main memory, as in the toolkit's modifiers, for "
+            "operators so wide that the device has no room for them; products take "
+            "them block by block, and factorisations are done by the CPU"
+        ),
+    )
+    activations_dir: str | None = Field(
+        default=None,
+        description=(
+            "folder on a disk in which recorded activations wait instead of in main "
+            "memory; it ends empty, as the files have no names"
+        ),
+    )
+    resume_dir: str | None = Field(
+        default=None,
+        description=(
+            "folder in which every finished layer is kept; a run that was interrupted "
+            "goes on from there and gives the same weights, bit for bit"
+        ),
+    )
+    layers: str | None = Field(
+        default=None,
+        description=(
+            'numbers of the decoder layers to prune, such as "0-9" or "0-3,30". With a '
+            "resume_dir that they share, processes that prune different layers do the "
+            "work of one model; one more run without layers puts it together"
+        ),
+    )
+    distribute: Distribution | None = Field(
+        default=None,
+        description=(
+            'what the ranks of a torch.distributed run share out: "layers" (each '
+            'prunes layers of its own with all data) or "data" (each runs its own '
+            'batches; sums are reduced and operators shared out). "layers" by default, '
+            'but "data" where layers depend on one another'
+        ),
+    )
+
+    _schedule: Schedule | None = PrivateAttr(default=None)
+    _handles: dict[DecoderLayer, set[RemovableHandle]] = PrivateAttr(
+        default_factory=dict
+    )
+    _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _epoch: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _seconds: float = PrivateAttr(default=0.0)
+
+    @abstractmethod
+    def procedure(self, state: State, layers: Sequence[DecoderLayer]) -> Procedure:
+        """
+        :param state: of the toolkit's session, with the model and the data
+        :param layers: of the model, with the operators that targets and ignore leave;
+            a procedure that leaves one dense takes it away
+        :return: what is done to each layer
+        :raises ValueError: if an operator cannot be pruned as the recipe asks
+        """
+
+    @property
+    def results(self) -> list[OperatorResult]:
+        """what became of each operator, in the order of pruning"""
+        return list(self._schedule.results) if self._schedule else []
+
+    @property
+    def reconstructions(self) -> dict[str, ReconstructionResult]:
+        """what became of each reconstructed layer, by its name"""
+        return dict(self._schedule.reconstructions) if self._schedule else {}
+
+    @property
+    def share_of_weights(self) -> float:
+        """of the decoder layers' matrices, what the pruned operators hold"""
+        if self._schedule is None:
+            return 0.0
+        names = [result.name for result in self.results]
+        return share_of_weights(self._schedule.layers, names)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """names of layers that are left to other runs: see ``layers``"""
+        return self._schedule.unfinished if self._schedule else []
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        Find the operators and refuse what cannot be pruned, before any long work.
+
+        :raises OSError: if there can be no ``activations_dir``
+        :raises ValueError: if there is no calibration data, or a token in it is not in
+            the vocabulary, if targets match nothing, if an operator cannot have the
+            pattern or is not finite, if the model does not have the ``layers``, or if
+            ``resume_dir`` belongs to another run
+        """
+        model = state.model
+        if state.data.calib is None:
+            raise ValueError(
+                f"{type(self).__name__} needs calibration data: pass dataset=… to "
+                "oneshot"
+            )
+        check_vocabulary(model, getattr(state.data.calib, "dataset", None))
+        storage = ActivationStorage(_folder(self.activations_dir))
+        if storage.folder is not None:
+            storage.folder.mkdir(parents=True, exist_ok=True)
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        operators = find_operators(model, targets, self.ignore)
+        given = kwargs.get("sequential_targets")
+        layer_types = layer_targets(model, operators, given)
+        layers = group_by_layer(model, operators, layer_types)
+        procedure = self.procedure(state, layers)
+        warn_of_other_weights(layers)
+        by_default: Distribution = "data" if procedure.chains_layers else "layers"
+        self._schedule = Schedule(
+            model,
+            layers,
+            layers if self.layers is None else chosen_layers(layers, self.layers),
+            procedure,
+            Resources(
+                self.offload_hessians,
+                storage,
+                self._finished_layers(model),
+                current_ranks(),
+                self.distribute or by_default,
+            ),
+        )
+        self._contexts.enter_context(traced_with_masks(model))
+        self._contexts.enter_context(traces_forgotten())
+        if given is None:  # the pipeline is to find the same layers
+            self._contexts.enter_context(
+                patch_attr(model, "_no_split_modules", layer_types)
+            )
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._seconds = -time.perf_counter()
+        modifiers = active_session().lifecycle.recipe.modifiers
+        others = [type(other).__name__ for other in modifiers if other is not self]
+        with self._undone_on_error() as schedule:
+            if others:
+                raise ValueError(
+                    f"{type(self).__name__} cannot share a calibration epoch with "
+                    f"{', '.join(others)}: leave oneshot's pipeline at 'independent'"
+                )
+            for layer, (module, hook, kind) in schedule.hooks():
+                arguments = {"with_kwargs": True} if kind == "forward_pre" else {}
+                handle = self.register_hook(module, hook, kind, **arguments)
+                self._handles.setdefault(layer, set()).add(handle)
+            self._epoch.enter_context(schedule.watching())
+
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: list[torch.nn.Module],
+        **kwargs: Any,
+    ) -> None:
+        here = set(modules)
+        for layer in [layer for layer in self._handles if layer.module in here]:
+            self.remove_hooks(self._handles.pop(layer))
+        with self._undone_on_error() as schedule:
+            schedule.leave(modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        with self._undone_on_error() as schedule:
+            schedule.finish()
+        self._seconds += time.perf_counter()
+        self._epoch.close()
+        self.remove_hooks()
+        if self.unfinished:
+            logger.warning(
+                f"{len(self.unfinished)} layers are not pruned yet, the first of them "
+                f"{self.unfinished[0]}: when other runs have finished them, run again "
+                f"with resume_dir '{self.resume_dir}' and without layers"
+            )
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        if results := self.results:
+            report = PruningReport(
+                state.model.name_or_path,
+                None,
+                self._seconds,
+                results,
+                self.reconstructions,
+                share_of_layers=self.share_of_weights,
+                recipe=active_session().lifecycle.recipe.yaml(),
+            )
+            describe_on_save(state.model, report)
+            error = fmean(result.relative_error for result in results)
+            patterns = " and ".join(dict.fromkeys(one.pattern for one in results))
+            logger.info(
+                f"Pruned {len(results)} operators to {patterns}, which "
+                f"hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
+                f"weights; mean of ‖W*X* − WX‖ / ‖WX‖ as the solver left them: "
+                f"{error:.4f}"
+            )
+        self.remove_hooks()
+        self._contexts.close()
+        return True
+
+    def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:
+        if self.resume_dir is None:
+            return None
+        run = fingerprint(model, self._determines_the_result())
+        return FinishedLayers(Path(self.resume_dir), run)
+
+    def _determines_the_result(self) -> dict[str, Any]:
+        """Fields on which the result depends"""
+        method = set(type(self).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
+        fields: dict[str, Any] = self.model_dump(mode="json", include=method)
+        return fields
+
+    def _check_sharing(self, chains_layers: bool) -> None:
+        """
+        :param chains_layers: whether a layer depends on how those before it were pruned
+        :raises ValueError: if layers are to be shared out that cannot be
+        """
+        if self.layers is not None and self.resume_dir is None:
+            raise ValueError(
+                f"layers: '{self.layers}' needs a resume_dir, where the pruned layers "
+                "wait for the others"
+            )
+        shares_layers = self.layers is not None or self.distribute == "layers"
+        if chains_layers and shares_layers:
+            raise ValueError(
+                "with error_correction: full, which is also that of preset: best, a "
+                "layer depends on those before it, so that layers cannot be shared "
+                "out: leave out layers and distribute, or use error_correction: intra"
+            )
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[Schedule]:
+        """The toolkit tells nobody of an error, and the user's model lives on."""
+        assert self._schedule is not None, "initialized before any event"
+        try:
+            yield self._schedule
+        except BaseException:
+            self.remove_hooks()
+            self._epoch.close()
+            self._contexts.close()
+            raise
+
+
+def _folder(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

@@ -1,0 +1,295 @@
+"""Zeros in the operators of a decoder layer: Gram matrices, solver, reconstruction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Literal
+
+from loguru import logger
+from torch import Tensor
+
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.replays import replays_of
+from fista_modifier.calibration.stages import (
+    Stage,
+    agreed,
+    find_stages,
+    used_without_a_call,
+)
+from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.distributed import Ranks, shared_out
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.procedures import LayerTask, PrunedLayer, Recorded
+from fista_modifier.pruning.reconstruction import Reconstruction, reconstruct
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+from fista_modifier.solver import (
+    PAPER,
+    GramStatistics,
+    PrunedWeight,
+    SolverFactory,
+    SolverOptions,
+    SparsityPattern,
+    Within,
+    prune_weight,
+)
+
+__all__ = ["ErrorCorrection", "SparseProcedure"]
+
+ErrorCorrection = Literal["none", "intra", "full"]
+
+BY_MAGNITUDE = replace(PAPER, start="magnitude", patience=0)
+"""for an operator that no token reaches"""
+
+
+@dataclass(frozen=True)
+class SparseProcedure:
+    """
+    Prune the operators of a decoder layer in the order in which they run, then train
+    what was kept.
+
+    :param patterns: that each operator is to have, by its name
+    :param solver: makes the solver of a stage; SolverOptions are such a factory
+    :param reconstruction: of a layer, once its operators are pruned
+    :param error_correction: what X* is: the operator's input in the dense model
+        ("none"), in the layer as far as it is pruned ("intra"), or in the model pruned
+        so far ("full")
+    :param preserve_sparsity_mask: whether zeros of W stay zero, as of a model that is
+        sparse already; otherwise the pattern is found anew, and they may get values
+    """
+
+    patterns: Mapping[str, SparsityPattern] = field(default_factory=dict)
+    solver: SolverFactory = SolverOptions()
+    reconstruction: Reconstruction = Reconstruction()
+    error_correction: ErrorCorrection = "intra"
+    preserve_sparsity_mask: bool = False
+
+    @property
+    def options(self) -> SolverOptions:
+        """
+        of Algorithm 1
+
+        :raises TypeError: if the solver is another
+        """
+        if not isinstance(self.solver, SolverOptions):
+            raise TypeError(f"{self.solver} is not Algorithm 1")
+        return self.solver
+
+    @property
+    def reconstructs(self) -> bool:
+        """whether layers are trained at all"""
+        return self.reconstruction.epochs > 0
+
+    @property
+    def corrects_errors(self) -> bool:
+        """whether X* follows what was pruned before (otherwise X* = X)"""
+        return self.error_correction != "none"
+
+    @property
+    def chains_layers(self) -> bool:
+        """whether a layer depends on how those before it were pruned"""
+        return self.error_correction == "full"
+
+    def recorded(self, layer: DecoderLayer) -> Recorded:
+        """
+        :param layer: with operators that are to be pruned
+        :return: what its task has to have
+        """
+        return Recorded(outputs=self._trains(layer), block_outputs=self.corrects_errors)
+
+    def prune(self, task: LayerTask) -> PrunedLayer:
+        """
+        :param task: a layer
+        :return: weights, and what became of the operators and the layer, alike on all
+            ranks
+        :raises ValueError: if an activation is NaN or infinite
+        """
+        pruned, results = self._solved(task)
+        if not self._trains(task.layer):
+            return PrunedLayer(_by_name(pruned), results)
+        pruned, outcome = _reconstructed(pruned, task, self.reconstruction)
+        errors = outcome.operator_errors
+        results = [
+            replace(result, reconstructed_error=errors.get(result.name))
+            for result in results
+        ]
+        return PrunedLayer(_by_name(pruned), results, outcome)
+
+    def _trains(self, layer: DecoderLayer) -> bool:
+        """A lone operator has no layer around it, and its refit is all there is."""
+        return self.reconstructs and layer.in_sequence and bool(layer.operators)
+
+    def _solved(
+        self, task: LayerTask
+    ) -> tuple[dict[Operator, Tensor], list[OperatorResult]]:
+        recording, ranks = task.recording, task.ranks
+        pruned: dict[Operator, Tensor] = {}
+        results: list[OperatorResult] = []
+
+        def add(
+            operator: Operator, solution: PrunedWeight, tokens: int, seconds: float
+        ) -> None:
+            if tokens and not solution.output_norm:
+                logger.warning(
+                    f"{operator.name} puts out nothing for all {tokens} tokens: any "
+                    "weight has error 0, and what is pruned of it rests on no data"
+                )
+            pruned[operator] = solution.weight
+            results.append(self._result(operator, solution, tokens, seconds))
+            task.on_operator(results[-1])
+
+        stages = find_stages(task.operators, recording.inputs)
+        stages = agreed(stages, task.operators, ranks)
+        followed = pruned if self.corrects_errors else {}
+        for wave, replays in replays_of(
+            stages, recording, task.pruned_inputs, followed
+        ):
+            statistics = wave_statistics(
+                wave, replays, recording.real_tokens, task.on_batch, ranks, task.offload
+            )
+            for solved in self._solve(wave, statistics, ranks):
+                add(*solved)
+        uncalled = [one for one in task.operators if one not in pruned]
+        by_others = (
+            used_without_a_call(uncalled, recording.inputs[0]) if uncalled else []
+        )
+        for operator in uncalled:
+            if operator in by_others:
+                logger.warning(
+                    f"{operator.name} stays dense: its weight is read by another "
+                    "module, which does not call it, so that its inputs are not known"
+                )
+                continue
+            logger.warning(
+                f"No calibration token reaches {operator.name}: pruned by magnitude"
+            )
+            solution = prune_weight(
+                operator.weight,
+                GramStatistics.empty(operator.weight.shape[1]),
+                self._pattern(operator),
+                BY_MAGNITUDE,
+            )
+            add(operator, solution, 0, 0.0)
+        return pruned, results
+
+    def _pattern(self, operator: Operator) -> SparsityPattern:
+        pattern = self.patterns[operator.name]
+        if not self.preserve_sparsity_mask:
+            return pattern
+        allowed = operator.weight != 0
+        return pattern if bool(allowed.all()) else Within(pattern, allowed)
+
+    def _solve(
+        self,
+        wave: Sequence[Stage],
+        statistics: list[GramStatistics],
+        ranks: Ranks,
+    ) -> Iterator[tuple[Operator, PrunedWeight, int, float]]:
+        """
+        Solution, tokens and seconds of each operator; the work is shared out. Uses the
+        statistics up, as nothing else in a layer is as large.
+        """
+        # operators of a stage share inverses, so stages are split only if they are few
+        split = len(wave) < ranks.size
+        tasks = [
+            (operators, sums)
+            for stage, sums in zip(wave, statistics, strict=True)
+            for operators in (
+                [[one] for one in stage.operators] if split else [stage.operators]
+            )
+        ]
+        statistics.clear()
+        costs = [sum(one.weight.numel() for one in operators) for operators, _ in tasks]
+        owners = shared_out(costs, ranks)
+        tokens = {one: sums.tokens for operators, sums in tasks for one in operators}
+
+        def solve_mine() -> dict[str, tuple[PrunedWeight, float]]:
+            solved = {}
+            for owner in owners:
+                operators, sums = tasks.pop(0)
+                if owner != ranks.rank:
+                    continue
+                started = time.perf_counter()
+                solver = self.solver(sums)
+                del sums
+                solutions = solver.prune(
+                    [operator.weight for operator in operators],
+                    [self._pattern(operator) for operator in operators],
+                )
+                seconds = time.perf_counter() - started
+                rows = sum(solution.weight.shape[0] for solution in solutions)
+                for operator, solution in zip(operators, solutions, strict=True):
+                    share = seconds * solution.weight.shape[0] / rows
+                    if ranks.size > 1:
+                        solution = solution.moved_to("cpu")
+                    solved[operator.name] = solution, share
+            return solved
+
+        solved = dict(chain(*(part.items() for part in ranks.each(solve_mine))))
+        for operator, count in tokens.items():
+            solution, seconds = solved[operator.name]
+            yield operator, solution.moved_to(operator.weight.device), count, seconds
+
+    def _result(
+        self,
+        operator: Operator,
+        solution: PrunedWeight,
+        tokens: int,
+        seconds: float,
+    ) -> OperatorResult:
+        best = min(solution.trials, key=lambda trial: trial.error, default=None)
+        improved = best is not None and best.error < solution.start_error
+        rows, columns = solution.weight.shape
+        return OperatorResult(
+            name=operator.name,
+            shape=(rows, columns),
+            pattern=str(self.patterns[operator.name]),
+            zeros=int((solution.weight == 0).sum()),
+            relative_error=solution.relative_error,
+            relative_start_error=solution.relative_start_error,
+            penalty=best.penalty if best is not None and improved else 0.0,
+            trials=len(solution.trials),
+            iterations=sum(trial.iterations for trial in solution.trials),
+            tokens=tokens,
+            seconds=seconds,
+            search=tuple(
+                trial.in_units_of(solution.output_norm) for trial in solution.trials
+            ),
+        )
+
+
+def _by_name(weights: Mapping[Operator, Tensor]) -> dict[str, Tensor]:
+    return {operator.name: weight for operator, weight in weights.items()}
+
+
+def _reconstructed(
+    pruned: dict[Operator, Tensor], task: LayerTask, options: Reconstruction
+) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
+    """Train on the batches of all ranks, on rank 0: a step follows the one before."""
+    whole, inputs = _collected(task)
+
+    def train() -> tuple[list[Tensor], ReconstructionResult] | None:
+        if task.ranks.rank:
+            return None
+        weights, outcome = reconstruct(whole, inputs, pruned, options, task.on_batch)
+        return [weights[operator].cpu() for operator in pruned], outcome
+
+    trained = task.ranks.each(train)[0]
+    assert trained is not None  # rank 0 has it
+    weights, outcome = trained
+    return {
+        operator: weight.to(pruned[operator])
+        for operator, weight in zip(pruned, weights, strict=True)
+    }, outcome
+
+
+def _collected(task: LayerTask) -> tuple[Recording, LayerInputs]:
+    """What all ranks recorded, on rank 0."""
+    whole = task.recording.gathered(task.ranks, 0)
+    if task.pruned_inputs is None:
+        return whole, whole.inputs
+    return whole, task.pruned_inputs.gathered(task.ranks, 0)

@@ -1,0 +1,186 @@
+"""The problems of the operators of one stage, in scaled columns, as they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fista_modifier.solver.gram import GramStatistics
+from fista_modifier.solver.interface import PrunedWeight
+from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.solver.patterns import SparsityPattern
+from fista_modifier.solver.quadratic import Quadratic
+from fista_modifier.solver.support import fill_support, refit_
+from fista_modifier.solver.trials import Trial
+
+__all__ = ["Candidate", "OperatorProblem", "StageProblem"]
+
+REFIT_TOLERANCE = 1e-3
+"""a refit ends where a step lowers the squared error by less than this share"""
+
+RESOLUTION = 1e-3
+"""errors that differ by less than this share of ‖WX‖_F are equal: squares of float32"""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A weight with the pattern, of known error.
+
+    :param weight: V in scaled columns, float32 m×n, with values that the dtype of the
+        operator can hold
+    :param error: ‖V X* − W X‖_F of exactly this weight
+    """
+
+    weight: Tensor
+    error: float
+
+
+class StageProblem:
+    """
+    What the operators that share an input have in common.
+
+    :param statistics: Gram matrices of the shared input, n×n
+    :param damping: what is added to each entry of diag(G)
+    :param column_scaling: solve for V diag(G)^½ (G with its damping) instead of V
+    """
+
+    def __init__(
+        self,
+        statistics: GramStatistics,
+        *,
+        damping: float | None = None,
+        column_scaling: bool = True,
+    ) -> None:
+        self.device = statistics.execution_device
+        self.features = statistics.features
+        self._scale: Tensor | None = None
+        ridge = (
+            None if damping is None else torch.full_like(statistics.gram[0], damping)
+        )
+        if column_scaling:
+            self._scale = statistics.column_scale(ridge)
+            statistics = statistics.scaled(self._scale)
+            ridge = None if ridge is None else ridge / self._scale.square()
+            self._scale = self._scale.to(self.device)
+        self.quadratic = Quadratic(statistics, ridge)
+
+    def operator(self, weight: Tensor, pattern: SparsityPattern) -> OperatorProblem:
+        """
+        :param weight: dense weight W, m×n, of any floating dtype
+        :param pattern: that W* is to have
+        :return: the problem of this operator
+        :raises ValueError: if the pattern does not fit the width n
+        """
+        pattern.check_columns(self.features)
+        return OperatorProblem(self, weight, pattern)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """
+        :param weight: m×n
+        :return: the same in scaled columns
+        """
+        return weight if self._scale is None else weight * self._scale
+
+    def unscaled(self, weight: Tensor) -> Tensor:
+        """
+        :param weight: in scaled columns, m×n
+        :return: the weight itself
+        """
+        return weight if self._scale is None else weight / self._scale
+
+
+class OperatorProblem:
+    """
+    One operator of a stage. Every candidate is judged by its true error after it was
+    cast to the dtype of the weight, so that the error reported is that of the
+    checkpoint.
+
+    :param stage: with its sums
+    :param weight: dense weight W, m×n, of any floating dtype
+    :param pattern: that W* is to have
+    """
+
+    def __init__(
+        self, stage: StageProblem, weight: Tensor, pattern: SparsityPattern
+    ) -> None:
+        self.stage = stage
+        self.pattern = pattern
+        self.objective = LayerObjective(
+            stage.scaled(weight.to(stage.device, torch.float32)), stage.quadratic
+        )
+        self._like = weight
+
+    def rounded(self, weight: Tensor) -> Candidate:
+        """
+        :param weight: V in scaled columns, m×n, without the pattern
+        :return: its largest entries where the pattern has any
+        """
+        return self.cast(weight * self.pattern.support(weight.abs()))
+
+    def cast(self, weight: Tensor) -> Candidate:
+        """
+        :param weight: V in scaled columns, m×n
+        :return: what it is worth once it was stored in the dtype of the operator
+        """
+        stored = self.stage.unscaled(weight).to(self._like.dtype).to(torch.float32)
+        stored = self.stage.scaled(stored)
+        return Candidate(stored, self.objective.error(stored))
+
+    def refit(self, start: Candidate, support: Tensor | None = None) -> Candidate:
+        """
+        :param start: with the pattern
+        :param support: bool m×n; where ``start`` is not zero if left out
+        :return: least squares values on its support, if they are better
+        """
+        support = start.weight != 0 if support is None else support
+        refitted = self.cast(self.refitted_(start.weight.clone(), support, start.error))
+        return refitted if refitted.error < start.error else start
+
+    def refitted_(self, weight: Tensor, support: Tensor, error: float) -> Tensor:
+        """
+        :param weight: V in scaled columns, m×n, changed in place
+        :param support: bool m×n, what may be non-zero
+        :param error: an error in whose resolution the steps end
+        :return: the weight, with least squares values on the support
+        """
+        tolerance = REFIT_TOLERANCE * error**2 / 2
+        return refit_(self.objective, weight, support, tolerance=tolerance)
+
+    def filled(self, best: Candidate) -> Candidate:
+        """
+        :param best: with the pattern
+        :return: the same, with the non-zeros put to use that the pattern leaves to it
+        """
+        # damping would have the last entries move towards W, at the cost of the error
+        undamped = LayerObjective(
+            self.objective.weight, Quadratic(self.stage.quadratic.statistics)
+        )
+        weight = fill_support(undamped, best.weight, self.pattern)
+        if weight is best.weight:
+            return best
+        filled = self.cast(weight)
+        # few tokens may ask for values that half precision cannot hold
+        if filled.error > max(best.error, RESOLUTION * self.objective.output_norm):
+            return best
+        return filled
+
+    def solution(
+        self, best: Candidate, start_error: float, trials: list[Trial] | None = None
+    ) -> PrunedWeight:
+        """
+        :param best: W* in scaled columns
+        :param start_error: that of the warm start
+        :param trials: of a search for λ
+        :return: W* in the dtype and on the device of W, and how well it went
+        """
+        weight = self.stage.unscaled(best.weight).add(0.0)  # and no zero is negative
+        return PrunedWeight(
+            weight=weight.to(self._like),
+            error=best.error,
+            start_error=start_error,
+            output_norm=self.objective.output_norm,
+            trials=trials or [],
+        )
