@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -365,26 +365,19 @@ def finish(
     :param storage_format: of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
-    report = PruningReport(
-        model,
-        data,
-        run.seconds,
-        run.results,
-        run.reconstructions,
-        recipe=run.recipe,
-    )
+    report = run.report and replace(run.report, model=model, calibration=data)
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
     if current_ranks().rank:
         return
-    if run.results:
-        console.print(operator_table(run.results))
-        if run.reconstructions:
-            console.print(layer_table(run.reconstructions))
-        check(verify_checkpoint(folder), folder)
-    console.print(
-        f"Wrote [bold]{escape(str(folder))}[/] after {run.seconds:.0f} s of "
-        "calibration and pruning."
-    )
+    wrote = f"Wrote [bold]{escape(str(folder))}[/]"
+    if report is None:
+        console.print(f"{wrote}.")
+        return
+    console.print(operator_table(report.operators))
+    if report.layers:
+        console.print(layer_table(report.layers))
+    check(verify_checkpoint(folder), folder)
+    console.print(f"{wrote} after {report.seconds:.0f} s of calibration and pruning.")
 
 
 def check(verification: Verification, folder: Path) -> None:

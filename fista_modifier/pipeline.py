@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,18 +21,18 @@ from transformers import (
 )
 
 from fista_modifier.checkpoint.model_card import write_model_card
+from fista_modifier.checkpoint.on_save import report_of, without_report
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.distributed import current_ranks
 from fista_modifier.files import whole
 from fista_modifier.models.classes import model_class
 from fista_modifier.models.experts import native_experts
 from fista_modifier.models.limits import check_calibration
-from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
-    ReconstructionResult,
 )
 
 __all__ = [
@@ -53,19 +52,18 @@ class PruningRun:
     A model after its recipe was applied.
 
     :param model: the pruned model, in memory
-    :param results: what became of each operator
-    :param reconstructions: what became of each reconstructed layer, by its name
-    :param seconds: wall time of calibration and pruning
-    :param recipe: what was applied, as YAML; empty if there was none
+    :param report: what this package did to it; None if the recipe is all others'
     :param unfinished: layers that are left to other runs
     """
 
     model: PreTrainedModel
-    results: Sequence[OperatorResult]
-    reconstructions: dict[str, ReconstructionResult]
-    seconds: float
-    recipe: str = ""
+    report: PruningReport | None = None
     unfinished: Sequence[str] = ()
+
+    @property
+    def results(self) -> Sequence[OperatorResult]:
+        """what became of each operator"""
+        return self.report.operators if self.report else ()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -176,7 +174,6 @@ def prune(
     :raises ValueError: if there are more ranks than sequences, the model cannot be run
         on them, or the recipe is none or would have no effect
     """
-    started = time.perf_counter()
     ranks = current_ranks()
     if ranks.size > len(calibration):
         raise ValueError(
@@ -189,7 +186,7 @@ def prune(
     calibration = calibration.shard(ranks.size, ranks.rank, contiguous=True)
     # the propagation pass would run each layer a second time, for other modifiers only
     propagate = any(
-        not isinstance(modifier, FISTAPruningModifier) for modifier in applied.modifiers
+        not isinstance(modifier, LayerwiseModifier) for modifier in applied.modifiers
     )
     oneshot(
         model=model,
@@ -202,18 +199,13 @@ def prune(
         shuffle_calibration_samples=False,
         batch_size=batch_size,
     )
-    results: list[OperatorResult] = []
-    reconstructions: dict[str, ReconstructionResult] = {}
-    unfinished: list[str] = []
-    for modifier in applied.modifiers:
-        if isinstance(modifier, FISTAPruningModifier):
-            results += modifier.results
-            reconstructions |= modifier.reconstructions
-            unfinished += modifier.unfinished
-    seconds = time.perf_counter() - started
-    return PruningRun(
-        model, results, reconstructions, seconds, applied.yaml(), unfinished
-    )
+    unfinished = [
+        layer
+        for modifier in applied.modifiers
+        if isinstance(modifier, LayerwiseModifier)
+        for layer in modifier.unfinished
+    ]
+    return PruningRun(model, report_of(model), unfinished)
 
 
 def save(
@@ -231,7 +223,8 @@ def save(
     :param model: what to save
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
-    :param report: what was done to the model, saved with it and a model card
+    :param report: what was done to the model, saved with it and a model card; if left
+        out, what was done to it in this process
     :param storage_format: of the operators in the report
     :raises ValueError: if they cannot have the format; the checkpoint is then dense
     :raises OSError: if the disk is full, naming the folder; what was there stays
@@ -241,9 +234,10 @@ def save(
             model.save_pretrained(folder)  # all take part; only the first rank writes
         return
     refused: ValueError | None = None
+    report = report or report_of(model)
     with whole(folder) as unfinished:
         try:
-            with native_experts(model):
+            with native_experts(model), without_report(model):
                 model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             if report:

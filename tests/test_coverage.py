@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from fista_modifier.calibration.replay import LayerInputs, RealTokens
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.checkpoint.on_save import report_of
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.results import PruningReport
 from fista_modifier.solver import Unstructured
@@ -188,6 +188,6 @@ def test_the_share_of_two_runs_counts_each_operator_once() -> None:
     mlp = ["re:.*mlp.*"]
     first = prune(model, preset="fast", targets=mlp)
     prune(model, preset="fast", targets=[*mlp, "re:.*self_attn.*"])
-    both = reduce(PruningReport.followed_by, model.save_pretrained.pruning_reports)
+    both = report_of(model)
     assert 0 < first.share_of_weights < 1
     assert both.share_of_layers == pytest.approx(1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.offload.dist_utils import is_source_process
+from compressed_tensors.utils import patch_attr
 from transformers import PreTrainedModel
 
 from fista_modifier.checkpoint.model_card import update_model_card
@@ -14,7 +18,7 @@ from fista_modifier.checkpoint.sparsity_config import write_sparsity
 from fista_modifier.models.experts import native_experts
 from fista_modifier.pruning.results import PruningReport
 
-__all__ = ["describe_on_save"]
+__all__ = ["describe_on_save", "report_of", "without_report"]
 
 
 def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
@@ -30,18 +34,52 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     :param model: that was pruned
     :param report: what was done to it; added to what was done before
     """
-    reports: list[PruningReport] | None = getattr(
-        model.save_pretrained, "pruning_reports", None
-    )
-    if reports is None:
-        reports = []
-        _write_on_save(model, reports)
-    reports.append(report)
+    if _state(model) is None:
+        _write_on_save(model)
+    state = _state(model)
+    assert state is not None
+    state.reports.append(report)
 
 
-def _write_on_save(model: PreTrainedModel, reports: list[PruningReport]) -> None:
-    """:param reports: in order, as they are when it comes to saving"""
+def report_of(model: PreTrainedModel) -> PruningReport | None:
+    """
+    :param model: any
+    :return: what was done to it in this process, if anything was
+    """
+    state = _state(model)
+    return reduce(PruningReport.followed_by, state.reports) if state else None
+
+
+@contextmanager
+def without_report(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within this, ``save_pretrained`` leaves report and card to the caller.
+
+    :param model: any
+    """
+    with patch_attr(_state(model) or _OnSave(), "writes_report", False):
+        yield
+
+
+@dataclass
+class _OnSave:
+    """
+    :param reports: in the order of the runs
+    :param writes_report: whether ``save_pretrained`` writes them
+    """
+
+    reports: list[PruningReport] = field(default_factory=list)
+    writes_report: bool = True
+
+
+def _state(model: PreTrainedModel) -> _OnSave | None:
+    """One that the toolkit's wrapper around ``save_pretrained`` has, too"""
+    return getattr(model.save_pretrained, "on_save", None)
+
+
+def _write_on_save(model: PreTrainedModel) -> None:
     save = model.save_pretrained
+    state = _OnSave()
     # quantised weights are packed by then
     entries = sum(parameter.numel() for parameter in model.parameters())
 
@@ -51,10 +89,11 @@ def _write_on_save(model: PreTrainedModel, reports: list[PruningReport]) -> None
             save(save_directory, *args, **kwargs)
         if is_source_process():
             folder = Path(save_directory)
-            report = reduce(PruningReport.followed_by, reports)
+            report = reduce(PruningReport.followed_by, state.reports)
             write_sparsity(folder, report.operators, entries, report.share_of_layers)
-            report.save(folder)
-            update_model_card(folder, report)
+            if state.writes_report:
+                report.save(folder)
+                update_model_card(folder, report)
 
-    save_pretrained.pruning_reports = reports  # type: ignore[attr-defined]
+    save_pretrained.on_save = state  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any, Protocol
 
@@ -135,9 +134,8 @@ def prune_by_magnitude(
     :param pattern: the sparsity
     :return: the pruned model
     """
-    started = time.perf_counter()
     linearize(model)  # as oneshot() does for the other methods
     for operator in find_operators(model, TARGETS, IGNORE):
         check_prunable(operator, pattern)
         operator.save(project(operator.weight, pattern))
-    return pipeline.PruningRun(model, [], {}, time.perf_counter() - started)
+    return pipeline.PruningRun(model)
