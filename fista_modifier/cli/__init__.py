@@ -1,7 +1,7 @@
 """
 ``fista-prune``: the commands, each in a module of its own, and what they print.
 
-Nothing else in the package imports this folder, and it may import all of the package.
+Nothing else in the package imports this folder. It may import all of the package.
 ``options`` has the options that several commands share, ``console`` the terminal and
 the messages of errors, ``tables`` the tables.
 """
