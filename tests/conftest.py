@@ -18,7 +18,8 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fista_modifier import demo
+from fista_modifier.cli.demo.model import build_smollm2
+from fista_modifier.cli.demo.texts import news_text, wikipedia_text
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -58,21 +59,21 @@ def making(cache: Path) -> FileLock:
 def smollm2(cache: Path, making: FileLock) -> Path:
     """The checkpoint of SmolLM2-135M-Instruct in float32, built once."""
     with making:
-        return demo.build_smollm2(cache / "smollm2-135m-instruct")
+        return build_smollm2(cache / "smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def news(cache: Path, making: FileLock) -> Path:
     """A text for evaluation."""
     with making:
-        return demo.news_text(cache)
+        return news_text(cache)
 
 
 @pytest.fixture(scope="session")
 def wikipedia(cache: Path, making: FileLock) -> Path:
     """A text for calibration."""
     with making:
-        return demo.wikipedia_text(cache)
+        return wikipedia_text(cache)
 
 
 @pytest.fixture

@@ -352,7 +352,7 @@ def test_a_damaged_tokenizer_is_named(model: Path, text: Path, tmp_path: Path) -
 
 
 def test_a_bug_is_told_as_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "verify_checkpoint", lambda *_: {}["fault"])
+    monkeypatch.setattr(cli.verify, "verify_checkpoint", lambda *_: {}["fault"])
     result = run("verify", model)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from compressed_tensors.utils import patch_attr
@@ -12,13 +12,11 @@ from llmcompressor.core import active_session
 from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import RealTokens
+from fista_modifier.models.layers import MaskName
 
-__all__ = ["CalibrationBatches", "MaskName", "mask_name"]
-
-MaskName = Literal["attention_mask", "decoder_attention_mask"]
+__all__ = ["CalibrationBatches"]
 
 FirstBatch = Callable[[dict[str, Any]], object]
 
@@ -131,28 +129,3 @@ class CalibrationBatches:
                 "tokens. Calibrate with batch_size 1 to have none"
             )
         return None
-
-
-def mask_name(model: PreTrainedModel, layer: torch.nn.Module) -> MaskName | None:
-    """
-    :param model: the model
-    :param layer: a layer of it
-    :return: which of the batch's masks says what is padding in the layer's input; None
-        where that is no text, as in a vision tower
-    """
-    if getattr(model.config, "is_encoder_decoder", False):
-        if layer in set(model.get_decoder().modules()):
-            return "decoder_attention_mask"
-    around = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel) and layer in set(module.modules())
-    ]
-    return "attention_mask" if _embeds_tokens(around[-1]) else None
-
-
-def _embeds_tokens(model: PreTrainedModel) -> bool:
-    try:
-        return isinstance(model.get_input_embeddings(), torch.nn.Embedding)
-    except (NotImplementedError, AttributeError):
-        return False

@@ -1,4 +1,9 @@
-"""What pruning a model takes, from its configuration alone: see docs/cost.md."""
+"""
+What pruning a model takes, predicted from its configuration alone: see docs/cost.md.
+
+Use the names below. The folder may import ``pruning``, ``calibration``, ``models``,
+``solver`` and the modules at the root.
+"""
 
 from fista_modifier.cost.devices import DEVICES, Device, seconds
 from fista_modifier.cost.memory import (

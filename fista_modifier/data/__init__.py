@@ -1,6 +1,8 @@
-"""Calibration data as users have them: files, chats and hub data sets, as tokens.
+"""
+Calibration data as users have them: files, chats and hub data sets, as tokens.
 
-Imports nothing else of the package.
+Use the names below; ``records`` also says which names are local files. The folder may
+import nothing else of the package but the modules at the root.
 """
 
 from fista_modifier.data.calibration import (

@@ -1,4 +1,7 @@
 """
-What is particular to models: which class a configuration stands for. It imports
-transformers and nothing of this package; everything else may import it.
+What is particular to models: their classes, layers, operators, experts and limits.
+
+Special cases of model families belong here. ``docs/architecture.md`` lists them.
+Everything above may import this folder. It may import ``solver`` and the modules at the
+root, and transformers.
 """

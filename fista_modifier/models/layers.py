@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from compressed_tensors.utils import match_named_modules
@@ -12,10 +13,18 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.batches import MaskName, mask_name
 from fista_modifier.models.operators import Operator
 
-__all__ = ["DecoderLayer", "chosen_layers", "group_by_layer", "layer_targets"]
+__all__ = [
+    "DecoderLayer",
+    "MaskName",
+    "chosen_layers",
+    "group_by_layer",
+    "layer_targets",
+    "mask_name",
+]
+
+MaskName = Literal["attention_mask", "decoder_attention_mask"]
 
 
 @dataclass(eq=False)
@@ -171,3 +180,28 @@ def chosen_layers(layers: Sequence[DecoderLayer], chosen: str) -> list[DecoderLa
             )
         numbers.update(range(first, last + 1))
     return [in_sequence[number] for number in sorted(numbers)]
+
+
+def mask_name(model: PreTrainedModel, layer: torch.nn.Module) -> MaskName | None:
+    """
+    :param model: the model
+    :param layer: a layer of it
+    :return: which of the batch's masks says what is padding in the layer's input; None
+        where that is no text, as in a vision tower
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        if layer in set(model.get_decoder().modules()):
+            return "decoder_attention_mask"
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and layer in set(module.modules())
+    ]
+    return "attention_mask" if _embeds_tokens(around[-1]) else None
+
+
+def _embeds_tokens(model: PreTrainedModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+    except (NotImplementedError, AttributeError):
+        return False

@@ -1,7 +1,9 @@
 """
-``pruning_report.json`` as a page to read and to send round. The file itself belongs to
-the checkpoint (:mod:`fista_modifier.pruning.results`); this view of it needs the
-extra ``report`` and is imported by nothing but its command.
+``pruning_report.json`` as a page to read and to send round.
+
+The file itself is read and written by :mod:`fista_modifier.pruning.results`. Drawing it
+needs the extra ``report``, so that only the command imports this folder. It may import
+``pruning.results`` and nothing else of the package.
 """
 
 from fista_modifier.report.page import render, write_page

@@ -1,4 +1,9 @@
-"""The solver: pure torch, knows tensors and not models."""
+"""
+Zeros in one operator: the solver knows tensors and no models.
+
+Use the names below; other methods may also use the modules. The folder needs no
+toolkit. It may import nothing else of the package but the modules at the root.
+"""
 
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.interface import PrunedWeight, Solver, SolverFactory

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BartModel, MptConfig, MptForCausalLM
 
-from fista_modifier.calibration.batches import CalibrationBatches, mask_name
+from fista_modifier.calibration.batches import CalibrationBatches
+from fista_modifier.models.layers import mask_name
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 

@@ -32,12 +32,12 @@ from fista_modifier.checkpoint.verification import (
     Verification,
     verify,
 )
+from fista_modifier.cli.tables import verification_table
 from fista_modifier.models.experts import linearize, native_experts
 from fista_modifier.models.operators import find_operators
 from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 from fista_modifier.solver.patterns import SparsityPattern, project
-from fista_modifier.tables import verification_table
 
 PATTERN = NofM(2, 4)
 Q_PROJ = "model.layers.0.self_attn.q_proj"

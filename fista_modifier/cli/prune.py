@@ -1,0 +1,226 @@
+"""``fista-prune prune``: prune a model and write its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from llmcompressor.modifiers import Modifier
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier import pipeline
+from fista_modifier.checkpoint.storage import StorageFormat
+from fista_modifier.cli.console import console, errors_as_messages
+from fista_modifier.cli.finish import calibration_of, finish
+from fista_modifier.cli.options import (
+    BatchSize,
+    CalibrationText,
+    DtypeName,
+    ModelName,
+    Samples,
+    Seed,
+    SequenceLength,
+    TextColumn,
+)
+from fista_modifier.data import max_sequence_length
+from fista_modifier.distributed import join_ranks
+from fista_modifier.evaluation.methods import recipe as pruning_recipe
+from fista_modifier.models.limits import check_length
+from fista_modifier.models.operators import find_operators
+from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.modifiers.recipes import read_recipe
+from fista_modifier.pruning.presets import Preset
+from fista_modifier.pruning.results import Calibration
+from fista_modifier.pruning.sparse import ErrorCorrection
+from fista_modifier.solver import WarmStart, pattern_of
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: ModelName,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for the pruned checkpoint")
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="'2:4' keeps 2 of every 4 weights; '0.5' zeroes any half"),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
+    ] = None,
+    dataset: CalibrationText = "allenai/c4",
+    text_column: TextColumn = None,
+    samples: Samples = 128,
+    seq_len: SequenceLength = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 1,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="'best' is more accurate, 'fast' faster; 'paper' is Algorithm 1 as "
+            "published (default: 'default')"
+        ),
+    ] = None,
+    error_correction: Annotated[
+        ErrorCorrection | None,
+        typer.Option(
+            help="whose errors an operator makes up for, if not as in the preset: "
+            "nobody's, those inside its layer, or those of the whole model"
+        ),
+    ] = None,
+    warm_start: Annotated[
+        WarmStart | None,
+        typer.Option(help="where FISTA starts, if not as in the preset"),
+    ] = None,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="dtype to load and save the weights in")
+    ] = "auto",
+    storage_format: Annotated[
+        StorageFormat,
+        typer.Option(
+            "--format",
+            help="how the pruned weights are stored; anything but 'dense' is for "
+            "engines of 2025, and current vLLM refuses it ('sparse-*' can be unpacked)",
+        ),
+    ] = "dense",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what is in the output folder")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder that keeps finished layers; the same command goes on from it"
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="prune only these decoder layers, such as 0-9, into the --resume "
+            "folder; write the checkpoint when all are there"
+        ),
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder on a fast disk where recorded activations wait instead of in "
+            "main memory"
+        ),
+    ] = None,
+) -> None:
+    """
+    Prune MODEL and write a checkpoint.
+
+    Calibrates by default as the paper does: on 128 sequences of the first shard of C4,
+    each as long as the model allows (at most 2048 tokens). Under torchrun, the
+    processes prune different layers at the same time (or, with 'best', parts of each).
+    """
+    with errors_as_messages():
+        join_ranks()
+        pipeline.check_output(output, overwrite)
+        fields = {
+            "preset": preset,
+            "error_correction": error_correction,
+            "warm_start": warm_start,
+            "resume_dir": resume and str(resume),
+            "layers": layers,
+            "activations_dir": activations and str(activations),
+        }
+        fields = {name: value for name, value in fields.items() if value is not None}
+        modifiers = modifiers_of(pattern, recipe, fields)
+        check_format(storage_format, modifiers)
+        tokenizer = pipeline.load_tokenizer(model)
+        dense = pipeline.load_model(model, dtype)
+        check_packable(storage_format, modifiers, dense)
+        length = seq_len or max_sequence_length(dense.config)
+        check_length(dense, length)
+        data = Calibration(dataset, samples, length, seed, text_column)
+        calibration = calibration_of(data, tokenizer)
+        run = pipeline.prune(
+            dense, tokenizer, calibration, recipe or modifiers, batch_size=batch_size
+        )
+        if run.unfinished:
+            console.print(
+                f"{len(run.unfinished)} layers are not finished yet, so no checkpoint "
+                "was written. When all are in the folder of finished layers, run this "
+                "again without choosing layers."
+            )
+        else:
+            finish(model, run, tokenizer, data, output, storage_format)
+
+
+def modifiers_of(
+    pattern: str | None, recipe: Path | None, fields: dict[str, Any]
+) -> list[Modifier]:
+    """
+    :param pattern: "n:m" or a sparsity such as "0.5", or
+    :param recipe: a file
+    :param fields: of the modifier that are given by options, which go with a pattern
+    :return: what is to be done to the model
+    :raises ValueError: if there are both or neither, if a recipe leaves options without
+        effect, or if one of them makes no sense
+    :raises FileNotFoundError: if there is no such recipe
+    """
+    if (pattern is None) == (recipe is None):
+        raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
+    if recipe is None:
+        assert pattern is not None  # one of the two is given
+        return [pruning_recipe("fista", pattern_of(pattern), **fields)]
+    if not recipe.is_file():
+        raise FileNotFoundError(f"the recipe {recipe} does not exist")
+    if fields:
+        raise ValueError(
+            f"{', '.join(fields)} can be given by options only with --pattern: set "
+            f"these fields in {recipe}"
+        )
+    return list(read_recipe(recipe).modifiers)
+
+
+def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:
+    """
+    :param storage_format: of the pruned weights
+    :param modifiers: what is to be done to the model
+    :raises ValueError: if the weights will not be such that they can be stored so
+    """
+    if storage_format == "dense":
+        return
+    for modifier in modifiers:
+        if not isinstance(modifier, FISTAPruningModifier):
+            raise ValueError(
+                f"--format {storage_format} stores what was pruned and nothing else, "
+                f"and the recipe has a {type(modifier).__name__}: use --format dense"
+            )
+        if storage_format == "sparse-24-bitmask" and modifier.mask_structure != "2:4":
+            raise ValueError(
+                "sparse-24-bitmask stores 2:4 weights, not "
+                f"'{modifier.mask_structure}': use --format sparse-bitmask"
+            )
+
+
+def check_packable(
+    storage_format: StorageFormat, modifiers: Iterable[Modifier], model: PreTrainedModel
+) -> None:
+    """
+    :param storage_format: of the pruned weights
+    :param modifiers: what is to be done to the model
+    :param model: that they are to be done to
+    :raises ValueError: if its operators cannot be stored so
+    """
+    if storage_format != "sparse-24-bitmask":
+        return
+    for modifier in modifiers:
+        if not isinstance(modifier, FISTAPruningModifier):
+            continue
+        targets = modifier.targets
+        targets = [targets] if isinstance(targets, str) else targets
+        for operator in find_operators(model, targets, modifier.ignore):
+            if isinstance(operator.module, Conv1D):
+                raise ValueError(
+                    "sparse-24-bitmask stores weights as out×in, and that of "
+                    f"{operator.name} ({type(operator.module).__name__}) is in×out: "
+                    "use --format sparse-bitmask or dense"
+                )
