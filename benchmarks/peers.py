@@ -98,8 +98,8 @@ class Boza(StageSolver):
     """
     Boža, "Fast and effective weight update for pruned large language models", TMLR
     2024: ρ = 1 with columns scaled to norm one, damping 0.1 of the scaled G. Over 15
-    steps the sparsity grows to the one asked for (cubically; n:m at once), then 5 more
-    with the support held.
+    steps the sparsity grows to the one asked for (cubically and unstructured; n:m at
+    once), then 5 more with the support held.
     """
 
     STEPS, GROWING_STEPS = 20, 15
@@ -135,7 +135,7 @@ class Boza(StageSolver):
         return (weight + multiplier) * support
 
     def _pattern_at(self, step: int) -> SparsityPattern:
-        if not isinstance(self.pattern, Unstructured):
+        if self.pattern.group or step == self.GROWING_STEPS:
             return self.pattern
         share = 1 - (1 - step / self.GROWING_STEPS) ** 3
         return Unstructured(self.pattern.sparsity * share)
