@@ -103,7 +103,7 @@ def pruned(args: argparse.Namespace, case: Case) -> dict[str, Outcome]:
     dtype, pattern, preset = case
     model = inputs.first_layers(args.model, args.layers).to(getattr(torch, dtype))
     modifier = FISTAPruningModifier(
-        preset=preset, ignore=["re:.*lm_head"], **fields_of(pattern)
+        preset=preset, ignore=["re:.*lm_head"], mask_structure=pattern
     )
     run = pipeline.prune(
         model, pipeline.load_tokenizer(args.model), inputs.calibration(args), modifier
@@ -120,12 +120,6 @@ def pruned(args: argparse.Namespace, case: Case) -> dict[str, Outcome]:
 
 def all_pruned(args: argparse.Namespace) -> list[dict[str, Outcome]]:
     return [pruned(args, case) for case in CASES]
-
-
-def fields_of(pattern: str) -> dict[str, Any]:
-    sparsity = pattern_of(pattern).sparsity
-    mask = pattern if ":" in pattern else "0:0"
-    return {"sparsity": sparsity, "mask_structure": mask}
 
 
 def agree(args: argparse.Namespace) -> None:

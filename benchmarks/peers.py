@@ -99,8 +99,8 @@ class Boza:
     """
     Boža, "Fast and effective weight update for pruned large language models", TMLR
     2024: ρ = 1 with columns scaled to norm one, damping 0.1 of the scaled G. Over 15
-    steps the sparsity grows to the one asked for (cubically; n:m at once), then 5 more
-    with the support held.
+    steps the sparsity grows to the one asked for (cubically and unstructured; n:m at
+    once), then 5 more with the support held.
 
     :param statistics: Gram matrices of the input of a stage
     """
@@ -141,7 +141,7 @@ class Boza:
         return (weight + multiplier) * support
 
     def _pattern_at(self, step: int, pattern: SparsityPattern) -> SparsityPattern:
-        if not isinstance(pattern, Unstructured):
+        if pattern.group or step == self.GROWING_STEPS:
             return pattern
         share = 1 - (1 - step / self.GROWING_STEPS) ** 3
         return Unstructured(pattern.sparsity * share)

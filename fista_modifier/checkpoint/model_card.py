@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
 from fista_modifier.data.records import is_local
-from fista_modifier.pruning.results import REPORT_NAME, PruningReport
+from fista_modifier.pruning.results import REPORT_NAME, SHOWN, PruningReport
+from fista_modifier.solver import pattern_of
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 
@@ -67,10 +68,7 @@ def model_card(
     :return: the card
     """
     operators = report.operators
-    patterns = sorted({operator.pattern for operator in operators})
     weights = sum(operator.shape[0] * operator.shape[1] for operator in operators)
-    zeros = sum(operator.zeros for operator in operators)
-    sparsity = zeros / weights if weights else 0.0
     dataset = report.calibration.dataset if report.calibration else ""
     on_hub = _hub_id(dataset.partition(":")[0])
     data = ModelCardData(
@@ -78,10 +76,10 @@ def model_card(
         datasets=on_hub,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llm-compressor", *_tags(patterns)],
+        tags=["llm-compressor", *_tags(report)],
         model_name=name,
         eval_results=[_result(*item) for item in perplexities.items()] or None,
-        sparsity=round(sparsity, 4),
+        sparsity=round(report.sparsity, 4),
     )
     card: ModelCard = ModelCard.from_template(
         data,
@@ -89,8 +87,7 @@ def model_card(
         name=name,
         base=_hub_id(report.model) or Path(report.model).name,
         dataset=dataset if on_hub else Path(dataset).name,
-        patterns=", ".join(patterns),
-        sparsity=sparsity,
+        patterns=_patterns(report),
         weights=weights,
         errors=[operator.stored_error for operator in operators],
         perplexities=perplexities,
@@ -109,13 +106,20 @@ def _hub_id(source: str) -> str | None:
     return source if HUB_ID.fullmatch(source) else None
 
 
-def _tags(patterns: Sequence[str]) -> list[str]:
-    if not patterns:
+def _patterns(report: PruningReport) -> list[str]:
+    """Each pattern with its meaning and how many operators have it."""
+    if len(report.patterns) > SHOWN:
+        return [report.summary_of_patterns]
+    return [
+        f"{name}: {pattern_of(name).description} ({count} operators)"
+        for name, count in report.patterns.items()
+    ]
+
+
+def _tags(report: PruningReport) -> list[str]:
+    if not report.operators:
         return []
-    kinds = (
-        pattern.replace(":", "of") if ":" in pattern else "unstructured-sparsity"
-        for pattern in patterns
-    )
+    kinds = (pattern_of(name).tag for name in report.patterns)
     return ["fistapruner", "pruned", *dict.fromkeys(kinds)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
 
 from fista_modifier.pruning.results import OperatorResult
+from fista_modifier.solver import pattern_of
 
 __all__ = ["restore_sparsity", "write_legacy_sparsity", "write_sparsity"]
 
@@ -35,20 +36,17 @@ def write_sparsity(
     :param share_of_layers: what the pruned operators hold of the decoder layers'
         matrices; where that is less than half, the model is said to have no structure
     """
-    structures = {
-        operator.pattern if ":" in operator.pattern else UNSTRUCTURED
-        for operator in operators
-    }
-    structure = structures.pop() if len(structures) == 1 else UNSTRUCTURED
+    groups = {pattern_of(operator.pattern).group for operator in operators}
+    group = groups.pop() if len(groups) == 1 else None
     if share_of_layers is not None and share_of_layers < 0.5:
-        structure = UNSTRUCTURED
+        group = None
     file, content = _read(folder)
     content[KEY] = SparsityCompressionConfig(
         format="dense",
         targets=[],
         ignore=[],
         global_sparsity=round(sum(one.zeros for one in operators) / entries, 6),
-        sparsity_structure=structure,
+        sparsity_structure=f"{group[0]}:{group[1]}" if group else UNSTRUCTURED,
     ).model_dump()
     _write(file, content)
 

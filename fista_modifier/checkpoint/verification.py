@@ -26,7 +26,7 @@ from fista_modifier.models.classes import model_class, weightless_model
 from fista_modifier.models.experts import linearize, linearize_weightless
 from fista_modifier.models.operators import Operator, find_operators
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
-from fista_modifier.solver import SparsityPattern, parse_pattern
+from fista_modifier.solver import SparsityPattern, pattern_of
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
 
@@ -79,8 +79,7 @@ class _Expectation:
     since rounding adds some, the least that a quantised one may have.
     """
 
-    label: str
-    pattern: SparsityPattern | None
+    pattern: SparsityPattern
     zeros: int | None = None
     exact: bool = True
 
@@ -252,7 +251,7 @@ def _expectations(
     """What each pruned operator must be like."""
     if pattern is not None:
         return {
-            operator.name: _Expectation(str(pattern), pattern)
+            operator.name: _Expectation(pattern)
             for operator in find_operators(model, ["Linear"], ["re:.*lm_head"])
         }
     if not (folder / REPORT_NAME).is_file():
@@ -261,11 +260,7 @@ def _expectations(
         )
     report = PruningReport.load(folder)
     return {
-        operator.name: _Expectation(
-            operator.pattern,
-            parse_pattern(operator.pattern, None) if ":" in operator.pattern else None,
-            operator.zeros,
-        )
+        operator.name: _Expectation(pattern_of(operator.pattern), operator.zeros)
         for operator in report.operators
     }
 
@@ -306,21 +301,19 @@ def _faults(name: str, tensor: Tensor, described: Tensor) -> list[str]:
 
 def _check(name: str, weight: Tensor, expected: _Expectation) -> OperatorCheck:
     zeros = int((weight == 0).sum())
-    return OperatorCheck(
-        name, expected.label, zeros, weight.numel(), _problem(weight, zeros, expected)
-    )
+    problem = _problem(weight, zeros, expected)
+    return OperatorCheck(name, str(expected.pattern), zeros, weight.numel(), problem)
 
 
 def _problem(weight: Tensor, zeros: int, expected: _Expectation) -> str | None:
     if weight.ndim != 2:
         return f"is no matrix: its shape is {tuple(weight.shape)}"
-    if expected.pattern is not None:
-        try:
-            expected.pattern.check_columns(weight.shape[1])
-        except ValueError as error:
-            return str(error)
-        if not expected.pattern.holds(weight):
-            return f"is not {expected.label}"
+    try:
+        expected.pattern.check_columns(weight.shape[1])
+    except ValueError as error:
+        return str(error)
+    if not expected.pattern.holds(weight):
+        return f"is not {expected.pattern}"
     if expected.zeros is not None and (
         zeros < expected.zeros or (expected.exact and zeros > expected.zeros)
     ):

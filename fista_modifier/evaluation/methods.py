@@ -15,7 +15,7 @@ from fista_modifier.models.experts import linearize
 from fista_modifier.models.operators import check_prunable, find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.presets import PRESETS, Preset
-from fista_modifier.solver import NofM, SparsityPattern
+from fista_modifier.solver import SparsityPattern
 from fista_modifier.solver.patterns import project
 
 __all__ = [
@@ -107,14 +107,14 @@ def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
         "targets": TARGETS,
         "ignore": IGNORE,
     }
-    keep, group = (pattern.n, pattern.m) if isinstance(pattern, NofM) else (0, 0)
     if method in FISTA_METHODS:
-        fields["mask_structure"] = f"{keep}:{group}"
+        fields["mask_structure"] = str(pattern)
         fields["preset"] = FISTA_METHODS[method]
         return FISTAPruningModifier(**fields | changes)
     # llm-compressor's own modifiers count the pruned weights of a group
     peer = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
-    fields["mask_structure"] = f"{group - keep}:{group}"
+    n, m = pattern.group or (0, 0)
+    fields["mask_structure"] = f"{m - n}:{m}"
     return peer(**fields | changes)
 
 

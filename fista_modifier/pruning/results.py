@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 REPORT_NAME = "pruning_report.json"
+SHOWN = 4
+"""how many patterns a summary names"""
 PACKAGES = (
     "fista-modifier",
     "llmcompressor",
@@ -169,6 +172,29 @@ class PruningReport:
     def tokens(self) -> int:
         """of the calibration data, padding left out"""
         return max((operator.tokens for operator in self.operators), default=0)
+
+    @property
+    def patterns(self) -> dict[str, int]:
+        """how many operators have each pattern, by its name, the most common first"""
+        return dict(Counter(one.pattern for one in self.operators).most_common())
+
+    @property
+    def summary_of_patterns(self) -> str:
+        """the pattern; of a few patterns also their counts, of many the range"""
+        counts = self.patterns
+        if len(counts) > SHOWN:
+            by_zeros = sorted(self.operators, key=lambda operator: operator.sparsity)
+            least, most = by_zeros[0].pattern, by_zeros[-1].pattern
+            return f"{len(counts)} patterns from {least} to {most}"
+        if len(counts) > 1:
+            return ", ".join(f"{one} ({count})" for one, count in counts.items())
+        return "".join(counts)
+
+    @property
+    def sparsity(self) -> float:
+        """share of zeros in the weights of all operators"""
+        zeros = sum(operator.zeros for operator in self.operators)
+        return zeros / max(_weights(self.operators), 1)
 
     def followed_by(self, later: PruningReport) -> PruningReport:
         """

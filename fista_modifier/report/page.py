@@ -63,7 +63,7 @@ def render(report: PruningReport) -> str:
     return template.render(
         report=report,
         name=Path(report.model).name or report.model,
-        patterns=", ".join(sorted({operator.pattern for operator in operators})),
+        patterns=report.summary_of_patterns,
         total=_summary(operators),
         kinds=[
             (label, _summary(grid.of_kind(kind)))

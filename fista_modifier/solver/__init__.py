@@ -14,6 +14,7 @@ from fista_modifier.solver.patterns import (
     Within,
     parse_pattern,
     pattern_of,
+    register,
 )
 from fista_modifier.solver.prune import (
     FAST,
@@ -41,4 +42,5 @@ __all__ = [
     "parse_pattern",
     "pattern_of",
     "prune_weight",
+    "register",
 ]

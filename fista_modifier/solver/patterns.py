@@ -1,10 +1,18 @@
-"""Sparsity patterns: which entries of a weight may be non-zero."""
+"""
+Sparsity patterns: which entries of a weight may be non-zero.
+
+A pattern owns its name: ``str(pattern)`` is what recipes, reports and model cards hold,
+and :func:`pattern_of` reads it back. Whatever other modules need to know of a pattern
+is a member of :class:`SparsityPattern`; none of them asks for its class.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from decimal import Decimal, InvalidOperation
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,15 +26,36 @@ __all__ = [
     "mask_structure_of",
     "parse_pattern",
     "pattern_of",
+    "register",
 ]
 
 
 class SparsityPattern(Protocol):
-    """What the solver and the modifier ask of a sparsity pattern."""
+    """What the solver, the modifier and the checkpoint ask of a sparsity pattern."""
+
+    def __str__(self) -> str:
+        """:return: the name, from which ``pattern_of`` makes an equal pattern"""
+        ...
 
     @property
     def sparsity(self) -> float:
         """share of the entries that must be zero, in [0, 1)"""
+        ...
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(n, m) if the pattern is n:m, for kernels and file formats that know no
+        other; None for any other pattern, which they take for an unstructured one"""
+        ...
+
+    @property
+    def tag(self) -> str:
+        """of its kind, for the hub: letters, digits and hyphens"""
+        ...
+
+    @property
+    def description(self) -> str:
+        """what its name means, for the model card: a clause without a full stop"""
         ...
 
     def check_columns(self, columns: int) -> None:
@@ -45,6 +74,53 @@ class SparsityPattern(Protocol):
         ...
 
 
+class RegisteredPattern(SparsityPattern, Protocol):
+    """A pattern that is known by its name."""
+
+    @classmethod
+    def parse(cls, text: str) -> SparsityPattern | None:
+        """
+        :param text: name of a pattern
+        :return: the pattern; None if that is the name of no pattern of this class
+        :raises ValueError: if it is, but there can be no such pattern
+        """
+        ...
+
+
+Registered = TypeVar("Registered", bound=RegisteredPattern)
+_registered: dict[type[RegisteredPattern], str] = {}
+
+
+def register(syntax: str) -> Callable[[type[Registered]], type[Registered]]:
+    """
+    Make the patterns of a class known by their names: in recipes, in reports, and
+    wherever else a name is read.
+
+    :param syntax: how such names are written, for messages: "a sparsity such as 0.5"
+    :return: the decorator of the class
+    """
+
+    def add(pattern: type[Registered]) -> type[Registered]:
+        _registered[pattern] = syntax
+        return pattern
+
+    return add
+
+
+def pattern_of(text: str) -> SparsityPattern:
+    """
+    :param text: the name of a pattern: "n:m" (n kept of m), a sparsity such as "0.5" or
+        "50 %", or what another registered class reads
+    :return: the pattern
+    :raises ValueError: if it is none of them, or there can be no such pattern
+    """
+    for known in _registered:
+        pattern = known.parse(text)
+        if pattern is not None:
+            return pattern
+    raise ValueError(f"a pattern is {', or '.join(_registered.values())}; got '{text}'")
+
+
 def project(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """
     The rounding operator H of Eq. (6): the nearest weight with the pattern, which
@@ -56,56 +132,7 @@ def project(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     return weight * pattern.support(weight.abs())
 
 
-@dataclass(frozen=True)
-class Unstructured:
-    """
-    Any entry of the m×n weight may be zero; exactly round(s·m·n) of them are.
-
-    :param sparsity: s in [0, 1)
-    :raises ValueError: for a sparsity outside [0, 1)
-    """
-
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            per_cent = 1 < self.sparsity < 100
-            raise ValueError(
-                f"sparsity must be in [0, 1), the share of zeros, got {self.sparsity}"
-                + (f"; write {self.sparsity / 100:g}" if per_cent else "")
-            )
-
-    def __str__(self) -> str:
-        return f"{100 * self.sparsity:g} %"
-
-    def check_columns(self, columns: int) -> None:
-        """Any width will do."""
-
-    def support(self, scores: Tensor) -> Tensor:
-        flat = scores.flatten()
-        zeros = round(self.sparsity * flat.numel())
-        if zeros == 0:
-            return torch.ones_like(scores, dtype=torch.bool)
-        threshold = _smallest(flat, zeros)
-        keep = flat > threshold
-        missing = flat.numel() - zeros - keep.sum()
-        # equal scores share the threshold: the first of them fill it up
-        equal = flat == threshold
-        keep |= equal & (equal.cumsum(0, dtype=torch.int32) <= missing)
-        return keep.view_as(scores)
-
-    def holds(self, weight: Tensor) -> bool:
-        return int((weight == 0).sum()) >= round(self.sparsity * weight.numel())
-
-
-def _smallest(values: Tensor, rank: int) -> Tensor:
-    """The rank-th smallest of a vector; on the CPU ten times faster than kthvalue."""
-    if values.device.type == "cpu" and values.dtype == torch.float32:
-        partitioned = np.partition(values.numpy(), rank - 1)
-        return torch.from_numpy(partitioned)[rank - 1]
-    return values.kthvalue(rank).values
-
-
+@register("n:m such as '2:4'")
 @dataclass(frozen=True)
 class NofM:
     """
@@ -122,12 +149,29 @@ class NofM:
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
             raise ValueError(
-                f"mask_structure '{self}' keeps {self.n} of {self.m} entries, which is "
-                "impossible; n:m needs 1 <= n <= m, for example '2:4'"
+                f"'{self}' keeps {self.n} of {self.m} entries, which is impossible; "
+                "n:m needs 1 <= n <= m, for example '2:4'"
             )
+
+    @classmethod
+    def parse(cls, text: str) -> SparsityPattern | None:
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        return None if match is None else cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @property
+    def group(self) -> tuple[int, int]:
+        return self.n, self.m
+
+    @property
+    def tag(self) -> str:
+        return f"{self.n}of{self.m}"
+
+    @property
+    def description(self) -> str:
+        return f"{self.n} of every {self.m} weights of a row are kept"
 
     @property
     def sparsity(self) -> float:
@@ -157,10 +201,77 @@ class NofM:
         return bool(((groups != 0).sum(-1) <= self.n).all())
 
 
+@register("a sparsity such as 0.5")
+@dataclass(frozen=True)
+class Unstructured:
+    """
+    Any entry of the m×n weight may be zero; exactly round(s·m·n) of them are.
+
+    :param sparsity: s in [0, 1)
+    :raises ValueError: for a sparsity outside [0, 1)
+    """
+
+    sparsity: float
+
+    group = None
+    tag = "unstructured-sparsity"
+    description = "that share of a matrix is zero, anywhere in it"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            per_cent = 1 < self.sparsity < 100
+            raise ValueError(
+                f"sparsity must be in [0, 1), the share of zeros, got {self.sparsity}"
+                + (f"; write {self.sparsity / 100:g}" if per_cent else "")
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> SparsityPattern | None:
+        number = text.removesuffix("%")
+        try:
+            value = Decimal(number.strip())
+        except InvalidOperation:
+            return None
+        return cls(float(value if number == text else value.scaleb(-2)))
+
+    def __str__(self) -> str:
+        # decimal, as 100 times a float is rounded: 0.07 would not come back
+        per_cent = Decimal(repr(float(self.sparsity))).scaleb(2).normalize()
+        return f"{per_cent:f} %"
+
+    def check_columns(self, columns: int) -> None:
+        """Any width will do."""
+
+    def support(self, scores: Tensor) -> Tensor:
+        flat = scores.flatten()
+        zeros = round(self.sparsity * flat.numel())
+        if zeros == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = _smallest(flat, zeros)
+        keep = flat > threshold
+        missing = flat.numel() - zeros - keep.sum()
+        # equal scores share the threshold: the first of them fill it up
+        equal = flat == threshold
+        keep |= equal & (equal.cumsum(0, dtype=torch.int32) <= missing)
+        return keep.view_as(scores)
+
+    def holds(self, weight: Tensor) -> bool:
+        return int((weight == 0).sum()) >= round(self.sparsity * weight.numel())
+
+
+def _smallest(values: Tensor, rank: int) -> Tensor:
+    """The rank-th smallest of a vector; on the CPU ten times faster than kthvalue."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        partitioned = np.partition(values.numpy(), rank - 1)
+        return torch.from_numpy(partitioned)[rank - 1]
+    return values.kthvalue(rank).values
+
+
 @dataclass(frozen=True, eq=False)
 class Within:
     """
-    A pattern on the support of a weight that is sparse already: its zeros stay.
+    A pattern on the support of a weight that is sparse already: its zeros stay. It
+    belongs to one weight and goes by the name, and else, of the pattern asked for.
 
     :param pattern: sparsity asked for
     :param allowed: bool m×n, the entries that may be non-zero
@@ -176,6 +287,18 @@ class Within:
     def sparsity(self) -> float:
         return self.pattern.sparsity
 
+    @property
+    def group(self) -> tuple[int, int] | None:
+        return self.pattern.group
+
+    @property
+    def tag(self) -> str:
+        return self.pattern.tag
+
+    @property
+    def description(self) -> str:
+        return self.pattern.description
+
     def check_columns(self, columns: int) -> None:
         self.pattern.check_columns(columns)
 
@@ -187,22 +310,6 @@ class Within:
     def holds(self, weight: Tensor) -> bool:
         outside = weight[~self.allowed.to(weight.device)]
         return self.pattern.holds(weight) and not bool(outside.any())
-
-
-def pattern_of(text: str) -> SparsityPattern:
-    """
-    :param text: "n:m" (n kept of m), or a sparsity such as "0.5"
-    :raises ValueError: if it is neither, or no pattern
-    """
-    if ":" in text:
-        return parse_pattern(text, None)
-    try:
-        sparsity = float(text)
-    except ValueError:
-        raise ValueError(
-            f"a pattern is n:m such as 2:4, or a sparsity such as 0.5; got '{text}'"
-        ) from None
-    return Unstructured(sparsity)
 
 
 def mask_structure_of(number: int) -> str:
@@ -222,34 +329,39 @@ def mask_structure_of(number: int) -> str:
 
 def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPattern:
     """
-    :param mask_structure: "n:m" (n kept of m), or "0:0" for unstructured
-    :param sparsity: share of zeros in [0, 1); may be left out for n:m, which fixes it
-    :raises ValueError: for a malformed or impossible n:m, a sparsity outside [0, 1),
-        none at all, or one that contradicts n:m
+    The two fields with which the toolkit's recipes describe a pattern.
+
+    :param mask_structure: the name of a pattern, or "0:0" for unstructured
+    :param sparsity: share of zeros in [0, 1); may be left out where the name fixes it
+    :raises ValueError: if there is no such pattern, no sparsity at all, or one that
+        contradicts the name
     """
-    match = re.fullmatch(r"(\d+):(\d+)", mask_structure)
-    if match is None:
-        raise ValueError(
-            f"mask_structure must look like '2:4' or '0:0', got '{mask_structure}'"
-        )
-    n, m = int(match[1]), int(match[2])
-    if (n, m) == (0, 0):
+    if mask_structure == "0:0":
         if sparsity is None:
             raise ValueError(
                 "sparsity is missing: unstructured pruning ('0:0') needs the share of "
                 "zeros, for example sparsity: 0.5"
             )
         return Unstructured(sparsity)
-    pattern = NofM(n, m)
+    try:
+        pattern = pattern_of(mask_structure)
+    except ValueError as error:
+        raise ValueError(f"mask_structure: {error}") from None
     if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
-        hint = f"drop sparsity, or write {pattern.sparsity:g}"
-        if abs(sparsity - n / m) <= 1e-6 and n < m:
-            hint += (
-                f"; '{m - n}:{m}' prunes {n} of {m} (llm-compressor's SparseGPT counts "
-                "the pruned entries in n, this project the kept ones)"
-            )
         raise ValueError(
-            f"sparsity {sparsity} contradicts mask_structure '{pattern}', which keeps "
-            f"{n} of every {m} entries: {hint}"
+            f"sparsity {sparsity} contradicts mask_structure '{pattern}', by "
+            f"which {pattern.description}: {_hint(pattern, sparsity)}"
         )
     return pattern
+
+
+def _hint(pattern: SparsityPattern, sparsity: float) -> str:
+    """What to write in place of a sparsity that the pattern does not have."""
+    hint = f"drop sparsity, or write {pattern.sparsity:g}"
+    n, m = pattern.group or (0, 0)
+    if n < m and abs(sparsity - n / m) <= 1e-6:
+        hint += (
+            f"; '{m - n}:{m}' prunes {n} of {m} (llm-compressor's SparseGPT counts "
+            "the pruned entries in n, this project the kept ones)"
+        )
+    return hint

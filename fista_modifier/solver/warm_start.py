@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.patterns import NofM, SparsityPattern, project
+from fista_modifier.solver.patterns import SparsityPattern, project
 from fista_modifier.solver.quadratic import unit_of
 
 __all__ = ["OneShot", "warm_start"]
@@ -78,13 +78,11 @@ def warm_start(
 
 def _host_pattern(pattern: SparsityPattern) -> dict[str, int]:
     """The toolkit's n counts the pruned entries of a group, and 0:0 is unstructured."""
-    if isinstance(pattern, NofM):
-        return {"prune_n": pattern.m - pattern.n, "prune_m": pattern.m}
-    return {"prune_n": 0, "prune_m": 0}
+    n, m = pattern.group or (0, 0)
+    return {"prune_n": m - n, "prune_m": m}
 
 
 def _whole_groups(block_size: int, pattern: SparsityPattern) -> int:
     """The block size, rounded down so that no group of m straddles two blocks."""
-    if not isinstance(pattern, NofM):
-        return block_size
-    return max(block_size // pattern.m, 1) * pattern.m
+    _, m = pattern.group or (1, 1)
+    return max(block_size // m, 1) * m

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fista_modifier.solver import NofM, Unstructured, parse_pattern, pattern_of
+from fista_modifier.solver import NofM, Unstructured, Within, parse_pattern, pattern_of
 from fista_modifier.solver.patterns import project
 
 N_OF_M = ["1:2", "1:4", "2:4", "3:4", "4:4", "4:8"]
@@ -86,11 +88,49 @@ def test_0_of_0_is_unstructured(sparsity):
     assert parse_pattern("0:0", sparsity) == Unstructured(sparsity)
 
 
-def test_a_pattern_is_named_by_n_of_m_or_a_sparsity():
-    assert pattern_of("2:4") == NofM(2, 4)
-    assert pattern_of("0.5") == Unstructured(0.5)
-    with pytest.raises(ValueError, match="2:4, or a sparsity such as 0.5; got 'half'"):
+@pytest.mark.parametrize(
+    "text, pattern",
+    [
+        ("2:4", NofM(2, 4)),
+        ("0.5", Unstructured(0.5)),
+        ("50 %", Unstructured(0.5)),
+        ("50%", Unstructured(0.5)),
+        ("0", Unstructured(0)),
+    ],
+)
+def test_a_pattern_is_named_by_n_of_m_or_a_sparsity(text, pattern):
+    assert pattern_of(text) == pattern
+    assert parse_pattern(text, None) == pattern
+
+
+def test_what_names_no_pattern_is_told_how_they_are_named():
+    with pytest.raises(ValueError, match="'2:4', or a sparsity .* 0.5; got 'half'"):
         pattern_of("half")
+
+
+@pytest.mark.parametrize(
+    "sparsity, name",
+    [(0.5, "50 %"), (0, "0 %"), (0.07, "7 %"), (0.125, "12.5 %"), (1e-7, "0.00001 %")],
+)
+def test_usual_sparsities_have_short_names(sparsity, name):
+    assert str(Unstructured(sparsity)) == name
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_sparsity_comes_back_from_its_name_exactly(sparsity):
+    assert pattern_of(str(Unstructured(sparsity))) == Unstructured(sparsity)
+
+
+@given(st.integers(1, 512), st.integers(0, 512))
+def test_n_of_m_comes_back_from_its_name(kept, pruned):
+    pattern = NofM(kept, kept + pruned)
+    assert pattern_of(str(pattern)) == pattern
+
+
+def test_a_pattern_within_zeros_tells_kernels_of_the_pattern_asked_for():
+    pattern = Within(NofM(2, 4), torch.ones(1, 4, dtype=torch.bool))
+    assert pattern.group == (2, 4)
+    assert (str(pattern), pattern.tag) == ("2:4", "2of4")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +139,8 @@ def test_a_pattern_is_named_by_n_of_m_or_a_sparsity():
         ("5:4", None, "'5:4'", "1 <= n <= m"),
         ("0:4", None, "'0:4'", "1 <= n <= m"),
         ("2:0", None, "'2:0'", "1 <= n <= m"),
-        ("2", None, "'2'", "'2:4'"),
+        ("2", None, "mask_structure", "got 2.0; write 0.02"),
+        ("60 %", 0.5, "mask_structure '60 %'", "write 0.6"),
         ("", None, "''", "'2:4'"),
         ("-2:4", None, "'-2:4'", "'2:4'"),
         ("2:4 ", None, "'2:4 '", "'2:4'"),
