@@ -26,14 +26,14 @@ given z, which is least squares. With bd(G) the r×r diagonal blocks of G,
     V D_z^½ = (B + δ W) D_z^½ (D_z^½ G D_z^½ + ρ (I − D_z) bd(G) + δ I)⁻¹.
 
 Given V, the sum is zᵀ Q z + ρ Σ z_i (1 − z_i) Q_ii − 2 cᵀ z and a constant. Q sums
-VᵀV ∘ G over the columns of the channels. Steps of projected gradient follow, one by
-default, as V is only right for the z that it was made for. The penalty is concave, so a
-metric M ⪰ Q is enough for each step to lower the sum. It is
-M = λ_max(diag(Q)^-½ Q diag(Q)^-½) diag(Q), which lets channels of little power take
-steps as long as others, and the projection onto the capped simplex is exact in it. Once
-ρ is above that λ_max the sum is concave in z, and its minima are vertices: binary
-choices of k channels. Channels that are exactly alike may be left with equal z; the
-first of them then stays.
+VᵀV ∘ G over the columns of the channels. A step of projected gradient follows, in the
+metric diag(Q), in which channels of little power take steps as long as others and the
+projection onto the capped simplex is exact. The step is judged with V refitted: if the
+sum has not risen, it counts and the next is twice as long, else the next is half as
+long. A bound from Q alone would allow far shorter steps, since V makes up for most of
+what a step does. Once ρ is above λ_max(diag(Q)^-½ Q diag(Q)^-½) the sum is concave in
+z, and its minima are vertices: binary choices of k channels. Channels that are exactly
+alike may be left with equal z; the first of them then stays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.quadratic import largest_eigenvalue, unit_of
+from fista_modifier.solver.quadratic import unit_of
 from fista_modifier.structured.problem import ChannelProblem
 from fista_modifier.structured.restoration import DAMPENING
 from fista_modifier.structured.selection import highest
@@ -57,6 +57,9 @@ BINARY = 1e-4
 TINY = 1e-6
 """stands for z = 0 where V is divided by it, and for a power of zero"""
 
+FIRST_STEP = 0.1
+"""length of the first step, in the metric of the channels' powers"""
+
 
 @dataclass(frozen=True)
 class PenaltyMethod:
@@ -66,14 +69,12 @@ class PenaltyMethod:
     :param dampening_frac: δ, as a fraction of the features' typical power
     :param rho: ρ of the first round; without a unit
     :param growth: factor between the ρ of two rounds
-    :param steps: projected gradient steps of a round
     :param max_rounds: rounds at most, should z not become binary
     """
 
     dampening_frac: float = DAMPENING
-    rho: float = 0.01
-    growth: float = 1.2
-    steps: int = 1
+    rho: float = 1e-3
+    growth: float = 1.3
     max_rounds: int = 60
 
     def __call__(self, problem: ChannelProblem) -> Tensor:
@@ -85,11 +86,12 @@ class PenaltyMethod:
         :return: z of the last round, float32 n; binary unless ``max_rounds`` ended it
         """
         relaxation = Relaxation(problem, self.dampening_frac)
-        shares = relaxation.start()
-        rho = self.rho
+        shares, rho, length = relaxation.start(), self.rho, FIRST_STEP
         for _ in range(self.max_rounds):
             relaxation.refit(shares, rho)
-            shares = relaxation.descend(shares, rho, self.steps)
+            moved = relaxation.step(shares, rho, length)
+            length *= 0.5 if moved is shares else 2.0
+            shares = moved
             if float((shares * (1 - shares)).amax()) <= BINARY:
                 break
             rho *= self.growth
@@ -120,7 +122,7 @@ class Relaxation:
         self.ridge = quadratic.damping[order] / unit
         self.dense = objective.weight[:, order]
         self.target = objective.target[:, order] / unit
-        self.weight = self.dense
+        self.hold(self.dense)
 
     def start(self) -> Tensor:
         """:return: z = k/n for all channels"""
@@ -140,26 +142,40 @@ class Relaxation:
         self._blocks(gram).add_(self._blocks(self.gram) * (rho * (1 - shares)))
         gram.diagonal().add_(self.ridge)
         factor = torch.linalg.cholesky(gram)
-        self.weight = torch.cholesky_solve((self.target * roots).T, factor).T / roots
+        self.hold(torch.cholesky_solve((self.target * roots).T, factor).T / roots)
 
-    def descend(self, shares: Tensor, rho: float, steps: int) -> Tensor:
+    def hold(self, weight: Tensor) -> None:
+        """
+        Make a weight V, and find Q, n×n, and c, n, for it. What damping adds is linear
+        in z.
+
+        :param weight: m×N
+        """
+        channels, size = self.shape
+        products = (weight.T @ weight).mul_(self.gram)
+        damping = (weight.square() + self.dense.square()).sum(0) * self.ridge
+        linear = (weight * self.target).sum(0) - damping / 2
+        self.weight = weight
+        self.curvature = products.view(channels, size, channels, size).sum((1, 3))
+        self.linear = linear.view(channels, size).sum(1)
+
+    def step(self, shares: Tensor, rho: float, length: float) -> Tensor:
         """
         :param shares: z, n
         :param rho: ρ
-        :param steps: projected gradient steps
-        :return: z, n, for which :meth:`value` is not higher with this V
+        :param length: of the step, without a unit
+        :return: another z, for which :meth:`value` is not higher after the refit that
+            comes with it; or ``shares`` itself, and V stays
         """
-        curvature, linear = self._quadratic()
-        power = curvature.diagonal()
-        metric = power.clamp_min(TINY * float(power.mean()) or 1.0)
-        roots = metric.rsqrt()
-        scaled = curvature * roots * roots[:, None]
-        metric = largest_eigenvalue(scaled, torch.zeros_like(roots)) * metric
-        for _ in range(steps):
-            gradient = curvature @ shares - linear + rho * power * (0.5 - shares)
-            shares = project_to_capped_simplex(
-                shares - gradient / metric, self.keep, metric
-            )
+        power = self.curvature.diagonal()
+        metric = power.clamp_min(TINY * float(power.mean()) or 1.0) / length
+        gradient = self.curvature @ shares - self.linear + rho * power * (0.5 - shares)
+        moved = project_to_capped_simplex(shares - gradient / metric, self.keep, metric)
+        before, weight = self.value(shares, rho), self.weight
+        self.refit(moved, rho)
+        if self.value(moved, rho) <= before:
+            return moved
+        self.hold(weight)
         return shares
 
     def value(self, shares: Tensor, rho: float) -> float:
@@ -168,18 +184,9 @@ class Relaxation:
         :param rho: ρ
         :return: what is minimised, less the constant ‖W X‖², in this object's unit
         """
-        curvature, linear = self._quadratic()
-        penalty = rho * curvature.diagonal() @ (shares * (1 - shares))
-        return float(shares @ (curvature @ shares) + penalty - 2 * linear @ shares)
-
-    def _quadratic(self) -> tuple[Tensor, Tensor]:
-        """Q, n×n, and c, n; what damping adds is linear in z"""
-        channels, size = self.shape
-        products = (self.weight.T @ self.weight).mul_(self.gram)
-        curvature = products.view(channels, size, channels, size).sum((1, 3))
-        damping = (self.weight.square() + self.dense.square()).sum(0) * self.ridge
-        linear = (self.weight * self.target).sum(0) - damping / 2
-        return curvature, linear.view(channels, size).sum(1)
+        penalty = rho * self.curvature.diagonal() @ (shares * (1 - shares))
+        error = shares @ (self.curvature @ shares) - 2 * self.linear @ shares
+        return float(error + penalty)
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """A view of the diagonal blocks of the channels, r×r×n."""
