@@ -1,0 +1,219 @@
+"""
+Recovery of a pruned MLP as a whole: SPAP's alternating minimisation.
+
+SPAP's abstract (Hu & Yuan 2025) has an alternating minimisation over the parts that the
+MLP splits into. The steps here are ours. With the kept channels only, and a = act(gate
+of x), the MLP puts out D ((U x) ∘ a). It is linear in D given U, and linear in U given
+D and a. So each of the two steps is least squares towards the dense MLP's output y:
+
+    min over D   Σ ‖D ((U x) ∘ a) − y‖² + δ ‖D − D₀‖²      by a Gram matrix,
+    min over U   Σ ‖D ((U x) ∘ a) − y‖² + δ ‖U − U₀‖²      by conjugate gradients.
+
+D₀ and U₀ are the weights before the step, so no step can raise the error. The gate
+itself stays. An MLP whose activation is applied to U x, as in OPT, has no such U step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fista_modifier.solver.drift import inner
+from fista_modifier.solver.gram import GramStatistics
+from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.structured.problem import damped_quadratic
+from fista_modifier.structured.restoration import DAMPENING, least_squares
+
+__all__ = [
+    "AlternatedMLP",
+    "MLPBatch",
+    "alternate",
+    "down_given_up",
+    "mlp_error",
+    "up_given_down",
+]
+
+RIDGE = 1e-3
+"""of the up step: its conjugate gradients end early, which damps as well"""
+
+
+class MLPBatch(NamedTuple):
+    """
+    Tokens of an MLP with c kept channels, of any floating dtype, where the weights are.
+
+    :param inputs: xᵀ, tokens×d
+    :param activations: aᵀ = act(gate of x)ᵀ, tokens×c; None is 1, an MLP without a gate
+    :param outputs: yᵀ of the dense MLP less the biases of its last operator, tokens×m
+    """
+
+    inputs: Tensor
+    activations: Tensor | None
+    outputs: Tensor
+
+    def gated(self, hidden: Tensor) -> Tensor:
+        """
+        :param hidden: tokens×c
+        :return: times a
+        """
+        if self.activations is None:
+            return hidden
+        return hidden * self.activations.float()
+
+    def hidden(self, up: Tensor) -> Tensor:
+        """
+        :param up: U, float32 c×d
+        :return: (U x) ∘ a, the input of the last operator, tokens×c
+        """
+        return self.gated(self.inputs.float() @ up.T)
+
+
+@dataclass(frozen=True, eq=False)
+class AlternatedMLP:
+    """
+    :param up: U, float32 c×d
+    :param down: D, float32 m×c
+    :param errors: ‖D ((U x) ∘ a) − y‖_F over all tokens: of the weights at the start,
+        and after each half of each round
+    """
+
+    up: Tensor
+    down: Tensor
+    errors: list[float]
+
+
+def alternate(
+    batches: Sequence[MLPBatch],
+    up: Tensor,
+    down: Tensor,
+    *,
+    rounds: int = 2,
+    dampening_frac: float = DAMPENING,
+    iterations: int = 20,
+) -> AlternatedMLP:
+    """
+    Solve for D and for U in turn.
+
+    :param batches: the tokens
+    :param up: U of the kept channels, c×d
+    :param down: D of the kept channels, m×c
+    :param rounds: how often each is solved for
+    :param dampening_frac: of the step for D
+    :param iterations: conjugate gradient steps of each step for U
+    :return: the weights of the last round
+    """
+    up, down = up.float(), down.float()
+    errors = [mlp_error(batches, up, down)]
+    for _ in range(rounds):
+        down = down_given_up(batches, up, down, dampening_frac)
+        errors.append(mlp_error(batches, up, down))
+        up = up_given_down(batches, up, down, iterations=iterations)
+        errors.append(mlp_error(batches, up, down))
+    return AlternatedMLP(up, down, errors)
+
+
+def mlp_error(batches: Sequence[MLPBatch], up: Tensor, down: Tensor) -> float:
+    """
+    :param batches: the tokens
+    :param up: U, float32 c×d
+    :param down: D, float32 m×c
+    :return: ‖D ((U x) ∘ a) − y‖_F over all tokens
+    """
+    residuals = (residual(batch, up, down) for batch in batches)
+    return math.sqrt(sum(inner(part, part) for part in residuals))
+
+
+def residual(batch: MLPBatch, up: Tensor, down: Tensor) -> Tensor:
+    """(y − D ((U x) ∘ a))ᵀ, tokens×m"""
+    return batch.outputs.float() - batch.hidden(up) @ down.T
+
+
+def down_given_up(
+    batches: Sequence[MLPBatch],
+    up: Tensor,
+    down: Tensor,
+    dampening_frac: float = DAMPENING,
+) -> Tensor:
+    """
+    :param batches: the tokens
+    :param up: U, float32 c×d
+    :param down: D₀, float32 m×c
+    :param dampening_frac: δ, as a fraction of the hidden features' typical power
+    :return: the damped least squares D, m×c
+    """
+    # what the statistics call drift is the error of D₀, however D is shaped
+    gram = torch.zeros(down.shape[1], down.shape[1], device=down.device)
+    statistics = GramStatistics(gram, weight=down)
+    for batch in batches:
+        statistics.accumulate(batch.hidden(up), outputs=batch.outputs)
+    objective = LayerObjective(down, damped_quadratic(statistics, dampening_frac))
+    return least_squares(objective, torch.arange(down.shape[1], device=down.device))
+
+
+def up_given_down(
+    batches: Sequence[MLPBatch],
+    up: Tensor,
+    down: Tensor,
+    *,
+    dampening_frac: float = RIDGE,
+    iterations: int = 20,
+    tolerance: float = 1e-6,
+) -> Tensor:
+    """
+    Conjugate gradients with a Jacobi preconditioner. A step costs as much as a forward
+    and a backward pass of the batches; no matrix larger than U is made.
+
+    :param batches: the tokens
+    :param up: U₀, float32 c×d
+    :param down: D, float32 m×c
+    :param dampening_frac: δ, as a fraction of the typical diagonal entry of the
+        normal equations' matrix
+    :param iterations: steps at most
+    :param tolerance: the steps end where the preconditioned norm of the gradient is
+        below this share of what it was
+    :return: U, c×d, with an error not above that of U₀
+    """
+    diagonal = _diagonal(batches, up, down)
+    positive = diagonal[diagonal > 0].double()
+    if not len(positive):
+        return up
+    ridge = dampening_frac * float(positive.log().mean().exp())
+    inverse = torch.where(diagonal > 0, 1 / (diagonal + ridge), 0)
+    gradient = torch.zeros_like(up)
+    for batch in batches:
+        gradient += _adjoint(batch, residual(batch, up, down), down)
+    change = torch.zeros_like(up)
+    direction = gradient * inverse
+    power = first = inner(gradient, direction)
+    for _ in range(iterations):
+        if power <= tolerance**2 * first:
+            break
+        curved = ridge * direction
+        for batch in batches:
+            curved += _adjoint(batch, batch.hidden(direction) @ down.T, down)
+        length = power / inner(direction, curved)
+        change.add_(direction, alpha=length)
+        gradient.sub_(curved, alpha=length)
+        scaled = gradient * inverse
+        previous, power = power, inner(gradient, scaled)
+        direction.mul_(power / previous).add_(scaled)
+    return up + change
+
+
+def _adjoint(batch: MLPBatch, outputs: Tensor, down: Tensor) -> Tensor:
+    """What the transpose of U ↦ D ((U x) ∘ a) makes of outputs, c×d."""
+    return batch.gated(outputs @ down).T @ batch.inputs.float()
+
+
+def _diagonal(batches: Sequence[MLPBatch], up: Tensor, down: Tensor) -> Tensor:
+    """The diagonal of the normal equations, c×d: ‖D_i‖² Σ a_i² x_j²."""
+    total = torch.zeros_like(up)
+    for batch in batches:
+        squares = batch.inputs.float().square()
+        ones = torch.ones(len(squares), up.shape[0], device=up.device)
+        total += batch.gated(batch.gated(ones)).T @ squares
+    return total * down.square().sum(0)[:, None]

@@ -1,0 +1,55 @@
+"""From a problem to the smaller weight, by a selector and a restorer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fista_modifier.structured.problem import ChannelProblem
+from fista_modifier.structured.restoration import Restorer
+from fista_modifier.structured.selection import Selector
+
+__all__ = ["PrunedChannels", "prune_channels"]
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedChannels:
+    """
+    :param kept: the channels that stay in ascending order, long k
+    :param weight: of the consumers on the columns that stay, in ascending order,
+        m×k·r in the dtype of W
+    :param bias: to be added to the consumers' bias, float32 m; None is nothing
+    :param error: ‖V X* + c 1ᵀ − W X‖_F of exactly this weight and bias change
+    :param output_norm: ‖W X‖_F, the yardstick of relative errors
+    """
+
+    kept: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    error: float
+    output_norm: float
+
+    @property
+    def relative_error(self) -> float:
+        """error / ‖WX‖_F; 0 where the consumers put nothing out"""
+        return self.error / self.output_norm if self.output_norm else 0.0
+
+
+def prune_channels(
+    problem: ChannelProblem, selector: Selector, restorer: Restorer
+) -> PrunedChannels:
+    """
+    :param problem: W, the sums over its inputs, and the number of channels to keep
+    :param selector: chooses the channels
+    :param restorer: finds the weights on them
+    :return: the smaller weight, cast to the dtype of W, and its error after the cast
+    :raises ValueError: if the method needs means or a bias that the problem lacks
+    """
+    kept = selector(problem)
+    restored = restorer(problem, kept)
+    weight = restored.weight.to(problem.weight)
+    error = problem.error(problem.widened(weight, kept), restored.bias)
+    return PrunedChannels(
+        kept, weight, restored.bias, error, problem.objective.output_norm
+    )
