@@ -1,0 +1,537 @@
+"""Which channels of a layer can leave the model together, found from runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier.calibration.attention import same_output
+from fista_modifier.calibration.operators import Operator, replaced_weights
+from fista_modifier.calibration.probing import Codes, Probe, shortened
+from fista_modifier.calibration.replay import LayerCall
+
+__all__ = ["ChannelGroup", "LayerGroups", "Members", "check_cut", "find_groups"]
+
+Kind = Literal["channels", "values", "heads"]
+
+
+class Members(NamedTuple):
+    """
+    What channels are in one operator.
+
+    :param operator: the operator
+    :param indices: channels×r: the rows, or columns, of each channel, in ascending
+        order
+    """
+
+    operator: Operator
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """
+    Channels inside a layer of which any number can leave the model, each with all of
+    its rows and columns, without a change for the others: nothing but the consumers
+    reads them.
+
+    :param kind: "channels" if they alone make what the consumers read, as in an MLP;
+        "values" if other rows (queries and keys) do too, and expect heads of a size:
+        these can be zeroed, and not cut; "heads" if each channel is a whole head for
+        keys and values with its queries
+    :param producers: operators with the channels' output rows, and biases
+    :param consumers: operators with the channels' input columns
+    """
+
+    kind: Kind
+    producers: tuple[Members, ...]
+    consumers: tuple[Members, ...]
+
+    @property
+    def size(self) -> int:
+        """number of channels"""
+        return len(self.consumers[0].indices)
+
+
+@dataclass
+class LayerGroups:
+    """
+    :param groups: of one layer
+    :param reasons: sentences that say, of operators, why some or all of their rows or
+        columns are in no group
+    """
+
+    groups: list[ChannelGroup] = field(default_factory=list)
+    reasons: dict[Operator, list[str]] = field(default_factory=dict)
+
+    def of_kind(self, kind: Kind) -> list[ChannelGroup]:
+        """
+        :param kind: of groups
+        :return: those groups
+        """
+        return [group for group in self.groups if group.kind == kind]
+
+    def why_not(self, operator: Operator) -> str:
+        """
+        :param operator: of the layer
+        :return: sentences for a user, "" if there is nothing to say
+        """
+        return " ".join(self.reasons.get(operator, []))
+
+
+def find_groups(
+    operators: Sequence[Operator], calls: Iterable[LayerCall]
+) -> LayerGroups:
+    """
+    Probe the layer. Guesses are made from what each input depends on, and only those
+    are returned that hold in further runs: where channels are NaN, all of their
+    columns are NaN, no other column is, and nothing that the layer returns.
+
+    A few tokens of one call are enough, unless they do not reach all operators.
+
+    :param operators: all linear operators of one decoder layer
+    :param calls: of the layer
+    :return: groups, and reasons for what is in none
+    """
+    found = LayerGroups()
+    unseen = set(operators)
+    for call in calls:
+        probe = _probe(call, operators)
+        if unseen.isdisjoint(probe.operators):
+            continue
+        new = _Search(probe).groups()
+        known = [_operators(group) for group in found.groups]
+        found.groups += [one for one in new.groups if _operators(one) not in known]
+        found.reasons |= {
+            operator: new.reasons[operator]
+            for operator in new.reasons
+            if operator in unseen
+        }
+        unseen -= set(probe.operators)
+        if not unseen:
+            break
+    for operator in unseen:
+        found.reasons[operator] = [f"No token reaches {operator.name}."]
+    return found
+
+
+def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
+    """With few tokens, unless the layer takes none but the whole call."""
+    try:
+        return Probe(shortened(call), operators)
+    except Exception:  # noqa: BLE001 - whatever a layer says to arguments cut short
+        return Probe(call, operators)
+
+
+def _operators(group: ChannelGroup) -> tuple[list[Operator], list[Operator], Kind]:
+    producers = [operator for operator, _ in group.producers]
+    return producers, [operator for operator, _ in group.consumers], group.kind
+
+
+class _Search:
+    """
+    The groups that one probe shows.
+
+    Rows and columns are the nodes of a graph. An edge joins a row and a column if the
+    row reaches no other column of that operator (gates; keys are no such rows), or the
+    column shows no other row when all is zero beside it (values). The channels are the
+    connected components.
+
+    :param probe: of the layer
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._found = LayerGroups()
+        # rows that each operator's input depends on, if there are any that can leave
+        self._before: dict[Operator, Tensor] = {}
+        for operator in probe.operators:
+            rows = probe.rows_before(probe.columns_of(operator))
+            if bool((rows & ~probe.returned).any()):
+                self._before[operator] = rows
+
+    def groups(self) -> LayerGroups:
+        """:return: groups, and reasons for operators in none"""
+        channels = self._proved(self._components(*self._edges()))
+        for group in channels:
+            self._add(replace(group, kind=self._kind(group)))
+        self._find_heads()
+        self._explain()
+        return self._found
+
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns, an entry each for every edge"""
+        rows, columns = [], []
+        for consumers in _apart(self._before):
+            for some_rows, some_columns in self._lone_columns(consumers):
+                rows.append(some_rows)
+                columns.append(some_columns)
+        some_rows, some_columns = self._values()
+        rows = torch.cat([*rows, some_rows])
+        columns = torch.cat([*columns, some_columns])
+        stay = self._probe.returned[rows]
+        return rows[~stay], columns[~stay]
+
+    def _lone_columns(
+        self, consumers: list[Operator]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of rows that reach one column of a consumer, that column"""
+        columns = [self._probe.columns_of(one).nonzero()[:, 0] for one in consumers]
+        codes = Codes(max(map(len, columns)))
+        shown = []
+        for bit in codes.bits:
+            chosen = [some[bit[: len(some)]] for some in columns]
+            mask = self._mask(torch.cat(chosen), self._probe.column_counts)
+            shown.append(self._probe.rows_before(mask))
+        patterns = torch.stack(shown)
+        for consumer, some in zip(consumers, columns, strict=True):
+            rows = self._before[consumer].nonzero()[:, 0]
+            places = codes.decode(patterns[:, rows])
+            yield rows[places >= 0], some[places[places >= 0]]
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """Of columns that one row changes when all is zero beside it, that row"""
+        rows = (~self._probe.returned).nonzero()[:, 0]
+        if not len(rows):
+            return rows, rows
+        codes = Codes(len(rows))
+        masks = torch.zeros(codes.length, len(self._probe.returned), dtype=torch.bool)
+        masks[:, rows] = codes.bits
+        places = codes.decode(self._probe.columns_changed(masks))
+        columns = (places >= 0).nonzero()[:, 0]
+        return rows[places[columns]], columns
+
+    def _components(self, rows: Tensor, columns: Tensor) -> list[ChannelGroup]:
+        """Connected components; those with members in the same places are a group"""
+        probe = self._probe
+        label_of_row = torch.arange(len(probe.returned))
+        label_of_column = torch.full((sum(probe.column_counts),), -1)
+        before = None
+        while before is None or not torch.equal(before, label_of_row):
+            before = label_of_row.clone()
+            label_of_column.index_reduce_(
+                0, columns, label_of_row[rows], "amin", include_self=before is None
+            )
+            label_of_row.index_reduce_(0, rows, label_of_column[columns], "amin")
+        label_of_row[self._mask(rows, probe.row_counts).logical_not()] = -1
+        return self._labelled(label_of_row, label_of_column, "channels")
+
+    def _labelled(
+        self, of_rows: Tensor, of_columns: Tensor, kind: Kind
+    ) -> list[ChannelGroup]:
+        """
+        :param of_rows: the channel of each row, -1 if it is in none
+        :param of_columns: the same of each column
+        """
+        probe = self._probe
+        row, column = (of_rows >= 0).nonzero()[:, 0], (of_columns >= 0).nonzero()[:, 0]
+        labels, channel = torch.cat([of_rows[row], of_columns[column]]).unique(
+            return_inverse=True
+        )
+        index = torch.cat([row, column])
+        # rows of the operators, and then their columns, are the places of members
+        counts = [*probe.row_counts, *probe.column_counts]
+        first = torch.tensor([0, *counts]).cumsum(0)[:-1]
+        node = torch.cat([row, column + sum(probe.row_counts)])
+        place = torch.searchsorted(first, node, right=True) - 1
+        index = node - first[place]
+        # the sum of random numbers, one for each place, says where members are
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randint(2**62, (len(counts),), generator=generator)
+        sums = torch.zeros(len(labels), dtype=torch.long)
+        sums.scatter_add_(0, channel, numbers[place])
+        _, group = sums.unique(return_inverse=True)
+        order = torch.argsort(group[channel] * len(labels) + channel, stable=True)
+        sizes = torch.bincount(group[channel]).tolist()
+        groups = []
+        for members in order.split(sizes):
+            size = len(channel[members].unique())
+            slices = [
+                (one, index[members][place[members] == one].view(size, -1))
+                for one in place[members].unique().tolist()
+            ]
+            half = len(probe.operators)
+            producers = tuple(
+                Members(probe.operators[one], indices)
+                for one, indices in slices
+                if one < half
+            )
+            consumers = tuple(
+                Members(probe.operators[one - half], indices)
+                for one, indices in slices
+                if one >= half
+            )
+            groups.append(ChannelGroup(kind, producers, consumers))
+        return groups
+
+    def _proved(self, groups: list[ChannelGroup]) -> list[ChannelGroup]:
+        """Those that hold; all are tried together, and if that fails one by one."""
+        if not groups or self._hold(groups):
+            return groups
+        proved = []
+        for group in groups:
+            if self._hold([group]):
+                proved.append(group)
+            else:
+                self._refuse(
+                    group,
+                    "what they read of one channel depends on other channels too, or "
+                    "is read elsewhere",
+                )
+        return proved
+
+    def _hold(self, groups: list[ChannelGroup]) -> bool:
+        probe = self._probe
+        codes = Codes(sum(group.size for group in groups))
+        for bit in codes.bits:
+            rows = torch.zeros(sum(probe.row_counts), dtype=torch.bool)
+            columns = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
+            for group, chosen in zip(
+                groups, bit.split([group.size for group in groups]), strict=True
+            ):
+                rows |= self._rows(group, chosen)
+                columns |= self._columns(group, chosen)
+            found, returned = probe.columns_behind(rows)
+            if returned or not torch.equal(found, columns):
+                return False
+        return True
+
+    def _kind(self, group: ChannelGroup) -> Kind:
+        before = self._probe.rows_before(self._columns(group))
+        return "values" if bool((before & ~self._rows(group)).any()) else "channels"
+
+    def _find_heads(self) -> None:
+        """Components of all that reaches a consumer's columns, where these are mixed"""
+        probe = self._probe
+        whole = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
+        for group in self._found.of_kind("channels"):
+            whole |= self._columns(group)
+        for consumer, before in self._before.items():
+            remaining = probe.columns_of(consumer) & ~whole
+            if not bool(remaining.any()):
+                continue
+            allowed = before & ~probe.returned & ~self._shared(remaining)
+            of_rows = torch.full_like(before, -1, dtype=torch.long)
+            of_columns = torch.full_like(remaining, -1, dtype=torch.long)
+            size = 0
+            while bool(remaining.any()):
+                columns = _first(remaining)
+                rows = probe.rows_before(columns) & allowed
+                while True:
+                    reached = probe.columns_behind(rows)[0] | columns
+                    if torch.equal(reached, columns):
+                        break
+                    columns = reached
+                    rows = probe.rows_before(columns) & allowed
+                of_rows[rows], of_columns[columns] = size, size
+                whole |= columns
+                remaining &= ~columns
+                size += 1
+            groups = self._labelled(of_rows, of_columns, "heads")
+            groups = [
+                group
+                for group in groups
+                if group.size > 1 and group.consumers[0].indices.shape[1] > 1
+            ]
+            for group in self._proved(groups):
+                self._add(group)
+
+    def _shared(self, columns: Tensor) -> Tensor:
+        """Rows of operators that reach all heads alike, as one key for all queries"""
+        probe = self._probe
+        first = probe.rows_before(_first(columns))
+        last = probe.rows_before(_first(columns.flip(0)).flip(0))
+        masks = []
+        for one, other in zip(
+            first.split(probe.row_counts), last.split(probe.row_counts), strict=True
+        ):
+            masks.append(one if torch.equal(one, other) else torch.zeros_like(one))
+        shared = torch.cat(masks)
+        everything = bool((first | last).equal(shared))
+        return torch.zeros_like(shared) if everything else shared
+
+    def _add(self, group: ChannelGroup) -> None:
+        """Unless something else of the layer has entries for its channels."""
+        half = torch.arange(group.size) % 2 == 0
+        if group.kind == "values":
+            left = self._probe.columns_left(self._rows(group))
+            if bool((left & self._columns(group)).any()):
+                self._refuse(group, "they are not zero where the rows are")
+                return
+        elif own := self._own_entries(group, half):
+            self._refuse(group, f"{', '.join(own)} would have to be cut with them")
+            return
+        self._found.groups.append(group)
+
+    def _own_entries(self, group: ChannelGroup, half: Tensor) -> list[str]:
+        some = self._probe.others_before(self._columns(group, half))
+        every = self._probe.others_before(self._columns(group))
+        return [name for name in every if not torch.equal(some[name], every[name])]
+
+    def _refuse(self, group: ChannelGroup, why: str) -> None:
+        producers = ", ".join(operator.name for operator, _ in group.producers)
+        consumers = ", ".join(operator.name for operator, _ in group.consumers)
+        sentence = f"The {group.kind} of {producers} cannot leave {consumers}: {why}."
+        for operator, _ in (*group.producers, *group.consumers):
+            self._found.reasons.setdefault(operator, []).append(sentence)
+
+    def _explain(self) -> None:
+        """Say something of each operator that is in no group."""
+        probe, reasons = self._probe, self._found.reasons
+        known = {
+            operator
+            for group in self._found.groups
+            for operator, _ in (*group.producers, *group.consumers)
+        }
+        for place, operator in enumerate(probe.operators):
+            if operator in known or operator in reasons:
+                continue
+            returned = probe.returned.split(probe.row_counts)[place]
+            readers = [
+                consumer.name
+                for consumer, rows in self._before.items()
+                if bool(rows.split(probe.row_counts)[place].any())
+            ]
+            if operator in self._before:
+                why = f"Each input of {operator.name} depends on several channels."
+            elif bool(returned.any()):
+                why = f"The layer returns what {operator.name} puts out."
+            elif readers:
+                why = (
+                    f"Each channel of {operator.name} reaches several inputs of "
+                    f"{', '.join(readers)}."
+                )
+            else:
+                why = f"No operator reads what {operator.name} puts out."
+            reasons[operator] = [why]
+
+    def _rows(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
+        """Mask of the rows of a group's chosen channels"""
+        return self._mask_of(group.producers, self._probe.row_counts, chosen)
+
+    def _columns(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
+        return self._mask_of(group.consumers, self._probe.column_counts, chosen)
+
+    def _mask_of(
+        self, members: Sequence[Members], counts: list[int], chosen: Tensor | None
+    ) -> Tensor:
+        mask = torch.zeros(sum(counts), dtype=torch.bool)
+        parts = mask.split(counts)
+        for operator, indices in members:
+            some = indices if chosen is None else indices[chosen]
+            parts[self._probe.operators.index(operator)][some] = True
+        return mask
+
+    def _mask(self, indices: Tensor, counts: list[int]) -> Tensor:
+        mask = torch.zeros(sum(counts), dtype=torch.bool)
+        mask[indices] = True
+        return mask
+
+
+def _first(mask: Tensor) -> Tensor:
+    """A mask of its first entry"""
+    only = torch.zeros_like(mask)
+    only[mask.nonzero()[0]] = True
+    return only
+
+
+def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
+    """Consumers in lists within which no two depend on the same row"""
+    remaining = dict(before)
+    while remaining:
+        chosen: list[Operator] = []
+        taken = torch.zeros_like(next(iter(remaining.values())))
+        for consumer, rows in list(remaining.items()):
+            if not bool((rows & taken).any()):
+                taken |= rows
+                chosen.append(consumer)
+                del remaining[consumer]
+        yield chosen
+
+
+def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
+    """
+    Whether a layer without some channels computes what it computes when these are not
+    read: the channels are cut or, of "values", are zero. The layer is then as before.
+
+    :param group: of the layer
+    :param call: of the layer
+    :param kept: which channels stay, in ascending order
+    :return: why not, None if it does
+    """
+    leaving = torch.ones(group.size, dtype=torch.bool)
+    leaving[kept] = False
+    unread = {}
+    for operator, indices in group.consumers:
+        weight = operator.weight.clone()
+        weight[:, indices[leaving].flatten()] = 0
+        unread[operator] = weight
+    with torch.no_grad():
+        with replaced_weights(unread):
+            expected = call.run()
+        with ExitStack() as stack:
+            stack.enter_context(_without(group, leaving))
+            try:
+                found = call.run()
+            except (RuntimeError, ValueError, IndexError) as error:
+                return f"The layer does not run without them: {error}"
+    if found.shape != expected.shape or not same_output(found, expected):
+        return "The layer computes something else without them."
+    return None
+
+
+@contextmanager
+def _without(group: ChannelGroup, leaving: Tensor) -> Iterator[None]:
+    """The operators without some channels, for a while"""
+    with ExitStack() as stack:
+        for operator, indices in group.producers:
+            rows = indices[leaving].flatten()
+            stack.enter_context(_changed(operator, 0, rows, group.kind == "values"))
+        if group.kind != "values":
+            for operator, indices in group.consumers:
+                columns = indices[leaving].flatten()
+                stack.enter_context(_changed(operator, 1, columns, False))
+        yield
+
+
+@contextmanager
+def _changed(
+    operator: Operator, dim: int, indices: Tensor, zeroed: bool
+) -> Iterator[None]:
+    """One operator without some rows or columns, or with zeros in their place"""
+    module = operator.module
+    weight, bias = module.weight.data, module.bias
+    sizes = (
+        ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    )
+    size = getattr(module, sizes[dim])
+    stays = torch.ones(size, dtype=torch.bool, device=weight.device)
+    stays[indices.to(weight.device)] = False
+
+    def change(tensor: Tensor, along: int) -> Tensor:
+        if zeroed:
+            shape = [size if at == along else 1 for at in range(tensor.ndim)]
+            return tensor * stays.view(shape)
+        return tensor.index_select(along, stays.nonzero()[:, 0])
+
+    own_bias = None if bias is None else bias.data
+    try:
+        module.weight.data = operator.oriented(
+            change(operator.oriented(weight), dim)
+        ).contiguous()
+        if bias is not None and dim == 0:
+            bias.data = change(bias.data, 0)
+        if not zeroed:
+            setattr(module, sizes[dim], int(stays.sum()))
+        yield
+    finally:
+        module.weight.data = weight
+        if own_bias is not None:
+            bias.data = own_bias
+        setattr(module, sizes[dim], size)
