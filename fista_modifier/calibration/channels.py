@@ -58,6 +58,11 @@ class ChannelGroup:
         """number of channels"""
         return len(self.consumers[0].indices)
 
+    @property
+    def operators(self) -> set[Operator]:
+        """all producers and consumers"""
+        return {operator for operator, _ in (*self.producers, *self.consumers)}
+
 
 @dataclass
 class LayerGroups:
@@ -106,8 +111,10 @@ def find_groups(
         if unseen.isdisjoint(probe.operators):
             continue
         new = _Search(probe).groups()
-        known = [_operators(group) for group in found.groups]
-        found.groups += [one for one in new.groups if _operators(one) not in known]
+        # a call may show a producer that others do not reach
+        kept = [one for one in found.groups if not _within(one, new.groups)]
+        kept += [one for one in new.groups if not _within(one, kept)]
+        found.groups = kept
         found.reasons |= {
             operator: new.reasons[operator]
             for operator in new.reasons
@@ -117,7 +124,7 @@ def find_groups(
         if not unseen:
             break
     for operator in unseen:
-        found.reasons[operator] = [f"No token reaches {operator.name}."]
+        found.reasons[operator] = [f"The layer does not call {operator.name}."]
     return found
 
 
@@ -129,9 +136,12 @@ def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
         return Probe(call, operators)
 
 
-def _operators(group: ChannelGroup) -> tuple[list[Operator], list[Operator], Kind]:
-    producers = [operator for operator, _ in group.producers]
-    return producers, [operator for operator, _ in group.consumers], group.kind
+def _within(group: ChannelGroup, others: Iterable[ChannelGroup]) -> bool:
+    """Whether another group has all of its operators, and more"""
+    return any(
+        group.kind == other.kind and group.operators <= other.operators
+        for other in others
+    )
 
 
 class _Search:
@@ -161,20 +171,17 @@ class _Search:
         channels = self._proved(self._components(*self._edges()))
         for group in channels:
             self._add(replace(group, kind=self._kind(group)))
-        self._find_heads()
+        self._find_heads([self._rows(group) for group in channels])
         self._explain()
         return self._found
 
     def _edges(self) -> tuple[Tensor, Tensor]:
         """Rows and columns, an entry each for every edge"""
-        rows, columns = [], []
+        edges = [self._values()]
         for consumers in _apart(self._before):
-            for some_rows, some_columns in self._lone_columns(consumers):
-                rows.append(some_rows)
-                columns.append(some_columns)
-        some_rows, some_columns = self._values()
-        rows = torch.cat([*rows, some_rows])
-        columns = torch.cat([*columns, some_columns])
+            edges += self._lone_columns(consumers)
+        rows = torch.cat([some for some, _ in edges])
+        columns = torch.cat([some for _, some in edges])
         stay = self._probe.returned[rows]
         return rows[~stay], columns[~stay]
 
@@ -211,14 +218,13 @@ class _Search:
         """Connected components; those with members in the same places are a group"""
         probe = self._probe
         label_of_row = torch.arange(len(probe.returned))
-        label_of_column = torch.full((sum(probe.column_counts),), -1)
+        label_of_column = torch.full((sum(probe.column_counts),), len(label_of_row))
         before = None
         while before is None or not torch.equal(before, label_of_row):
             before = label_of_row.clone()
-            label_of_column.index_reduce_(
-                0, columns, label_of_row[rows], "amin", include_self=before is None
-            )
-            label_of_row.index_reduce_(0, rows, label_of_column[columns], "amin")
+            label_of_column.scatter_reduce_(0, columns, label_of_row[rows], "amin")
+            label_of_row.scatter_reduce_(0, rows, label_of_column[columns], "amin")
+        label_of_column[label_of_column == len(label_of_row)] = -1
         label_of_row[self._mask(rows, probe.row_counts).logical_not()] = -1
         return self._labelled(label_of_row, label_of_column, "channels")
 
@@ -228,86 +234,88 @@ class _Search:
         """
         :param of_rows: the channel of each row, -1 if it is in none
         :param of_columns: the same of each column
+        :return: groups of channels that have as many members in the same operators
         """
-        probe = self._probe
-        row, column = (of_rows >= 0).nonzero()[:, 0], (of_columns >= 0).nonzero()[:, 0]
-        labels, channel = torch.cat([of_rows[row], of_columns[column]]).unique(
-            return_inverse=True
-        )
-        index = torch.cat([row, column])
-        # rows of the operators, and then their columns, are the places of members
-        counts = [*probe.row_counts, *probe.column_counts]
-        first = torch.tensor([0, *counts]).cumsum(0)[:-1]
-        node = torch.cat([row, column + sum(probe.row_counts)])
-        place = torch.searchsorted(first, node, right=True) - 1
-        index = node - first[place]
-        # the sum of random numbers, one for each place, says where members are
+        labels = torch.cat([of_rows, of_columns])
+        node = (labels >= 0).nonzero()[:, 0]
+        names, channel = torch.unique(labels[node], return_inverse=True)
+        # rows of each operator, and then columns of each, are places of members
+        counts = torch.tensor([*self._probe.row_counts, *self._probe.column_counts])
+        ends = counts.cumsum(0)
+        place = torch.searchsorted(ends, node, right=True)
+        index = node - (ends - counts)[place]
+        # places are numbers at random, whose sum says where a channel has members
         generator = torch.Generator().manual_seed(0)
-        numbers = torch.randint(2**62, (len(counts),), generator=generator)
-        sums = torch.zeros(len(labels), dtype=torch.long)
-        sums.scatter_add_(0, channel, numbers[place])
-        _, group = sums.unique(return_inverse=True)
-        order = torch.argsort(group[channel] * len(labels) + channel, stable=True)
-        sizes = torch.bincount(group[channel]).tolist()
+        numbers = torch.randint(2**62, counts.shape, generator=generator)
+        sums = torch.zeros_like(names).scatter_add_(0, channel, numbers[place])
+        _, group = torch.unique(sums[channel], return_inverse=True)
+        order = torch.argsort(group * len(names) + channel, stable=True)
         groups = []
-        for members in order.split(sizes):
-            size = len(channel[members].unique())
-            slices = [
-                (one, index[members][place[members] == one].view(size, -1))
-                for one in place[members].unique().tolist()
-            ]
-            half = len(probe.operators)
-            producers = tuple(
-                Members(probe.operators[one], indices)
-                for one, indices in slices
-                if one < half
-            )
-            consumers = tuple(
-                Members(probe.operators[one - half], indices)
-                for one, indices in slices
-                if one >= half
-            )
-            groups.append(ChannelGroup(kind, producers, consumers))
+        for some in torch.split(order, torch.bincount(group).tolist()):
+            size = len(torch.unique(channel[some]))
+            members = {
+                int(one): index[some][place[some] == one].view(size, -1)
+                for one in torch.unique(place[some])
+            }
+            groups.append(self._group(kind, members))
         return groups
+
+    def _group(self, kind: Kind, members: dict[int, Tensor]) -> ChannelGroup:
+        """By the places that members are in"""
+        operators = self._probe.operators
+        half = len(operators)
+        producers = [
+            Members(operators[place], indices)
+            for place, indices in members.items()
+            if place < half
+        ]
+        consumers = [
+            Members(operators[place - half], indices)
+            for place, indices in members.items()
+            if place >= half
+        ]
+        return ChannelGroup(kind, tuple(producers), tuple(consumers))
 
     def _proved(self, groups: list[ChannelGroup]) -> list[ChannelGroup]:
         """Those that hold; all are tried together, and if that fails one by one."""
-        if not groups or self._hold(groups):
+        if not groups or self._fault(groups) is None:
             return groups
         proved = []
         for group in groups:
-            if self._hold([group]):
+            fault = self._fault([group])
+            if fault is None:
                 proved.append(group)
             else:
-                self._refuse(
-                    group,
-                    "what they read of one channel depends on other channels too, or "
-                    "is read elsewhere",
-                )
+                self._refuse(group, fault)
         return proved
 
-    def _hold(self, groups: list[ChannelGroup]) -> bool:
+    def _fault(self, groups: list[ChannelGroup]) -> str | None:
+        """Why some of these groups do not hold, if so"""
         probe = self._probe
-        codes = Codes(sum(group.size for group in groups))
-        for bit in codes.bits:
+        sizes = [group.size for group in groups]
+        for bit in Codes(sum(sizes)).bits:
             rows = torch.zeros(sum(probe.row_counts), dtype=torch.bool)
             columns = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
-            for group, chosen in zip(
-                groups, bit.split([group.size for group in groups]), strict=True
-            ):
+            for group, chosen in zip(groups, torch.split(bit, sizes), strict=True):
                 rows |= self._rows(group, chosen)
                 columns |= self._columns(group, chosen)
             found, returned = probe.columns_behind(rows)
-            if returned or not torch.equal(found, columns):
-                return False
-        return True
+            if returned:
+                return "something else in the layer reads them"
+            if not torch.equal(found, columns):
+                return "channels reach inputs of other channels"
+        return None
 
     def _kind(self, group: ChannelGroup) -> Kind:
         before = self._probe.rows_before(self._columns(group))
         return "values" if bool((before & ~self._rows(group)).any()) else "channels"
 
-    def _find_heads(self) -> None:
-        """Components of all that reaches a consumer's columns, where these are mixed"""
+    def _find_heads(self, tried: list[Tensor]) -> None:
+        """
+        Components of all that reaches a consumer's columns, where these are mixed.
+
+        :param tried: rows of the groups of single channels
+        """
         probe = self._probe
         whole = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
         for group in self._found.of_kind("channels"):
@@ -319,57 +327,63 @@ class _Search:
             allowed = before & ~probe.returned & ~self._shared(remaining)
             of_rows = torch.full_like(before, -1, dtype=torch.long)
             of_columns = torch.full_like(remaining, -1, dtype=torch.long)
-            size = 0
+            head = 0
             while bool(remaining.any()):
-                columns = _first(remaining)
-                rows = probe.rows_before(columns) & allowed
-                while True:
-                    reached = probe.columns_behind(rows)[0] | columns
-                    if torch.equal(reached, columns):
-                        break
-                    columns = reached
-                    rows = probe.rows_before(columns) & allowed
-                of_rows[rows], of_columns[columns] = size, size
+                rows, columns = self._component(_first(remaining), allowed)
+                of_rows[rows], of_columns[columns] = head, head
                 whole |= columns
                 remaining &= ~columns
-                size += 1
+                head += 1
             groups = self._labelled(of_rows, of_columns, "heads")
-            groups = [
-                group
-                for group in groups
-                if group.size > 1 and group.consumers[0].indices.shape[1] > 1
-            ]
+            groups = [group for group in groups if group.size > 1]
             for group in self._proved(groups):
-                self._add(group)
+                # where heads share queries and keys, they are single values again
+                if not any(torch.equal(self._rows(group), one) for one in tried):
+                    self._add(group)
+
+    def _component(self, columns: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """All allowed rows, and columns, that hang together with some columns"""
+        while True:
+            rows = self._probe.rows_before(columns) & allowed
+            reached = self._probe.columns_behind(rows)[0] | columns
+            if torch.equal(reached, columns):
+                return rows, columns
+            columns = reached
 
     def _shared(self, columns: Tensor) -> Tensor:
         """Rows of operators that reach all heads alike, as one key for all queries"""
-        probe = self._probe
-        first = probe.rows_before(_first(columns))
-        last = probe.rows_before(_first(columns.flip(0)).flip(0))
-        masks = []
-        for one, other in zip(
-            first.split(probe.row_counts), last.split(probe.row_counts), strict=True
-        ):
-            masks.append(one if torch.equal(one, other) else torch.zeros_like(one))
-        shared = torch.cat(masks)
-        everything = bool((first | last).equal(shared))
+        first = self._probe.rows_before(_first(columns))
+        last = self._probe.rows_before(_first(columns.flip(0)).flip(0))
+        counts = self._probe.row_counts
+        shared = torch.cat(
+            [
+                one if torch.equal(one, other) else torch.zeros_like(one)
+                for one, other in zip(
+                    torch.split(first, counts), torch.split(last, counts), strict=True
+                )
+            ]
+        )
+        everything = torch.equal(first | last, shared)
         return torch.zeros_like(shared) if everything else shared
 
     def _add(self, group: ChannelGroup) -> None:
-        """Unless something else of the layer has entries for its channels."""
-        half = torch.arange(group.size) % 2 == 0
-        if group.kind == "values":
-            left = self._probe.columns_left(self._rows(group))
-            if bool((left & self._columns(group)).any()):
-                self._refuse(group, "they are not zero where the rows are")
-                return
-        elif own := self._own_entries(group, half):
+        """Unless something would be left of its channels."""
+        if group.kind != "channels" and self._leaves_something(group):
+            self._refuse(group, "they are not zero where their rows are")
+            return
+        if group.kind != "values" and (own := self._own_entries(group)):
             self._refuse(group, f"{', '.join(own)} would have to be cut with them")
             return
         self._found.groups.append(group)
 
-    def _own_entries(self, group: ChannelGroup, half: Tensor) -> list[str]:
+    def _leaves_something(self, group: ChannelGroup) -> bool:
+        """Whether consumers read something of channels whose rows are zero"""
+        left = self._probe.columns_left(self._rows(group))
+        return bool((left & self._columns(group)).any())
+
+    def _own_entries(self, group: ChannelGroup) -> list[str]:
+        """What else depends on which of the channels are looked at"""
+        half = torch.arange(group.size) % 2 == 0
         some = self._probe.others_before(self._columns(group, half))
         every = self._probe.others_before(self._columns(group))
         return [name for name in every if not torch.equal(some[name], every[name])]
@@ -378,25 +392,21 @@ class _Search:
         producers = ", ".join(operator.name for operator, _ in group.producers)
         consumers = ", ".join(operator.name for operator, _ in group.consumers)
         sentence = f"The {group.kind} of {producers} cannot leave {consumers}: {why}."
-        for operator, _ in (*group.producers, *group.consumers):
+        for operator in group.operators:
             self._found.reasons.setdefault(operator, []).append(sentence)
 
     def _explain(self) -> None:
         """Say something of each operator that is in no group."""
         probe, reasons = self._probe, self._found.reasons
-        known = {
-            operator
-            for group in self._found.groups
-            for operator, _ in (*group.producers, *group.consumers)
-        }
+        known = {one for group in self._found.groups for one in group.operators}
         for place, operator in enumerate(probe.operators):
             if operator in known or operator in reasons:
                 continue
-            returned = probe.returned.split(probe.row_counts)[place]
+            returned = torch.split(probe.returned, probe.row_counts)[place]
             readers = [
                 consumer.name
                 for consumer, rows in self._before.items()
-                if bool(rows.split(probe.row_counts)[place].any())
+                if bool(torch.split(rows, probe.row_counts)[place].any())
             ]
             if operator in self._before:
                 why = f"Each input of {operator.name} depends on several channels."
@@ -422,7 +432,7 @@ class _Search:
         self, members: Sequence[Members], counts: list[int], chosen: Tensor | None
     ) -> Tensor:
         mask = torch.zeros(sum(counts), dtype=torch.bool)
-        parts = mask.split(counts)
+        parts = torch.split(mask, counts)
         for operator, indices in members:
             some = indices if chosen is None else indices[chosen]
             parts[self._probe.operators.index(operator)][some] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context as moe
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.calibration.operators import Operator
@@ -200,7 +200,7 @@ class Probe:
     def _marked(self, columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs, and gradients of them that are NaN in some columns"""
         inputs, gradients = [], []
-        masks = columns.split(self.column_counts)
+        masks = torch.split(columns, self.column_counts)
         for operator, mask in zip(self.operators, masks, strict=True):
             if mask.any():
                 for one in self._traced.inputs[operator]:
@@ -229,7 +229,9 @@ class Probe:
 
     def _outputs(self, rows: Tensor, base: float, value: float) -> _Reading:
         """A run in which some rows put out another value than all others."""
-        masks = dict(zip(self.operators, rows.split(self.row_counts), strict=True))
+        masks = dict(
+            zip(self.operators, torch.split(rows, self.row_counts), strict=True)
+        )
         with torch.no_grad():
             return self._run(masks, base, value)
 
@@ -263,8 +265,8 @@ class Probe:
                 stack.enter_context(_requiring_gradients(inside.values()))
                 leaves = [_tracked_copy(one) for one in leaves]
                 reading.others = inside | {
-                    f"argument {place}": one
-                    for place, one in enumerate(leaves)
+                    f"the argument {name}": one
+                    for name, one in zip(self._names(), leaves, strict=True)
                     if isinstance(one, Tensor) and one.requires_grad
                 }
             # what is copied may be written to
@@ -280,6 +282,13 @@ class Probe:
             if not self._is_attention(one)
         ]
         return reading
+
+    def _names(self) -> list[str]:
+        """What the layer calls the argument that each leaf is in"""
+        call = self._call
+        parameters = [*inspect.signature(call.layer.forward).parameters]
+        named = [*zip(parameters, call.args, strict=False), *call.kwargs.items()]
+        return [name for name, value in named for _ in tree_leaves(value)]
 
     def _is_attention(self, value: Tensor) -> bool:
         """Whether it is weights of tokens, which a model only shows to its user"""
