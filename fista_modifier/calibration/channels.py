@@ -137,7 +137,7 @@ def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
 
 
 def _within(group: ChannelGroup, others: Iterable[ChannelGroup]) -> bool:
-    """Whether another group has all of its operators, and more"""
+    """Whether one of the others has all of its operators, or more"""
     return any(
         group.kind == other.kind and group.operators <= other.operators
         for other in others
@@ -169,8 +169,9 @@ class _Search:
     def groups(self) -> LayerGroups:
         """:return: groups, and reasons for operators in none"""
         channels = self._proved(self._components(*self._edges()))
+        mixed = self._mixed(channels)
         for group in channels:
-            self._add(replace(group, kind=self._kind(group)))
+            self._add(replace(group, kind=self._kind(group, mixed)))
         self._find_heads([self._rows(group) for group in channels])
         self._explain()
         return self._found
@@ -306,9 +307,17 @@ class _Search:
                 return "channels reach inputs of other channels"
         return None
 
-    def _kind(self, group: ChannelGroup) -> Kind:
-        before = self._probe.rows_before(self._columns(group))
-        return "values" if bool((before & ~self._rows(group)).any()) else "channels"
+    def _mixed(self, groups: list[ChannelGroup]) -> Tensor:
+        """Columns that depend on rows in no group, whether autograd sees it or not"""
+        rows = ~self._probe.returned
+        for group in groups:
+            rows &= ~self._rows(group)
+        return self._probe.columns_behind(rows)[0]
+
+    def _kind(self, group: ChannelGroup, mixed: Tensor) -> Kind:
+        columns = self._columns(group)
+        others = self._probe.rows_before(columns) & ~self._rows(group)
+        return "values" if bool(others.any() or (mixed & columns).any()) else "channels"
 
     def _find_heads(self, tried: list[Tensor]) -> None:
         """
@@ -316,7 +325,7 @@ class _Search:
 
         :param tried: rows of the groups of single channels
         """
-        probe = self._probe
+        probe, found = self._probe, list(self._found.groups)
         whole = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
         for group in self._found.of_kind("channels"):
             whole |= self._columns(group)
@@ -335,6 +344,8 @@ class _Search:
                 remaining &= ~columns
                 head += 1
             groups = self._labelled(of_rows, of_columns, "heads")
+            if head == 1 and any(consumer in one.operators for one in found):
+                self._refuse(groups[0], "there is one, or each depends on all")
             groups = [group for group in groups if group.size > 1]
             for group in self._proved(groups):
                 # where heads share queries and keys, they are single values again

@@ -299,6 +299,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
         ("mamba", "mixer.dt_proj", "does not call"),
         ("rwkv", "attention.value", "time_decay.* have to be cut with them"),
         ("bloom", "self_attention.dense", "argument alibi would have to be cut"),
+        ("falcon", "self_attention.dense", "heads .* there is one"),
+        ("olmo2", "self_attn.q_proj", "reaches several inputs of .*o_proj"),
         ("llama", "mlp.down_proj", "^$"),
     ],
 )
