@@ -1,0 +1,558 @@
+"""Which channels of a layer can leave the model together, found from runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier.calibration.attention import same_output
+from fista_modifier.calibration.operators import Operator, replaced_weights
+from fista_modifier.calibration.probing import Codes, Probe, shortened
+from fista_modifier.calibration.replay import LayerCall
+
+__all__ = ["ChannelGroup", "LayerGroups", "Members", "check_cut", "find_groups"]
+
+Kind = Literal["channels", "values", "heads"]
+
+
+class Members(NamedTuple):
+    """
+    What channels are in one operator.
+
+    :param operator: the operator
+    :param indices: channels×r: the rows, or columns, of each channel, in ascending
+        order
+    """
+
+    operator: Operator
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """
+    Channels inside a layer of which any number can leave the model, each with all of
+    its rows and columns, without a change for the others: nothing but the consumers
+    reads them.
+
+    :param kind: "channels" if they alone make what the consumers read, as in an MLP;
+        "values" if other rows (queries and keys) do too, and expect heads of a size:
+        these can be zeroed, and not cut; "heads" if each channel is a whole head for
+        keys and values with its queries
+    :param producers: operators with the channels' output rows, and biases
+    :param consumers: operators with the channels' input columns
+    """
+
+    kind: Kind
+    producers: tuple[Members, ...]
+    consumers: tuple[Members, ...]
+
+    @property
+    def size(self) -> int:
+        """number of channels"""
+        return len(self.consumers[0].indices)
+
+    @property
+    def operators(self) -> set[Operator]:
+        """all producers and consumers"""
+        return {operator for operator, _ in (*self.producers, *self.consumers)}
+
+
+@dataclass
+class LayerGroups:
+    """
+    :param groups: of one layer
+    :param reasons: sentences that say, of operators, why some or all of their rows or
+        columns are in no group
+    """
+
+    groups: list[ChannelGroup] = field(default_factory=list)
+    reasons: dict[Operator, list[str]] = field(default_factory=dict)
+
+    def of_kind(self, kind: Kind) -> list[ChannelGroup]:
+        """
+        :param kind: of groups
+        :return: those groups
+        """
+        return [group for group in self.groups if group.kind == kind]
+
+    def why_not(self, operator: Operator) -> str:
+        """
+        :param operator: of the layer
+        :return: sentences for a user, "" if there is nothing to say
+        """
+        return " ".join(self.reasons.get(operator, []))
+
+
+def find_groups(
+    operators: Sequence[Operator], calls: Iterable[LayerCall]
+) -> LayerGroups:
+    """
+    Probe the layer. Guesses are made from what each input depends on, and only those
+    are returned that hold in further runs: where channels are NaN, all of their
+    columns are NaN, no other column is, and nothing that the layer returns.
+
+    A few tokens of one call are enough, unless they do not reach all operators.
+
+    :param operators: all linear operators of one decoder layer
+    :param calls: of the layer
+    :return: groups, and reasons for what is in none
+    """
+    found = LayerGroups()
+    unseen = set(operators)
+    for call in calls:
+        probe = _probe(call, operators)
+        if unseen.isdisjoint(probe.operators):
+            continue
+        new = _Search(probe).groups()
+        # a call may show a producer that others do not reach
+        kept = [one for one in found.groups if not _within(one, new.groups)]
+        kept += [one for one in new.groups if not _within(one, kept)]
+        found.groups = kept
+        found.reasons |= {
+            operator: new.reasons[operator]
+            for operator in new.reasons
+            if operator in unseen
+        }
+        unseen -= set(probe.operators)
+        if not unseen:
+            break
+    for operator in unseen:
+        found.reasons[operator] = [f"The layer does not call {operator.name}."]
+    return found
+
+
+def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
+    """With few tokens, unless the layer takes none but the whole call."""
+    try:
+        return Probe(shortened(call), operators)
+    except Exception:  # noqa: BLE001 - whatever a layer says to arguments cut short
+        return Probe(call, operators)
+
+
+def _within(group: ChannelGroup, others: Iterable[ChannelGroup]) -> bool:
+    """Whether one of the others has all of its operators, or more"""
+    return any(
+        group.kind == other.kind and group.operators <= other.operators
+        for other in others
+    )
+
+
+class _Search:
+    """
+    The groups that one probe shows.
+
+    Rows and columns are the nodes of a graph. An edge joins a row and a column if the
+    row reaches no other column of that operator (gates; keys are no such rows), or the
+    column shows no other row when all is zero beside it (values). The channels are the
+    connected components.
+
+    :param probe: of the layer
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._found = LayerGroups()
+        # rows that each operator's input depends on, if there are any that can leave
+        self._before: dict[Operator, Tensor] = {}
+        for operator in probe.operators:
+            rows = probe.rows_before(probe.columns_of(operator))
+            if bool((rows & ~probe.returned).any()):
+                self._before[operator] = rows
+
+    def groups(self) -> LayerGroups:
+        """:return: groups, and reasons for operators in none"""
+        channels = self._proved(self._components(*self._edges()))
+        mixed = self._mixed(channels)
+        for group in channels:
+            self._add(replace(group, kind=self._kind(group, mixed)))
+        self._find_heads([self._rows(group) for group in channels])
+        self._explain()
+        return self._found
+
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns, an entry each for every edge"""
+        edges = [self._values()]
+        for consumers in _apart(self._before):
+            edges += self._lone_columns(consumers)
+        rows = torch.cat([some for some, _ in edges])
+        columns = torch.cat([some for _, some in edges])
+        stay = self._probe.returned[rows]
+        return rows[~stay], columns[~stay]
+
+    def _lone_columns(
+        self, consumers: list[Operator]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of rows that reach one column of a consumer, that column"""
+        columns = [self._probe.columns_of(one).nonzero()[:, 0] for one in consumers]
+        codes = Codes(max(map(len, columns)))
+        shown = []
+        for bit in codes.bits:
+            chosen = [some[bit[: len(some)]] for some in columns]
+            mask = self._mask(torch.cat(chosen), self._probe.column_counts)
+            shown.append(self._probe.rows_before(mask))
+        patterns = torch.stack(shown)
+        for consumer, some in zip(consumers, columns, strict=True):
+            rows = self._before[consumer].nonzero()[:, 0]
+            places = codes.decode(patterns[:, rows])
+            yield rows[places >= 0], some[places[places >= 0]]
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """Of columns that one row changes when all is zero beside it, that row"""
+        rows = (~self._probe.returned).nonzero()[:, 0]
+        if not len(rows):
+            return rows, rows
+        codes = Codes(len(rows))
+        masks = torch.zeros(codes.length, len(self._probe.returned), dtype=torch.bool)
+        masks[:, rows] = codes.bits
+        places = codes.decode(self._probe.columns_changed(masks))
+        columns = (places >= 0).nonzero()[:, 0]
+        return rows[places[columns]], columns
+
+    def _components(self, rows: Tensor, columns: Tensor) -> list[ChannelGroup]:
+        """Connected components; those with members in the same places are a group"""
+        probe = self._probe
+        label_of_row = torch.arange(len(probe.returned))
+        label_of_column = torch.full((sum(probe.column_counts),), len(label_of_row))
+        before = None
+        while before is None or not torch.equal(before, label_of_row):
+            before = label_of_row.clone()
+            label_of_column.scatter_reduce_(0, columns, label_of_row[rows], "amin")
+            label_of_row.scatter_reduce_(0, rows, label_of_column[columns], "amin")
+        label_of_column[label_of_column == len(label_of_row)] = -1
+        label_of_row[self._mask(rows, probe.row_counts).logical_not()] = -1
+        return self._labelled(label_of_row, label_of_column, "channels")
+
+    def _labelled(
+        self, of_rows: Tensor, of_columns: Tensor, kind: Kind
+    ) -> list[ChannelGroup]:
+        """
+        :param of_rows: the channel of each row, -1 if it is in none
+        :param of_columns: the same of each column
+        :return: groups of channels that have as many members in the same operators
+        """
+        labels = torch.cat([of_rows, of_columns])
+        node = (labels >= 0).nonzero()[:, 0]
+        names, channel = torch.unique(labels[node], return_inverse=True)
+        # rows of each operator, and then columns of each, are places of members
+        counts = torch.tensor([*self._probe.row_counts, *self._probe.column_counts])
+        ends = counts.cumsum(0)
+        place = torch.searchsorted(ends, node, right=True)
+        index = node - (ends - counts)[place]
+        # places are numbers at random, whose sum says where a channel has members
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randint(2**62, counts.shape, generator=generator)
+        sums = torch.zeros_like(names).scatter_add_(0, channel, numbers[place])
+        _, group = torch.unique(sums[channel], return_inverse=True)
+        order = torch.argsort(group * len(names) + channel, stable=True)
+        groups = []
+        for some in torch.split(order, torch.bincount(group).tolist()):
+            size = len(torch.unique(channel[some]))
+            members = {
+                int(one): index[some][place[some] == one].view(size, -1)
+                for one in torch.unique(place[some])
+            }
+            groups.append(self._group(kind, members))
+        return groups
+
+    def _group(self, kind: Kind, members: dict[int, Tensor]) -> ChannelGroup:
+        """By the places that members are in"""
+        operators = self._probe.operators
+        half = len(operators)
+        producers = [
+            Members(operators[place], indices)
+            for place, indices in members.items()
+            if place < half
+        ]
+        consumers = [
+            Members(operators[place - half], indices)
+            for place, indices in members.items()
+            if place >= half
+        ]
+        return ChannelGroup(kind, tuple(producers), tuple(consumers))
+
+    def _proved(self, groups: list[ChannelGroup]) -> list[ChannelGroup]:
+        """Those that hold; all are tried together, and if that fails one by one."""
+        if not groups or self._fault(groups) is None:
+            return groups
+        proved = []
+        for group in groups:
+            fault = self._fault([group])
+            if fault is None:
+                proved.append(group)
+            else:
+                self._refuse(group, fault)
+        return proved
+
+    def _fault(self, groups: list[ChannelGroup]) -> str | None:
+        """Why some of these groups do not hold, if so"""
+        probe = self._probe
+        sizes = [group.size for group in groups]
+        for bit in Codes(sum(sizes)).bits:
+            rows = torch.zeros(sum(probe.row_counts), dtype=torch.bool)
+            columns = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
+            for group, chosen in zip(groups, torch.split(bit, sizes), strict=True):
+                rows |= self._rows(group, chosen)
+                columns |= self._columns(group, chosen)
+            found, returned = probe.columns_behind(rows)
+            if returned:
+                return "something else in the layer reads them"
+            if not torch.equal(found, columns):
+                return "channels reach inputs of other channels"
+        return None
+
+    def _mixed(self, groups: list[ChannelGroup]) -> Tensor:
+        """Columns that depend on rows in no group, whether autograd sees it or not"""
+        rows = ~self._probe.returned
+        for group in groups:
+            rows &= ~self._rows(group)
+        return self._probe.columns_behind(rows)[0]
+
+    def _kind(self, group: ChannelGroup, mixed: Tensor) -> Kind:
+        columns = self._columns(group)
+        others = self._probe.rows_before(columns) & ~self._rows(group)
+        return "values" if bool(others.any() or (mixed & columns).any()) else "channels"
+
+    def _find_heads(self, tried: list[Tensor]) -> None:
+        """
+        Components of all that reaches a consumer's columns, where these are mixed.
+
+        :param tried: rows of the groups of single channels
+        """
+        probe, found = self._probe, list(self._found.groups)
+        whole = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
+        for group in self._found.of_kind("channels"):
+            whole |= self._columns(group)
+        for consumer, before in self._before.items():
+            remaining = probe.columns_of(consumer) & ~whole
+            if not bool(remaining.any()):
+                continue
+            allowed = before & ~probe.returned & ~self._shared(remaining)
+            of_rows = torch.full_like(before, -1, dtype=torch.long)
+            of_columns = torch.full_like(remaining, -1, dtype=torch.long)
+            head = 0
+            while bool(remaining.any()):
+                rows, columns = self._component(_first(remaining), allowed)
+                of_rows[rows], of_columns[columns] = head, head
+                whole |= columns
+                remaining &= ~columns
+                head += 1
+            groups = self._labelled(of_rows, of_columns, "heads")
+            if head == 1 and any(consumer in one.operators for one in found):
+                self._refuse(groups[0], "there is one, or each depends on all")
+            groups = [group for group in groups if group.size > 1]
+            for group in self._proved(groups):
+                # where heads share queries and keys, they are single values again
+                if not any(torch.equal(self._rows(group), one) for one in tried):
+                    self._add(group)
+
+    def _component(self, columns: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """All allowed rows, and columns, that hang together with some columns"""
+        while True:
+            rows = self._probe.rows_before(columns) & allowed
+            reached = self._probe.columns_behind(rows)[0] | columns
+            if torch.equal(reached, columns):
+                return rows, columns
+            columns = reached
+
+    def _shared(self, columns: Tensor) -> Tensor:
+        """Rows of operators that reach all heads alike, as one key for all queries"""
+        first = self._probe.rows_before(_first(columns))
+        last = self._probe.rows_before(_first(columns.flip(0)).flip(0))
+        counts = self._probe.row_counts
+        shared = torch.cat(
+            [
+                one if torch.equal(one, other) else torch.zeros_like(one)
+                for one, other in zip(
+                    torch.split(first, counts), torch.split(last, counts), strict=True
+                )
+            ]
+        )
+        everything = torch.equal(first | last, shared)
+        return torch.zeros_like(shared) if everything else shared
+
+    def _add(self, group: ChannelGroup) -> None:
+        """Unless something would be left of its channels."""
+        if group.kind != "channels" and self._leaves_something(group):
+            self._refuse(group, "they are not zero where their rows are")
+            return
+        if group.kind != "values" and (own := self._own_entries(group)):
+            self._refuse(group, f"{', '.join(own)} would have to be cut with them")
+            return
+        self._found.groups.append(group)
+
+    def _leaves_something(self, group: ChannelGroup) -> bool:
+        """Whether consumers read something of channels whose rows are zero"""
+        left = self._probe.columns_left(self._rows(group))
+        return bool((left & self._columns(group)).any())
+
+    def _own_entries(self, group: ChannelGroup) -> list[str]:
+        """What else depends on which of the channels are looked at"""
+        half = torch.arange(group.size) % 2 == 0
+        some = self._probe.others_before(self._columns(group, half))
+        every = self._probe.others_before(self._columns(group))
+        return [name for name in every if not torch.equal(some[name], every[name])]
+
+    def _refuse(self, group: ChannelGroup, why: str) -> None:
+        producers = ", ".join(operator.name for operator, _ in group.producers)
+        consumers = ", ".join(operator.name for operator, _ in group.consumers)
+        sentence = f"The {group.kind} of {producers} cannot leave {consumers}: {why}."
+        for operator in group.operators:
+            self._found.reasons.setdefault(operator, []).append(sentence)
+
+    def _explain(self) -> None:
+        """Say something of each operator that is in no group."""
+        probe, reasons = self._probe, self._found.reasons
+        known = {one for group in self._found.groups for one in group.operators}
+        for place, operator in enumerate(probe.operators):
+            if operator in known or operator in reasons:
+                continue
+            returned = torch.split(probe.returned, probe.row_counts)[place]
+            readers = [
+                consumer.name
+                for consumer, rows in self._before.items()
+                if bool(torch.split(rows, probe.row_counts)[place].any())
+            ]
+            if operator in self._before:
+                why = f"Each input of {operator.name} depends on several channels."
+            elif bool(returned.any()):
+                why = f"The layer returns what {operator.name} puts out."
+            elif readers:
+                why = (
+                    f"Each channel of {operator.name} reaches several inputs of "
+                    f"{', '.join(readers)}."
+                )
+            else:
+                why = f"No operator reads what {operator.name} puts out."
+            reasons[operator] = [why]
+
+    def _rows(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
+        """Mask of the rows of a group's chosen channels"""
+        return self._mask_of(group.producers, self._probe.row_counts, chosen)
+
+    def _columns(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
+        return self._mask_of(group.consumers, self._probe.column_counts, chosen)
+
+    def _mask_of(
+        self, members: Sequence[Members], counts: list[int], chosen: Tensor | None
+    ) -> Tensor:
+        mask = torch.zeros(sum(counts), dtype=torch.bool)
+        parts = torch.split(mask, counts)
+        for operator, indices in members:
+            some = indices if chosen is None else indices[chosen]
+            parts[self._probe.operators.index(operator)][some] = True
+        return mask
+
+    def _mask(self, indices: Tensor, counts: list[int]) -> Tensor:
+        mask = torch.zeros(sum(counts), dtype=torch.bool)
+        mask[indices] = True
+        return mask
+
+
+def _first(mask: Tensor) -> Tensor:
+    """A mask of its first entry"""
+    only = torch.zeros_like(mask)
+    only[mask.nonzero()[0]] = True
+    return only
+
+
+def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
+    """Consumers in lists within which no two depend on the same row"""
+    remaining = dict(before)
+    while remaining:
+        chosen: list[Operator] = []
+        taken = torch.zeros_like(next(iter(remaining.values())))
+        for consumer, rows in list(remaining.items()):
+            if not bool((rows & taken).any()):
+                taken |= rows
+                chosen.append(consumer)
+                del remaining[consumer]
+        yield chosen
+
+
+def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
+    """
+    Whether a layer without some channels computes what it computes when these are not
+    read: the channels are cut or, of "values", are zero. The layer is then as before.
+
+    :param group: of the layer
+    :param call: of the layer
+    :param kept: which channels stay, in ascending order
+    :return: why not, None if it does
+    """
+    leaving = torch.ones(group.size, dtype=torch.bool)
+    leaving[kept] = False
+    unread = {}
+    for operator, indices in group.consumers:
+        weight = operator.weight.clone()
+        weight[:, indices[leaving].flatten()] = 0
+        unread[operator] = weight
+    with torch.no_grad():
+        with replaced_weights(unread):
+            expected = call.run()
+        with ExitStack() as stack:
+            stack.enter_context(_without(group, leaving))
+            try:
+                found = call.run()
+            except (RuntimeError, ValueError, IndexError) as error:
+                return f"The layer does not run without them: {error}"
+    if found.shape != expected.shape or not same_output(found, expected):
+        return "The layer computes something else without them."
+    return None
+
+
+@contextmanager
+def _without(group: ChannelGroup, leaving: Tensor) -> Iterator[None]:
+    """The operators without some channels, for a while"""
+    with ExitStack() as stack:
+        for operator, indices in group.producers:
+            rows = indices[leaving].flatten()
+            stack.enter_context(_changed(operator, 0, rows, group.kind == "values"))
+        if group.kind != "values":
+            for operator, indices in group.consumers:
+                columns = indices[leaving].flatten()
+                stack.enter_context(_changed(operator, 1, columns, False))
+        yield
+
+
+@contextmanager
+def _changed(
+    operator: Operator, dim: int, indices: Tensor, zeroed: bool
+) -> Iterator[None]:
+    """One operator without some rows or columns, or with zeros in their place"""
+    module = operator.module
+    weight, bias = module.weight.data, module.bias
+    sizes = (
+        ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    )
+    size = getattr(module, sizes[dim])
+    stays = torch.ones(size, dtype=torch.bool, device=weight.device)
+    stays[indices.to(weight.device)] = False
+
+    def change(tensor: Tensor, along: int) -> Tensor:
+        if zeroed:
+            shape = [size if at == along else 1 for at in range(tensor.ndim)]
+            return tensor * stays.view(shape)
+        return tensor.index_select(along, stays.nonzero()[:, 0])
+
+    own_bias = None if bias is None else bias.data
+    try:
+        module.weight.data = operator.oriented(
+            change(operator.oriented(weight), dim)
+        ).contiguous()
+        if bias is not None and dim == 0:
+            bias.data = change(bias.data, 0)
+        if not zeroed:
+            setattr(module, sizes[dim], int(stays.sum()))
+        yield
+    finally:
+        module.weight.data = weight
+        if own_bias is not None:
+            bias.data = own_bias
+        setattr(module, sizes[dim], size)
