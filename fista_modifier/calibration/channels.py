@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.calibration.attention import same_output
-from fista_modifier.calibration.operators import Operator, replaced_weights
 from fista_modifier.calibration.probing import Codes, Probe, shortened
 from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.models.operators import Operator, replaced_weights
 
 __all__ = ["ChannelGroup", "LayerGroups", "Members", "check_cut", "find_groups"]
 

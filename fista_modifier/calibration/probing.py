@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.operators import Operator
 from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.models.operators import Operator
 
 __all__ = ["Codes", "Probe", "shortened"]
 

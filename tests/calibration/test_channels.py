@@ -19,16 +19,16 @@ from fista_modifier.calibration.channels import (
     check_cut,
     find_groups,
 )
-from fista_modifier.calibration.layers import (
+from fista_modifier.calibration.probing import Codes
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import LayerCall, calibration_runs
+from fista_modifier.models.experts import linearize
+from fista_modifier.models.layers import (
     DecoderLayer,
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.calibration.operators import Operator, find_operators
-from fista_modifier.calibration.probing import Codes
-from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerCall, calibration_runs
-from fista_modifier.experts import linearize
+from fista_modifier.models.operators import Operator, find_operators
 
 ZOO = Path(__file__).parents[1] / "zoo" / "configurations.json"
 MLP, HEADS, KEYS, SIZE = 48, 4, 2, 8
