@@ -159,6 +159,7 @@ class _Search:
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
         self._found = LayerGroups()
+        self._places = {one: place for place, one in enumerate(probe.operators)}
         # rows that each operator's input depends on, if there are any that can leave
         self._before: dict[Operator, Tensor] = {}
         for operator in probe.operators:
@@ -443,10 +444,10 @@ class _Search:
         self, members: Sequence[Members], counts: list[int], chosen: Tensor | None
     ) -> Tensor:
         mask = torch.zeros(sum(counts), dtype=torch.bool)
-        parts = torch.split(mask, counts)
         for operator, indices in members:
             some = indices if chosen is None else indices[chosen]
-            parts[self._probe.operators.index(operator)][some] = True
+            place = self._places[operator]
+            mask[some + sum(counts[:place])] = True
         return mask
 
     def _mask(self, indices: Tensor, counts: list[int]) -> Tensor:
