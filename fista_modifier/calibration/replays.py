@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -13,7 +13,11 @@ from torch import Tensor
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stages import Stage, waves
-from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.models.operators import (
+    NO_BIASES,
+    Operator,
+    replaced_weights,
+)
 
 __all__ = ["Replays", "replays_of"]
 
@@ -30,6 +34,7 @@ class Replays:
     :param differ: whether X* may differ from X; otherwise one run shows both
     :param outputs: what the only operator puts out in the dense model, one tensor a
         batch, from which drift is summed in place of X; None if X must be run
+    :param biases: of the operators that have got another bias
     """
 
     dense: LayerInputs
@@ -37,6 +42,7 @@ class Replays:
     weights: Mapping[Operator, Tensor]
     differ: bool
     outputs: Sequence[Tensor] | None = None
+    biases: Mapping[Operator, Tensor] = NO_BIASES
 
     def of_dense(self) -> Replays:
         """:return: runs in which X* is X"""
@@ -48,6 +54,7 @@ def replays_of(
     recording: Recording,
     pruned_inputs: LayerInputs | None,
     pruned: Mapping[Operator, Tensor],
+    biases: Mapping[Operator, Tensor] = NO_BIASES,
 ) -> Iterator[tuple[list[Stage], Replays]]:
     """
     The stages of each wave, with the smallest runs that show their inputs. The inputs
@@ -66,6 +73,7 @@ def replays_of(
     :param pruned_inputs: what the layer is called with for X*; None if as for X
     :param pruned: weights of what is pruned already, to be added to between the steps;
         none if X* does not follow it
+    :param biases: of what is pruned already, if they changed
     """
     layer = recording.inputs.layer
     groups = [
@@ -89,11 +97,12 @@ def replays_of(
         elif inside and (left[block] > 1 or block in of_block):
             done = sum(operator.name in before[block] for operator in pruned)
             if of_block.get(block, (-1,))[0] != done:
-                with replaced_weights(pruned):
+                with replaced_weights(pruned, biases):
                     inputs = of_layer.of_block(block)
                 of_block[block] = done, inputs
             inputs = of_block[block][1]
-        yield group, _replays(group, recording, dense, inputs, pruned)
+        replays = _replays(group, recording, dense, inputs, pruned)
+        yield group, replace(replays, biases=biases)
         left[block] -= 1
         if not left[block] and inside:
             for used in (dense, inputs):

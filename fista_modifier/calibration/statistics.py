@@ -87,7 +87,7 @@ def _accumulated(
     """Those of this rank's batches"""
     gathered = [_empty(stage, offload) for stage in wave]
     for batch, real in enumerate(real_tokens):
-        with replaced_weights(replays.weights):
+        with replaced_weights(replays.weights, replays.biases):
             partly_pruned = _tokens(wave, replays.pruned[batch], real)
         if not replays.differ:
             for statistics, tokens in zip(gathered, partly_pruned, strict=True):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import same_output
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.models.operators import (
+    NO_BIASES,
+    Operator,
+    replaced_weights,
+)
 
 __all__ = ["PrunedStream"]
 
@@ -47,7 +53,8 @@ class PrunedStream:
         self,
         dense_inputs: LayerInputs,
         pruned_inputs: LayerInputs,
-        pruned: dict[Operator, Tensor],
+        pruned: Mapping[Operator, Tensor],
+        biases: Mapping[Operator, Tensor] = NO_BIASES,
     ) -> None:
         """
         Run the pruned layer, whose outputs are the next layer's inputs.
@@ -55,9 +62,10 @@ class PrunedStream:
         :param dense_inputs: the layer's inputs in the dense model
         :param pruned_inputs: its inputs in the model pruned so far
         :param pruned: its pruned weights, out×in
+        :param biases: of operators that have got another bias
         """
         self._dense_output = next(iter(dense_inputs)).run()
-        with replaced_weights(pruned):
+        with replaced_weights(pruned, biases):
             self._hidden_states = [
                 self._storage.keep(call.run()) for call in pruned_inputs
             ]

@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
-from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.offload import (
+    OffloadCache,
+    disable_onloading,
+    update_offload_parameter,
+)
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
@@ -22,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from fista_modifier.solver.drift import narrows
 from fista_modifier.solver.patterns import SparsityPattern
 
+NO_BIASES: Mapping[Operator, Tensor] = MappingProxyType({})
 LOOKED_AT = 8
 """operators whose zeros are counted"""
 ZEROS = 0.05
@@ -72,14 +78,36 @@ class Operator:
         """
         return weight.T if isinstance(self.module, Conv1D) else weight
 
-    def save(self, weight: Tensor) -> None:
+    def save(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """
         Write the weight where it lives, also on an offload device.
 
-        :param weight: out×in
+        :param weight: out×in, of another shape if the operator becomes smaller
+        :param bias: out; None leaves it
         """
-        weight = self.oriented(weight).contiguous()
-        update_offload_parameter(self.module, "weight", weight)
+        _write(self.module, "weight", self.oriented(weight).contiguous())
+        if bias is not None:
+            _write(self.module, "bias", bias)
+        sizes = (
+            ("nf", "nx")
+            if isinstance(self.module, Conv1D)
+            else ("out_features", "in_features")
+        )
+        for name, size in zip(sizes, weight.shape, strict=True):
+            setattr(self.module, name, size)
+
+
+def _write(module: torch.nn.Module, name: str, value: Tensor) -> None:
+    with disable_onloading():
+        stored = getattr(module, name)
+    if stored.shape == value.shape:
+        update_offload_parameter(module, name, value)
+        return
+    parameter = torch.nn.Parameter(value.to(stored.dtype), stored.requires_grad)
+    if isinstance(module._parameters, OffloadCache):
+        module._parameters[name] = parameter
+    else:
+        setattr(module, name, torch.nn.Parameter(parameter.to(stored.device)))
 
 
 def blocks_of(
@@ -108,21 +136,29 @@ def _called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def replaced_weights(weights: Mapping[Operator, Tensor]) -> Iterator[None]:
+def replaced_weights(
+    weights: Mapping[Operator, Tensor], biases: Mapping[Operator, Tensor] = NO_BIASES
+) -> Iterator[None]:
     """
     Run the modules with other weights, without a copy and without touching what is
     stored: to be used while the modules are onloaded.
 
     :param weights: out×in weight of each operator to replace
+    :param biases: of those that get another bias, too
     """
     own = {operator: operator.module.weight.data for operator in weights}
+    own_biases = {operator: operator.module.bias.data for operator in biases}
     try:
         for operator, weight in weights.items():
             operator.module.weight.data = operator.oriented(weight)
+        for operator, bias in biases.items():
+            operator.module.bias.data = bias
         yield
     finally:
         for operator, weight in own.items():
             operator.module.weight.data = weight
+        for operator, bias in own_biases.items():
+            operator.module.bias.data = bias
 
 
 @contextmanager

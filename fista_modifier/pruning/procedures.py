@@ -67,6 +67,7 @@ class PrunedLayer:
     """
     :param weights: out×in weight of each operator by its name, in the dtype of the
         module, of its shape or a smaller one; an operator that is missing stays dense
+    :param biases: of operators whose bias changed, or became shorter
     :param operators: what became of each
     :param reconstruction: what became of the layer, if it was reconstructed
     """
@@ -74,11 +75,13 @@ class PrunedLayer:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     operators: Sequence[OperatorResult] = ()
     reconstruction: ReconstructionResult | None = None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def on_cpu(self) -> PrunedLayer:
         """:return: the same, to be sent to another process or to disk"""
         weights = {name: weight.cpu() for name, weight in self.weights.items()}
-        return replace(self, weights=weights)
+        biases = {name: bias.cpu() for name, bias in self.biases.items()}
+        return replace(self, weights=weights, biases=biases)
 
 
 class Procedure(Protocol):

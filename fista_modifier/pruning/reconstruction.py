@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
 from fista_modifier.models.operators import (
+    NO_BIASES,
     Operator,
     replaced_weights,
     trainable,
@@ -57,6 +58,7 @@ def reconstruct(
     pruned: dict[Operator, Tensor],
     options: Reconstruction,
     on_batch: Callable[[], object] = lambda: None,
+    biases: Mapping[Operator, Tensor] = NO_BIASES,
 ) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
     """
     Train the kept weights of all operators of a layer towards the dense layer's output:
@@ -84,6 +86,7 @@ def reconstruct(
     :param pruned: out×in weight of each operator, in the dtype of the module
     :param options: how long and how fast
     :param on_batch: called after each batch, for a progress bar
+    :param biases: of operators that have got another bias; they stay as they are
     :return: the new weights, in the same dtypes, and what came of it
     """
     started = time.perf_counter()
@@ -99,7 +102,7 @@ def reconstruct(
         real, target = recording.real_tokens[batch].own, recording.outputs[batch]
         return _token_errors(inputs[batch].run(), target, real)
 
-    with replaced_weights(current), trainable(inputs.layer, current):
+    with replaced_weights(current, biases), trainable(inputs.layer, current):
         start_error = _root_mean([errors(batch) for batch in measured])
         kept = _KeptWeights(current, options.rate, steps)
         with kept.following_gradients():
@@ -110,10 +113,10 @@ def reconstruct(
                     torch.autograd.backward(loss * recording.outputs[batch].shape[-1])
                 kept.end_step()
                 on_batch()
-    error, operator_errors = _errors(current, recording, inputs, measured)
+    error, operator_errors = _errors(current, biases, recording, inputs, measured)
     if not error < start_error:
         current, steps = pruned, 0
-        error, operator_errors = _errors(current, recording, inputs, measured)
+        error, operator_errors = _errors(current, biases, recording, inputs, measured)
     result = ReconstructionResult(
         start_error=start_error,
         error=error,
@@ -143,6 +146,7 @@ def _root_mean(squares: Iterable[Tensor]) -> float:
 
 def _errors(
     weights: dict[Operator, Tensor],
+    biases: Mapping[Operator, Tensor],
     recording: Recording,
     inputs: LayerInputs,
     batches: Iterable[int],
@@ -154,7 +158,7 @@ def _errors(
     for batch in batches:
         real, call = recording.real_tokens[batch], recording.inputs[batch]
         dense, _ = _outputs(weights, call, real)
-        with replaced_weights(weights):
+        with replaced_weights(weights, biases):
             pruned, output = _outputs(weights, inputs[batch], real)
         of_layer.append(_token_errors(output, recording.outputs[batch], real.own))
         for operator, output in dense.items():

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 RUN_FILE = "run.json"
+BIAS = ":bias"
+"""ends the name of a bias in a layer's file; that of a weight is its operator's"""
 SHOWN = 3
 """how many differences a message names"""
 
@@ -263,11 +265,15 @@ class FinishedLayers:
         :raises OSError: naming the file, if it cannot be written (a full disk); all
             files that were there stay
         """
-        on_cpu = pruned.on_cpu().weights
-        weights = {name: weight.contiguous() for name, weight in on_cpu.items()}
+        on_cpu = pruned.on_cpu()
+        biases = {f"{name}{BIAS}": bias for name, bias in on_cpu.biases.items()}
+        tensors = {
+            name: tensor.contiguous()
+            for name, tensor in {**on_cpu.weights, **biases}.items()
+        }
         results = _Results(pruned.operators, pruned.reconstruction)
         metadata = {"results": json.dumps(asdict(results))}
-        self._write(self._file(layer), lambda file: save_file(weights, file, metadata))
+        self._write(self._file(layer), lambda file: save_file(tensors, file, metadata))
 
     def load(self, layer: DecoderLayer) -> PrunedLayer:
         """
@@ -281,8 +287,15 @@ class FinishedLayers:
                 results = TypeAdapter(_Results).validate_json(
                     opened.metadata()["results"]
                 )
-                weights = {name: opened.get_tensor(name) for name in opened.keys()}
-            return PrunedLayer(weights, results.operators, results.reconstruction)
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            biases = {
+                name.removesuffix(BIAS): tensors.pop(name)
+                for name in list(tensors)
+                if name.endswith(BIAS)
+            }
+            return PrunedLayer(
+                tensors, results.operators, results.reconstruction, biases
+            )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): delete it to prune {layer.name} anew"

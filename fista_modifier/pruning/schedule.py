@@ -90,7 +90,7 @@ class Schedule:
         self._to_prune = {layer for layer in chosen if layer.operators}
         self._to_prune -= self._resumption.look_for(layers)
         # pruned weights of layers that the pipeline may run again before it moves on
-        self._unstored: dict[Operator, Tensor] = {}
+        self._unstored: list[tuple[Operator, Tensor, Tensor | None]] = []
         self._progress = RunProgress(self._rounds.count(len(self._to_prune)))
 
     @property
@@ -154,7 +154,7 @@ class Schedule:
         if on_disk is not None:
             self._accept(layer, on_disk, recording)
         else:
-            self._pass_on(layer, {}, recording)
+            self._pass_on(layer, {}, {}, recording)
 
     def _prune_in_turn(self, layer: DecoderLayer) -> None:
         """As soon as each rank has a layer"""
@@ -210,16 +210,24 @@ class Schedule:
         # what is left dense is no part of the layer's task any longer
         layer.operators = [one for one in layer.operators if one.name in pruned.weights]
         weights = {one: pruned.weights[one.name] for one in layer.operators}
-        self._unstored |= weights
+        biases = {
+            one: pruned.biases[one.name]
+            for one in layer.operators
+            if one.name in pruned.biases
+        }
+        self._unstored += [
+            (one, weight, biases.get(one)) for one, weight in weights.items()
+        ]
         self.results += pruned.operators
         if pruned.reconstruction:
             self.reconstructions[layer.name] = pruned.reconstruction
-        self._pass_on(layer, weights, recording)
+        self._pass_on(layer, weights, biases, recording)
 
     def _pass_on(
         self,
         layer: DecoderLayer,
         weights: dict[Operator, Tensor],
+        biases: dict[Operator, Tensor],
         recording: Recording | None,
     ) -> None:
         """Run the pruned layer for the sake of the next, where that depends on it."""
@@ -227,7 +235,8 @@ class Schedule:
             with self._passes.running(layer):
                 inputs = self._stream.inputs_of(recording.inputs, layer.name)
                 onloaded = {one: new.to(one.weight) for one, new in weights.items()}
-                self._stream.advance(recording.inputs, inputs, onloaded)
+                shifted = {one: new.to(one.weight) for one, new in biases.items()}
+                self._stream.advance(recording.inputs, inputs, onloaded, shifted)
 
     def finish(self) -> None:
         """To be called when the pipeline has run all of the model."""
@@ -260,8 +269,8 @@ class Schedule:
         """Store the layers that the pipeline has left: it no longer runs them."""
         if self._unstored:
             self._ranks.in_turn(self._store)  # ranks share what is offloaded
-        self._unstored = {}
+        self._unstored = []
 
     def _store(self) -> None:
-        for operator, weight in self._unstored.items():
-            operator.save(weight)
+        for operator, weight, bias in self._unstored:
+            operator.save(weight, bias)

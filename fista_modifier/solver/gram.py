@@ -34,6 +34,9 @@ class GramStatistics:
     :param weight: W, float32 m×n, if these are the inputs of a single operator whose
         drift is better summed in its outputs
     :param device: that executes the operators, if it is not G's
+    :param total: Σ X* over the tokens, float64 n, for means; None before the first
+    :param drift_total: Σ of what the drift is summed from, float64 n or m; None where
+        X* = X
     """
 
     gram: Tensor
@@ -41,6 +44,8 @@ class GramStatistics:
     tokens: int = 0
     weight: Tensor | None = None
     device: torch.device | None = None
+    total: Tensor | None = None
+    drift_total: Tensor | None = None
 
     @classmethod
     def empty(
@@ -111,6 +116,7 @@ class GramStatistics:
         with matmul_precision(exact):
             add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
+        self.total = _plus(self.total, pruned)
         if outputs is not None:
             assert self.weight is not None, "the weight whose outputs they are"
             with matmul_precision(exact):
@@ -125,6 +131,7 @@ class GramStatistics:
         if self.drift is None:
             self.drift = self._no_drift()
         self.drift.accumulate(drift, pruned)
+        self.drift_total = _plus(self.drift_total, drift)
 
     def _no_drift(self) -> Drift:
         if self.weight is None:
@@ -136,7 +143,8 @@ class GramStatistics:
 
     def sums(self) -> list[Tensor]:
         """:return: what is to be added up over ranks, in place; and so are tokens"""
-        return [self.gram, *(self.drift.sums() if self.drift else [])]
+        totals = [one for one in (self.total, self.drift_total) if one is not None]
+        return [self.gram, *(self.drift.sums() if self.drift else []), *totals]
 
     def column_scale(self, damping: Tensor | None = None) -> Tensor:
         """
@@ -171,3 +179,8 @@ class GramStatistics:
         :return: whether no activation was NaN or infinite (or overflowed when squared)
         """
         return all(bool(matrix.isfinite().all()) for matrix in self.sums())
+
+
+def _plus(total: Tensor | None, tokens: Tensor) -> Tensor:
+    summed = tokens.sum(0, dtype=torch.float64)
+    return summed if total is None else total + summed
