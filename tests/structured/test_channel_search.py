@@ -1,3 +1,4 @@
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -41,6 +42,13 @@ def hard(seed: int, keep: int = 6):
     weight, pruned = redundant_mlp(10, 128, rank=2, outputs=4, seed=seed)
     problem = channel_problem(weight, pruned, keep)
     return problem, lambda kept: damped_fit(problem, list(kept), DAMPING, pruned)[1]
+
+
+@cache
+def best_of_all(seed: int) -> float:
+    """E of the best of the 210 choices of six channels"""
+    _, error = hard(seed)
+    return min(error(kept) for kept in combinations(range(10), 6))
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -131,8 +139,7 @@ def test_local_search_ends_where_no_swap_helps(start, seed):
         for entering in {*range(10)} - {*found}
     ]
     assert min(swaps) >= reached * (1 - 1e-2)
-    best = min(error(kept) for kept in combinations(range(10), 6))
-    assert reached >= best * (1 - 1e-6)
+    assert reached >= best_of_all(seed) * (1 - 1e-6)
 
 
 def test_local_search_is_mostly_the_best_of_all_choices():
@@ -140,7 +147,7 @@ def test_local_search_is_mostly_the_best_of_all_choices():
     hits = {"magnitude": 0, "search": 0}
     for seed in SEEDS:
         problem, error = hard(seed)
-        best = min(error(kept) for kept in combinations(range(10), 6))
+        best = best_of_all(seed)
         for name, selector in (
             ("magnitude", Magnitude()),
             ("search", LocalSearch(Magnitude(), DAMPING)),

@@ -93,8 +93,8 @@ def test_steps_lower_the_sum_within_the_set(rho):
     shares = relaxation.start()
     relaxation.refit(shares, rho)
     first = last = relaxation.value(shares, rho)
-    for length in (0.01, 0.1, 1.0, 10.0, 1e6):
-        held = relaxation.weight
+    for length in (0.1, 1.0, 10.0, 100.0, 1000.0):
+        held, held_shares = relaxation.weight, shares
         moved = relaxation.step(shares, rho, length)
         assert relaxation.value(moved, rho) <= last
         assert (moved is shares) == (relaxation.weight is held)
@@ -102,6 +102,8 @@ def test_steps_lower_the_sum_within_the_set(rho):
         assert float(shares.sum()) == pytest.approx(12, rel=1e-5)
         assert 0 <= shares.min() <= shares.max() <= 1
     assert last < first
+    if rho == 0.01:  # where this step is too long, so that refusing it is seen
+        assert moved is held_shares
 
 
 @pytest.mark.parametrize("seed", range(4))
