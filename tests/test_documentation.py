@@ -141,6 +141,16 @@ def test_every_field_is_documented_with_its_default() -> None:
     assert named <= fields
 
 
+@pytest.mark.parametrize("name", ["architecture", "special-cases"])
+def test_files_that_the_map_names_exist(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    files = re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", page)
+    assert files
+    for file in files:
+        folder = ROOT if file.startswith("tests/") else ROOT / "fista_modifier"
+        assert (folder / file).is_file(), f"{name}.md: {file}"
+
+
 def test_messages_of_troubleshooting_exist() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     source = " ".join(
