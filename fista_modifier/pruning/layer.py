@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import Literal
@@ -68,7 +68,7 @@ def prune_layer(
     operators: Sequence[Operator],
     recording: Recording,
     pruned_inputs: LayerInputs,
-    pattern: SparsityPattern,
+    patterns: Mapping[str, SparsityPattern],
     options: SolverOptions,
     *,
     correct_errors: bool,
@@ -87,7 +87,7 @@ def prune_layer(
     :param recording: what the layer was called with in the dense model
     :param pruned_inputs: its inputs for X* (``recording.inputs`` for independent
         layers)
-    :param pattern: sparsity asked for
+    :param patterns: sparsity asked for, of each operator by its name
     :param options: parameters of Algorithm 1
     :param correct_errors: whether X* follows the operators pruned before (otherwise
         X* = X at every stage)
@@ -130,8 +130,9 @@ def prune_layer(
             offload,
         )
         for operator, solution, tokens, seconds in _solve(
-            wave, statistics, pattern, options, ranks
+            wave, statistics, patterns, options, ranks
         ):
+            pattern = patterns[operator.name]
             add(
                 operator,
                 solution,
@@ -149,6 +150,7 @@ def prune_layer(
             logger.warning(
                 f"No calibration token reaches {operator.name}: pruned by magnitude"
             )
+            pattern = patterns[operator.name]
             no_data = GramStatistics.empty(operator.weight.shape[1])
             by_magnitude = replace(
                 PAPER,
@@ -237,7 +239,7 @@ def _operators_before(
 def _solve(
     wave: Sequence[Stage],
     statistics: list[GramStatistics],
-    pattern: SparsityPattern,
+    patterns: Mapping[str, SparsityPattern],
     options: SolverOptions,
     ranks: Ranks,
 ) -> Iterator[tuple[Operator, PrunedWeight, int, float]]:
@@ -251,7 +253,9 @@ def _solve(
         (operators, sums)
         for stage, sums in zip(wave, statistics, strict=True)
         for operators in (
-            [[one] for one in stage.operators] if split else [stage.operators]
+            [[one] for one in stage.operators]
+            if split
+            else _of_one_pattern(stage.operators, patterns)
         )
     ]
     statistics.clear()
@@ -266,7 +270,7 @@ def _solve(
             if owner != ranks.rank:
                 continue
             started = time.perf_counter()
-            solver = StageSolver(sums, pattern, options)
+            solver = StageSolver(sums, patterns[operators[0].name], options)
             del sums
             solutions = solver.prune([operator.weight for operator in operators])
             seconds = time.perf_counter() - started
@@ -282,6 +286,15 @@ def _solve(
     for operator, count in tokens.items():
         solution, seconds = solved[operator.name]
         yield operator, solution.moved_to(operator.weight.device), count, seconds
+
+
+def _of_one_pattern(
+    operators: Sequence[Operator], patterns: Mapping[str, SparsityPattern]
+) -> list[list[Operator]]:
+    groups: dict[str, list[Operator]] = {}
+    for operator in operators:
+        groups.setdefault(str(patterns[operator.name]), []).append(operator)
+    return list(groups.values())
 
 
 def _reconstructed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,13 +39,13 @@ class Method:
     """
     What is done and how.
 
-    :param pattern: sparsity asked for
+    :param patterns: sparsity asked for, of each operator by its name
     :param procedure: for each layer
     :param offload_hessians: whether Gram matrices stay in main memory
     :param storage: where activations wait between the passes
     """
 
-    pattern: SparsityPattern
+    patterns: Mapping[str, SparsityPattern]
     procedure: Procedure
     offload_hessians: bool = False
     storage: ActivationStorage = MAIN_MEMORY
@@ -296,7 +296,7 @@ class Schedule:
                 layer.operators,
                 recording,
                 stream.inputs_of(inputs, layer.name) if stream else inputs,
-                self._method.pattern,
+                self._method.patterns,
                 procedure.solver,
                 correct_errors=self._corrects_errors,
                 reconstruction=(
