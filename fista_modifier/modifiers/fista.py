@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from compressed_tensors.utils import patch_attr
@@ -38,6 +38,8 @@ from fista_modifier.models.operators import (
     find_operators,
     warn_of_zeros,
 )
+from fista_modifier.modifiers.owl import Owl
+from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.layer import ErrorCorrection
 from fista_modifier.pruning.procedures import PRESETS, Preset, Procedure
 from fista_modifier.pruning.reconstruction import Reconstruction
@@ -48,7 +50,7 @@ from fista_modifier.pruning.results import (
 )
 from fista_modifier.pruning.resume import FinishedLayers, fingerprint
 from fista_modifier.pruning.schedule import Method, Schedule
-from fista_modifier.solver import SolverOptions, WarmStart, parse_pattern
+from fista_modifier.solver import SolverOptions, WarmStart
 from fista_modifier.solver.patterns import mask_structure_of
 
 __all__ = ["FISTAPruningModifier"]
@@ -61,6 +63,17 @@ HOW_TO_RUN = {
     "distribute",
 }
 """fields on which the result does not depend"""
+
+NOT_TAKEN = {
+    "sequential_update": (
+        "llm-compressor takes it for true, whatever it is: leave it out; "
+        "error_correction says whether layers see the errors of those before them"
+    ),
+    "sequential_targets": (
+        "it is an argument of oneshot(sequential_targets=…): leave it out of the recipe"
+    ),
+}
+"""fields of the toolkit's pruning modifiers, and why they are none of this one"""
 
 Options = TypeVar("Options", SolverOptions, Reconstruction)
 
@@ -110,9 +123,17 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     Because of this the modifier needs a calibration epoch of its own, which the
     toolkit's default pipeline "independent" gives to every modifier.
 
-    :param sparsity: share of zeros in [0, 1); may be left out for n:m
+    :param sparsity: share of zeros in [0, 1); may be left out for n:m. A list has one
+        for each decoder layer, where 0 leaves a layer dense
     :param mask_structure: "n:m" keeps n of every m entries of a row; "0:0" is
         unstructured, round(sparsity·m·n) zeros anywhere in the matrix
+    :param sparsity_profile: "owl" spreads ``sparsity`` over the decoder layers by their
+        outliers (Yin et al., 2024), with ``owl_m`` and ``owl_lmbda``
+    :param owl_m: how many times its layer's mean |W_ij|·‖x_j‖ makes a weight an outlier
+    :param owl_lmbda: half of the range of the layers' sparsities
+    :param patterns: patterns by targets, in the notation of ``targets``: "n:m", a
+        sparsity, or "dense". Of several entries that match an operator the last counts;
+        an operator that none matches has the pattern of the fields above
     :param targets: class names, module names or "re:" patterns. Modules that contain
         linear operators stand for all of them; the output embedding is pruned only
         if a target names it
@@ -166,8 +187,12 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
 
     requires_calibration_data: bool = True
 
-    sparsity: float | None = None
+    sparsity: float | list[float] | None = None
     mask_structure: str = "0:0"
+    sparsity_profile: Literal["owl"] | None = None
+    owl_m: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    owl_lmbda: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    patterns: dict[str, str] = Field(default_factory=dict)
     targets: str | list[str] = ["Linear"]
     ignore: list[str] = Field(default_factory=list)
     preset: Preset = "default"
@@ -193,6 +218,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     layers: str | None = None
     distribute: Distribution | None = None
 
+    _patterns: PatternFields = PrivateAttr()
     _method: Method = PrivateAttr()
     _schedule: Schedule | None = PrivateAttr(default=None)
     _handles: dict[DecoderLayer, set[RemovableHandle]] = PrivateAttr(
@@ -202,6 +228,15 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
     _epoch: ExitStack = PrivateAttr(default_factory=ExitStack)
     _seconds: float = PrivateAttr(default=0.0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_fields(cls, given: Any) -> Any:
+        """Those that a recipe of the toolkit may have and that have no meaning here."""
+        for name, reason in NOT_TAKEN.items():
+            if isinstance(given, dict) and name in given:
+                raise ValueError(f"{name} is no field of {cls.__name__}: {reason}")
+        return given
+
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _read_number(cls, value: Any) -> Any:
@@ -209,9 +244,28 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         is_number = isinstance(value, int) and not isinstance(value, bool)
         return mask_structure_of(value) if is_number else value
 
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _read_numbers(cls, value: Any) -> Any:
+        """A sparsity is a number in YAML, and so is n:m without quotes."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            target: str(name) if isinstance(name, float) else cls._read_number(name)
+            for target, name in value.items()
+        }
+
+    @field_validator("sparsity_profile", mode="before")
+    @classmethod
+    def _read_profile(cls, value: Any) -> Any:
+        """The toolkit takes "OWL", too."""
+        return value.lower() if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
-        pattern = parse_pattern(self.mask_structure, self.sparsity)
+        self._patterns = PatternFields(
+            self.sparsity, self.mask_structure, self.patterns, self._owl
+        )
         preset = PRESETS[self.preset]
         names = {field.name for field in fields(SolverOptions)} - {"start"}
         given = {name: getattr(self, name) for name in names}
@@ -229,7 +283,7 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         correction = self.error_correction or preset.error_correction
         procedure = Procedure(options, reconstruction, correction)
         self._method = Method(
-            pattern,
+            {},  # known when the model is
             procedure,
             self.offload_hessians,
             ActivationStorage(_folder(self.activations_dir)),
@@ -277,9 +331,9 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
 
         :raises OSError: if there can be no ``activations_dir``
         :raises ValueError: if there is no calibration data, or a token in it is not in
-            the vocabulary, if targets match nothing, if an operator cannot have the
-            pattern or is not finite, if the model does not have the ``layers``, or if
-            ``resume_dir`` belongs to another run
+            the vocabulary, if targets match nothing, if an operator has no pattern,
+            cannot have it or is not finite, if the model does not have the ``layers``,
+            or if ``resume_dir`` belongs to another run
         """
         model = state.model
         if state.data.calib is None:
@@ -291,13 +345,20 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             self._method.storage.folder.mkdir(parents=True, exist_ok=True)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         operators = find_operators(model, targets, self.ignore)
-        for operator in operators:
-            check_prunable(operator, self._method.pattern)
-        if not self.preserve_sparsity_mask:
-            warn_of_zeros(operators)
         given = kwargs.get("sequential_targets")
         layer_types = layer_targets(model, operators, given)
         layers = group_by_layer(model, operators, layer_types)
+        patterns = self._patterns.of_operators(
+            model, layers, state.data.calib, current_ranks()
+        )
+        self._method = replace(self._method, patterns=patterns)
+        operators = [one for one in operators if one.name in patterns]
+        for operator in operators:
+            check_prunable(operator, patterns[operator.name])
+        if not self.preserve_sparsity_mask:
+            warn_of_zeros(operators)
+        for layer in layers:
+            layer.operators = [one for one in layer.operators if one.name in patterns]
         warn_of_other_weights(layers)
         self._schedule = Schedule(
             model,
@@ -372,14 +433,27 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
             describe_on_save(state.model, report)
             error = fmean(result.relative_error for result in results)
             logger.info(
-                f"Pruned {len(results)} operators to {self._method.pattern}, which "
-                f"hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
+                f"Pruned {len(results)} operators to {report.summary_of_patterns}. "
+                f"They hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
                 f"weights; mean of ‖W*X* − WX‖ / ‖WX‖ as the solver left them: "
                 f"{error:.4f}"
             )
         self.remove_hooks()
         self._contexts.close()
         return True
+
+    @property
+    def _owl(self) -> Owl | None:
+        """:raises ValueError: unless the three fields of OWL are there, or none is"""
+        given = (self.sparsity_profile, self.owl_m, self.owl_lmbda)
+        if any(given) and not all(given):
+            raise ValueError(
+                "sparsity_profile: owl, owl_m and owl_lmbda go together: write all "
+                "three, for example owl_m: 5 and owl_lmbda: 0.08, or none"
+            )
+        return (
+            Owl(self.owl_m, self.owl_lmbda) if self.owl_m and self.owl_lmbda else None
+        )
 
     @property
     def _default_distribution(self) -> Distribution:
@@ -390,7 +464,9 @@ class FISTAPruningModifier(Modifier):  # type: ignore[misc]
         if self.resume_dir is None:
             return None
         method = set(type(self).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
-        run = fingerprint(model, self.model_dump(mode="json", include=method))
+        recipe = self.model_dump(mode="json", include=method)
+        recipe["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
+        run = fingerprint(model, recipe)
         return FinishedLayers(Path(self.resume_dir), run)
 
     @contextmanager
