@@ -54,7 +54,11 @@ OTHERS: list[Any] = [
     (1, 2),
 ]
 LIKELY: dict[str, list[Any]] = {
-    "sparsity": [0.5, 0.0, 0.75, None],
+    "sparsity": [0.5, 0.0, 0.75, None, [0.5, 0.25], [0.5, 2.0]],
+    "sparsity_profile": ["owl", "OWL", None],
+    "owl_m": [5, None],
+    "owl_lmbda": [0.08, None],
+    "patterns": [{"Linear": "2:4"}, {"re:.*mlp": 0.5, "a": 124}, {"a": "5:4"}],
     "mask_structure": ["2:4", "0:0", "1:4"],
     "preset": ["default", "best", "fast", "paper"],
     "error_correction": ["none", "intra", "full"],

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "blocks_of",
     "check_prunable",
     "find_operators",
+    "names_matched",
     "replaced_weights",
     "trainable",
     "warn_of_zeros",
@@ -216,12 +218,7 @@ def find_operators(
             for inner, child in module.named_modules(prefix=name):
                 if isinstance(child, torch.nn.Linear | Conv1D):
                     found[inner] = child
-    ignored = {name for name, _ in match_named_modules(model, ignore)}
-    ignored = {
-        name
-        for name in found
-        if any(name == skip or name.startswith(skip + ".") for skip in ignored)
-    }
+    ignored = names_matched(model, ignore, found)
     embedding, head = get_embeddings(model)
     operators = []
     order = [name for name, _ in model.named_modules() if name in found]
@@ -248,6 +245,24 @@ def find_operators(
             f"{type(model).__name__} to prune"
         )
     return operators
+
+
+def names_matched(
+    model: PreTrainedModel, targets: list[str], operators: Iterable[str]
+) -> set[str]:
+    """
+    :param model: the model
+    :param targets: class names, module names or "re:" patterns
+    :param operators: names of operators
+    :return: those of the operators that a target matches, or that are inside a module
+        that one matches
+    """
+    modules = {name for name, _ in match_named_modules(model, targets)}
+    return {
+        name
+        for name in operators
+        if any(part in modules for part in accumulate(name.split("."), "{}.{}".format))
+    }
 
 
 def _check_adapters(model: torch.nn.Module) -> None:

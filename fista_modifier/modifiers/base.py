@@ -273,10 +273,9 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             )
             describe_on_save(state.model, report)
             error = fmean(result.relative_error for result in results)
-            patterns = " and ".join(dict.fromkeys(one.pattern for one in results))
             logger.info(
-                f"Pruned {len(results)} operators to {patterns}, which "
-                f"hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
+                f"Pruned {len(results)} operators to {report.summary_of_patterns}. "
+                f"They hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
                 f"weights; mean of ‖W*X* − WX‖ / ‖WX‖ as the solver left them: "
                 f"{error:.4f}"
             )

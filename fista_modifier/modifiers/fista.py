@@ -4,26 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import check_prunable, warn_of_zeros
 from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.owl import Owl
+from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.pruning.sparse import ErrorCorrection, SparseProcedure
-from fista_modifier.solver import (
-    SolverFactory,
-    SolverOptions,
-    WarmStart,
-    parse_pattern,
-)
+from fista_modifier.solver import SolverFactory, SolverOptions, WarmStart
 from fista_modifier.solver.patterns import mask_structure_of
 
 __all__ = ["FISTAPruningModifier"]
+
+NOT_TAKEN = {
+    "sequential_update": (
+        "llm-compressor takes it for true, whatever it is: leave it out; "
+        "error_correction says whether layers see the errors of those before them"
+    ),
+    "sequential_targets": (
+        "it is an argument of oneshot(sequential_targets=…): leave it out of the recipe"
+    ),
+}
+"""fields of the toolkit's pruning modifiers, and why they are none of this one"""
 
 Options = TypeVar("Options", SolverOptions, Reconstruction)
 
@@ -54,15 +63,47 @@ class FISTAPruningModifier(LayerwiseModifier):
       the dense model's. One more run of each layer and one more set of its inputs.
     """
 
-    sparsity: float | None = Field(
+    sparsity: float | list[float] | None = Field(
         default=None,
-        description=("share of zeros in [0, 1); may be left out for n:m"),
+        description=(
+            "share of zeros in [0, 1); may be left out for n:m. A list has one for "
+            "each decoder layer, where 0 leaves a layer dense"
+        ),
     )
     mask_structure: str = Field(
         default="0:0",
         description=(
             '"n:m" keeps n of every m entries of a row; "0:0" is unstructured, '
             "round(sparsity·m·n) zeros anywhere in the matrix"
+        ),
+    )
+    sparsity_profile: Literal["owl"] | None = Field(
+        default=None,
+        description=(
+            '"owl" spreads sparsity over the decoder layers by their outliers (Yin et '
+            "al., 2024), with owl_m and owl_lmbda"
+        ),
+    )
+    owl_m: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description=(
+            "how many times its layer's mean |W_ij|·‖x_j‖ makes a weight an outlier"
+        ),
+    )
+    owl_lmbda: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="half of the range of the layers' sparsities",
+    )
+    patterns: dict[str, str] = Field(
+        default_factory=dict,
+        description=(
+            'patterns by targets, in the notation of targets: "n:m", a sparsity, or '
+            '"dense". Of several entries that match an operator the last counts; an '
+            "operator that none matches has the pattern of the fields above"
         ),
     )
     preset: Preset = Field(
@@ -188,6 +229,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         ),
     )
 
+    _patterns: PatternFields = PrivateAttr()
     _solver: SolverFactory | None = PrivateAttr(default=None)
 
     def with_solver(self, solver: SolverFactory) -> FISTAPruningModifier:
@@ -201,6 +243,15 @@ class FISTAPruningModifier(LayerwiseModifier):
         self._solver = solver
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_fields(cls, given: Any) -> Any:
+        """Those that a recipe of the toolkit may have and that have no meaning here."""
+        for name, reason in NOT_TAKEN.items():
+            if isinstance(given, dict) and name in given:
+                raise ValueError(f"{name} is no field of {cls.__name__}: {reason}")
+        return given
+
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _read_number(cls, value: Any) -> Any:
@@ -208,9 +259,28 @@ class FISTAPruningModifier(LayerwiseModifier):
         is_number = isinstance(value, int) and not isinstance(value, bool)
         return mask_structure_of(value) if is_number else value
 
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _read_numbers(cls, value: Any) -> Any:
+        """A sparsity is a number in YAML, and so is n:m without quotes."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            target: str(name) if isinstance(name, float) else cls._read_number(name)
+            for target, name in value.items()
+        }
+
+    @field_validator("sparsity_profile", mode="before")
+    @classmethod
+    def _read_profile(cls, value: Any) -> Any:
+        """The toolkit takes "OWL", too."""
+        return value.lower() if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_fields(self) -> FISTAPruningModifier:
-        parse_pattern(self.mask_structure, self.sparsity)
+        self._patterns = PatternFields(
+            self.sparsity, self.mask_structure, self.patterns, self._owl
+        )
         options = self._solver_options
         if options.lambda_init >= options.lambda_max:
             raise ValueError(
@@ -219,6 +289,19 @@ class FISTAPruningModifier(LayerwiseModifier):
             )
         self._check_sharing(self._without_patterns.chains_layers)
         return self
+
+    @property
+    def _owl(self) -> Owl | None:
+        """:raises ValueError: unless the three fields of OWL are there, or none is"""
+        given = (self.sparsity_profile, self.owl_m, self.owl_lmbda)
+        if any(given) and not all(given):
+            raise ValueError(
+                "sparsity_profile: owl, owl_m and owl_lmbda go together: write all "
+                "three, for example owl_m: 5 and owl_lmbda: 0.08, or none"
+            )
+        return (
+            Owl(self.owl_m, self.owl_lmbda) if self.owl_m and self.owl_lmbda else None
+        )
 
     @property
     def _solver_options(self) -> SolverOptions:
@@ -248,19 +331,24 @@ class FISTAPruningModifier(LayerwiseModifier):
         :param state: of the toolkit's session
         :param layers: of the model, with the operators to prune
         :return: what is done to each layer
-        :raises ValueError: if an operator cannot have the pattern or is not finite
+        :raises ValueError: if an operator has no pattern, cannot have it or is not
+            finite
         """
-        pattern = parse_pattern(self.mask_structure, self.sparsity)
+        patterns = self._patterns.of_operators(
+            state.model, layers, state.data.calib, current_ranks()
+        )
+        for layer in layers:
+            layer.operators = [one for one in layer.operators if one.name in patterns]
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
-            check_prunable(operator, pattern)
+            check_prunable(operator, patterns[operator.name])
         if not self.preserve_sparsity_mask:
             warn_of_zeros(operators)
-        patterns = {operator.name: pattern for operator in operators}
         return replace(self._without_patterns, patterns=patterns)
 
     def _determines_the_result(self) -> dict[str, Any]:
         fields = super()._determines_the_result()
+        fields["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
         return (
             fields if self._solver is None else fields | {"solver": str(self._solver)}
         )
