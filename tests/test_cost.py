@@ -182,7 +182,7 @@ def test_the_memory_of_a_reconstruction_is_what_torch_allocates(
         peaks.append(max(accumulate(size for _, size in sorted(changes))))
         return result
 
-    monkeypatch.setattr("fista_modifier.pruning.sparse.reconstruct", profiled)
+    monkeypatch.setattr("fista_modifier.pruning.reconstruction.reconstruct", profiled)
     recipe = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
     pipeline.prune(model, object(), data, recipe)
     shape = shape_of(model.config, length)

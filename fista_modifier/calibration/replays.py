@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -42,7 +42,7 @@ class Replays:
     weights: Mapping[Operator, Tensor]
     differ: bool
     outputs: Sequence[Tensor] | None = None
-    biases: Mapping[Operator, Tensor] = NO_BIASES
+    biases: Mapping[Operator, Tensor] = field(default_factory=dict)
 
     def of_dense(self) -> Replays:
         """:return: runs in which X* is X"""

@@ -26,10 +26,11 @@ from fista_modifier.models.operators import (
     replaced_weights,
     trainable,
 )
+from fista_modifier.pruning.procedures import LayerTask
 from fista_modifier.pruning.results import ReconstructionResult
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["Reconstruction", "reconstruct", "reconstructed"]
 
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
@@ -50,6 +51,48 @@ class Reconstruction:
 
     epochs: float = 1.0
     rate: float = 0.01
+
+
+def reconstructed(
+    pruned: dict[Operator, Tensor],
+    task: LayerTask,
+    options: Reconstruction,
+    biases: Mapping[Operator, Tensor] = NO_BIASES,
+) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
+    """
+    Train on the batches of all ranks, on rank 0: a step follows the one before.
+
+    :param pruned: out×in weight of each operator, in the dtype of the module
+    :param task: of the layer, with the dense layer's outputs
+    :param options: how long and how fast
+    :param biases: of operators that have got another bias; they stay as they are
+    :return: the new weights, on all ranks, and what came of it
+    """
+    whole, inputs = _collected(task)
+
+    def train() -> tuple[list[Tensor], ReconstructionResult] | None:
+        if task.ranks.rank:
+            return None
+        weights, outcome = reconstruct(
+            whole, inputs, pruned, options, task.on_batch, biases
+        )
+        return [weights[operator].cpu() for operator in pruned], outcome
+
+    trained = task.ranks.each(train)[0]
+    assert trained is not None  # rank 0 has it
+    weights, outcome = trained
+    return {
+        operator: weight.to(pruned[operator])
+        for operator, weight in zip(pruned, weights, strict=True)
+    }, outcome
+
+
+def _collected(task: LayerTask) -> tuple[Recording, LayerInputs]:
+    """What all ranks recorded, on rank 0."""
+    whole = task.recording.gathered(task.ranks, 0)
+    if task.pruned_inputs is None:
+        return whole, whole.inputs
+    return whole, task.pruned_inputs.gathered(task.ranks, 0)
 
 
 def reconstruct(

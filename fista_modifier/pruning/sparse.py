@@ -11,8 +11,6 @@ from typing import Literal
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.replays import replays_of
 from fista_modifier.calibration.stages import (
     Stage,
@@ -25,8 +23,8 @@ from fista_modifier.distributed import Ranks, shared_out
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer, Recorded
-from fista_modifier.pruning.reconstruction import Reconstruction, reconstruct
-from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+from fista_modifier.pruning.reconstruction import Reconstruction, reconstructed
+from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import (
     PAPER,
     GramStatistics,
@@ -111,7 +109,7 @@ class SparseProcedure:
         pruned, results = self._solved(task)
         if not self._trains(task.layer):
             return PrunedLayer(_by_name(pruned), results)
-        pruned, outcome = _reconstructed(pruned, task, self.reconstruction)
+        pruned, outcome = reconstructed(pruned, task, self.reconstruction)
         errors = outcome.operator_errors
         results = [
             replace(result, reconstructed_error=errors.get(result.name))
@@ -264,32 +262,3 @@ class SparseProcedure:
 
 def _by_name(weights: Mapping[Operator, Tensor]) -> dict[str, Tensor]:
     return {operator.name: weight for operator, weight in weights.items()}
-
-
-def _reconstructed(
-    pruned: dict[Operator, Tensor], task: LayerTask, options: Reconstruction
-) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
-    """Train on the batches of all ranks, on rank 0: a step follows the one before."""
-    whole, inputs = _collected(task)
-
-    def train() -> tuple[list[Tensor], ReconstructionResult] | None:
-        if task.ranks.rank:
-            return None
-        weights, outcome = reconstruct(whole, inputs, pruned, options, task.on_batch)
-        return [weights[operator].cpu() for operator in pruned], outcome
-
-    trained = task.ranks.each(train)[0]
-    assert trained is not None  # rank 0 has it
-    weights, outcome = trained
-    return {
-        operator: weight.to(pruned[operator])
-        for operator, weight in zip(pruned, weights, strict=True)
-    }, outcome
-
-
-def _collected(task: LayerTask) -> tuple[Recording, LayerInputs]:
-    """What all ranks recorded, on rank 0."""
-    whole = task.recording.gathered(task.ranks, 0)
-    if task.pruned_inputs is None:
-        return whole, whole.inputs
-    return whole, task.pruned_inputs.gathered(task.ranks, 0)

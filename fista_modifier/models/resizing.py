@@ -1,0 +1,108 @@
+"""The configuration of a model whose operators have become smaller."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fista_modifier.models.classes import weightless_model
+from fista_modifier.models.experts import linearize_weightless
+
+__all__ = ["ConfigChange", "apply_changes", "changes_for", "shapes_of"]
+
+ConfigChange = tuple[tuple[str, ...], Any]
+"""where in a nested configuration a value is, and what it becomes"""
+
+Shapes = Mapping[str, torch.Size]
+
+
+def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """
+    :param model: any
+    :return: of its parameters, by their names
+    """
+    with disable_onloading():
+        return {name: value.shape for name, value in model.named_parameters()}
+
+
+def changes_for(
+    model: PreTrainedModel, shapes: Shapes, sizes: Mapping[int, int]
+) -> list[ConfigChange]:
+    """
+    Which values of the model's configuration make transformers build the smaller model.
+    No names are needed: values are tried that are the old sizes (or none at all, which
+    some families derive from others), until the parameters have the new shapes.
+
+    :param model: as it is now
+    :param shapes: that its parameters are to have, by their names; the rest stay
+    :param sizes: what old sizes become: of channels, heads and their groups
+    :return: the changes
+    :raises ValueError: if no such configuration is found: no loader would take the
+        smaller model
+    """
+    wanted = shapes_of(model) | dict(shapes)
+    for changes in _candidates(model.config, sizes):
+        config = copy.deepcopy(model.config)
+        apply_changes(config, changes)
+        if _builds(config, wanted):
+            return list(changes)
+    raise ValueError(
+        f"transformers has no configuration of {type(model).__name__} with the smaller "
+        f"sizes {dict(sizes)}: its layers cannot lose these channels"
+    )
+
+
+def apply_changes(config: PretrainedConfig, changes: Sequence[ConfigChange]) -> None:
+    """
+    :param config: changed in place
+    :param changes: from :func:`changes_for`
+    """
+    for path, value in changes:
+        owner: Any = config
+        for name in path[:-1]:
+            owner = getattr(owner, name)
+        setattr(owner, path[-1], value)
+
+
+def _candidates(
+    config: PretrainedConfig, sizes: Mapping[int, int]
+) -> Iterator[tuple[ConfigChange, ...]]:
+    """Likely ones first: one value for each size, then several, then missing ones."""
+    places = {old: list(_places(config, old)) for old in sizes}
+    singles = [
+        [(path, sizes[old]) for path in found] for old, found in places.items() if found
+    ]
+    if len(singles) == len(sizes):
+        yield from product(*singles)
+        yield tuple(change for found in singles for change in found)
+    missing = list(_places(config, None))
+    if len(sizes) == 1:
+        (new,) = sizes.values()
+        yield from (((path, new),) for path in missing)
+
+
+def _places(
+    config: PretrainedConfig, value: int | None, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    for name, found in vars(config).items():
+        if isinstance(found, PretrainedConfig):
+            yield from _places(found, value, (*prefix, name))
+        elif name.startswith("_") or isinstance(found, bool):
+            continue
+        elif found is value or (value is not None and found == value):
+            yield (*prefix, name)
+
+
+def _builds(config: PretrainedConfig, wanted: Shapes) -> bool:
+    try:
+        model = weightless_model(config)
+        linearize_weightless(model)
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return shapes_of(model) == dict(wanted)

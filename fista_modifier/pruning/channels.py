@@ -1,0 +1,355 @@
+"""Which channels leave a model, how many, and what its configuration becomes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier.calibration.channels import (
+    ChannelGroup,
+    Members,
+    check_cut,
+    find_groups,
+)
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    calibration_runs,
+)
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
+from fista_modifier.models.resizing import ConfigChange, changes_for
+
+__all__ = ["ChannelPlan", "GroupPlan", "Structure", "plan_channels"]
+
+Structure = Literal["mlp", "heads"]
+KIND: dict[Structure, str] = {"mlp": "channels", "heads": "heads"}
+PROBED = 8
+"""batches that are looked at until every operator was called"""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """
+    :param group: channels of one layer
+    :param keep: how many of them stay
+    """
+
+    group: ChannelGroup
+    keep: int
+
+    @property
+    def consumer(self) -> Members:
+        """the operator that reads them, with the columns of each channel"""
+        return self.group.consumers[0]
+
+    @property
+    def parameters(self) -> int:
+        """of one channel: rows and biases of producers, columns of the consumer"""
+        rows = sum(
+            indices.shape[1] * (_columns(one) + (one.module.bias is not None))
+            for one, indices in self.group.producers
+        )
+        operator, indices = self.consumer
+        return rows + indices.shape[1] * _rows(operator)
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """
+    :param groups: of each layer that loses channels, by its name
+    :param changes: of the model's configuration
+    :param removed: share of the decoder layers' parameters that leaves, exactly
+    """
+
+    groups: Mapping[str, Sequence[GroupPlan]] = field(default_factory=dict)
+    changes: Sequence[ConfigChange] = ()
+    removed: float = 0.0
+
+
+def plan_channels(
+    model: PreTrainedModel,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[dict[str, Any]],
+    structures: Sequence[Structure],
+    sparsity: float,
+    multiple_of: int,
+) -> ChannelPlan:
+    """
+    All layers keep equally many channels, since no loader takes layers of different
+    sizes. Of each structure about the same share leaves; channels of MLPs, of which
+    there are many, make up for what whole heads leave over.
+
+    :param model: dense
+    :param layers: of the model, with the operators that may be changed
+    :param batches: calibration data, of which a few tokens show who reads what
+    :param structures: what leaves
+    :param sparsity: share of the decoder layers' parameters that is to leave
+    :param multiple_of: of which the number of an MLP's channels stays a multiple
+    :return: the plan
+    :raises ValueError: if channels cannot leave the model, with the reason, or so few
+        are left that there is no multiple of them
+    """
+    found = _groups(model, layers, batches)
+    chosen: dict[str, dict[Structure, list[ChannelGroup]]] = {}
+    for layer, (groups, reason) in found.items():
+        for structure in structures:
+            of_kind = [one for one in groups if one.kind == KIND[structure]]
+            if not of_kind:
+                raise ValueError(
+                    f"structures: {layer.name} has no {structure} channels that can "
+                    f"leave it. {reason}".strip()
+                )
+            chosen.setdefault(layer.name, {})[structure] = of_kind
+    total = sum(_parameters(layer.module) for layer in found)
+    keeps = _keeps(chosen, sparsity * total, multiple_of)
+    plans = {
+        name: [
+            GroupPlan(group, keeps[structure, group.size])
+            for structure, groups in by_structure.items()
+            for group in groups
+        ]
+        for name, by_structure in chosen.items()
+    }
+    removed = sum(
+        plan.parameters * (plan.group.size - plan.keep)
+        for of_layer in plans.values()
+        for plan in of_layer
+    )
+    shapes = dict(_shapes(one for plan in plans.values() for one in plan))
+    changes = changes_for(model, shapes, _sizes(plans))
+    return ChannelPlan(plans, changes, removed / total)
+
+
+def _keeps(
+    chosen: Mapping[str, Mapping[Structure, Sequence[ChannelGroup]]],
+    to_remove: float,
+    multiple_of: int,
+) -> dict[tuple[Structure, int], int]:
+    """How many channels stay, by the structure and the number that there are."""
+    costs: defaultdict[tuple[Structure, int], int] = defaultdict(int)
+    for by_structure in chosen.values():
+        for structure, groups in by_structure.items():
+            for group in groups:
+                costs[structure, group.size] += GroupPlan(group, 1).parameters
+    sizes = {key: cost * key[1] for key, cost in costs.items()}
+    share = to_remove / sum(sizes.values())
+    keeps: dict[tuple[Structure, int], int] = {}
+    for structure, size in costs:
+        if structure == "heads":
+            keep = max(round(size * (1 - share)), 1)
+            keeps[structure, size] = keep
+            to_remove -= costs[structure, size] * (size - keep)
+    rest = sum(size for (structure, _), size in sizes.items() if structure == "mlp")
+    if rest:
+        share = to_remove / rest
+    for structure, size in costs:
+        if structure == "mlp":
+            keeps[structure, size] = _multiple(size, share, multiple_of)
+    return keeps
+
+
+def _multiple(size: int, share: float, multiple_of: int) -> int:
+    keep = round(size * (1 - share) / multiple_of) * multiple_of
+    if size * (1 - share) < multiple_of or keep < multiple_of:
+        raise ValueError(
+            f"sparsity: of {size} channels {max(size * (1 - share), 0):.0f} would be "
+            f"left, which is less than one multiple of {multiple_of}: lower sparsity "
+            "or multiple_of, or add to structures"
+        )
+    if keep >= size:
+        raise ValueError(
+            f"sparsity: of {size} channels {size * share:.0f} would leave, which is "
+            f"less than half a multiple of {multiple_of}: raise sparsity, or lower "
+            "multiple_of"
+        )
+    return keep
+
+
+def _sizes(plans: Mapping[str, Sequence[GroupPlan]]) -> dict[int, int]:
+    """What old sizes become, in the terms of a configuration."""
+    sizes = {}
+    for of_layer in plans.values():
+        for plan in of_layer:
+            sizes[plan.group.size] = plan.keep
+            if plan.group.kind == "heads":
+                largest = max(len(one.indices[0]) for one in plan.group.producers)
+                smallest = min(len(one.indices[0]) for one in plan.group.producers)
+                queries = largest // smallest
+                sizes[plan.group.size * queries] = plan.keep * queries
+    return sizes
+
+
+def _shapes(plans: Iterable[GroupPlan]) -> Iterator[tuple[str, torch.Size]]:
+    """Of the parameters that become smaller, as they are stored."""
+    smaller: defaultdict[Operator, list[int]] = defaultdict(lambda: [0, 0])
+    for plan in plans:
+        leaving = plan.group.size - plan.keep
+        for operator, indices in plan.group.producers:
+            smaller[operator][0] += leaving * indices.shape[1]
+        operator, indices = plan.consumer
+        smaller[operator][1] += leaving * indices.shape[1]
+    for operator, (rows, columns) in smaller.items():
+        shape = (_rows(operator) - rows, _columns(operator) - columns)
+        if isinstance(operator.module, Conv1D):
+            shape = shape[::-1]
+        yield f"{operator.name}.weight", torch.Size(shape)
+        if operator.module.bias is not None and rows:
+            yield f"{operator.name}.bias", torch.Size([_rows(operator) - rows])
+
+
+def _groups(
+    model: PreTrainedModel,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[dict[str, Any]],
+) -> dict[DecoderLayer, tuple[list[ChannelGroup], str]]:
+    """
+    Of each decoder layer with operators to prune, and reasons for what is in none.
+    Layers of the same parts have the same groups, so that one of them is probed.
+    """
+    decoder = [layer for layer in layers if layer.in_sequence and layer.operators]
+    kinds = {layer: _kind(layer) for layer in decoder}
+    first: dict[Any, DecoderLayer] = {}
+    for layer, kind in kinds.items():
+        first.setdefault(kind, layer)
+    probed: dict[Any, tuple[list[ChannelGroup], str]] = {}
+    with calibration_runs(model):
+        calls = _calls(model, list(first.values()), batches)
+        for kind, layer in first.items():
+            probed[kind] = _probed(layer, calls[layer])
+    return {
+        layer: (
+            [
+                moved
+                for group in probed[kind][0]
+                if (moved := _moved(group, first[kind], layer))
+            ],
+            probed[kind][1],
+        )
+        for layer, kind in kinds.items()
+    }
+
+
+def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
+    """What layers with the same groups share"""
+    with disable_onloading():
+        parameters = tuple(
+            (name, value.shape) for name, value in layer.module.named_parameters()
+        )
+    start = len(layer.name) + 1
+    return (
+        type(layer.module),
+        parameters,
+        tuple(o.name[start:] for o in layer.operators),
+    )
+
+
+def _calls(
+    model: PreTrainedModel,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[dict[str, Any]],
+) -> dict[DecoderLayer, LayerInputs]:
+    """What layers are called with in the first batches, as far as the last of them."""
+    inputs = {layer: LayerInputs(layer.module) for layer in layers}
+
+    def stop(*_: Any) -> None:
+        if all(len(one) for one in inputs.values()):
+            raise _Stop
+
+    with ExitStack() as hooks:
+        for one in inputs.values():
+            hooks.enter_context(
+                one.layer.register_forward_pre_hook(one.remember, with_kwargs=True)
+            )
+            hooks.enter_context(one.layer.register_forward_pre_hook(stop))
+        for batch in islice(batches, PROBED):
+            arguments = {
+                name: value.to(model.device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+            with suppress(_Stop):
+                model(**arguments)
+    return inputs
+
+
+class _Stop(Exception):
+    """Ends a run when all layers have been called."""
+
+
+def _probed(
+    layer: DecoderLayer, calls: Iterable[LayerCall]
+) -> tuple[list[ChannelGroup], str]:
+    known = {operator.module: operator for operator in layer.operators}
+    operators = [
+        known.get(module, Operator(f"{layer.name}.{name}", module))
+        for name, module in layer.module.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    calls = list(calls)
+    found = find_groups(operators, calls)
+    groups, reasons = [], [found.why_not(operator) for operator in operators]
+    for group in found.groups:
+        problem = _problem(group, set(known.values()), calls[0])
+        if problem is None:
+            groups.append(group)
+        else:
+            reasons.append(problem)
+    return groups, " ".join(dict.fromkeys(filter(None, reasons)))
+
+
+def _problem(
+    group: ChannelGroup, targets: set[Operator], call: LayerCall
+) -> str | None:
+    """Why a group cannot be pruned, if so"""
+    names = ", ".join(sorted(operator.name for operator in group.operators))
+    if not group.operators <= targets:
+        return f"The channels of {names} are not all among targets."
+    if len(group.consumers) > 1:
+        return f"Several operators read the channels of {names}."
+    operator, columns = group.consumers[0]
+    if columns.numel() != _columns(operator):
+        return f"Some columns of {operator.name} belong to no channel."
+    if group.kind == "values":
+        return None
+    return check_cut(group, call, torch.arange(0, group.size, 2))
+
+
+def _moved(
+    group: ChannelGroup, source: DecoderLayer, target: DecoderLayer
+) -> ChannelGroup:
+    """The same group of another layer"""
+    start = len(source.name)
+    of_name = {operator.name: operator for operator in target.operators}
+
+    def moved(members: Sequence[Members]) -> tuple[Members, ...]:
+        return tuple(
+            Members(of_name[target.name + operator.name[start:]], indices)
+            for operator, indices in members
+        )
+
+    return ChannelGroup(group.kind, moved(group.producers), moved(group.consumers))
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    with disable_onloading():
+        return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _rows(operator: Operator) -> int:
+    module = operator.module
+    return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def _columns(operator: Operator) -> int:
+    module = operator.module
+    return module.nx if isinstance(module, Conv1D) else module.in_features

@@ -1,0 +1,280 @@
+"""Channels leave a decoder layer: selector, restorer, reconstruction, and the cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fista_modifier.calibration.channels import Members
+from fista_modifier.calibration.replays import replays_of
+from fista_modifier.calibration.stages import agreed, find_stages
+from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.channels import ChannelPlan, GroupPlan
+from fista_modifier.pruning.procedures import LayerTask, PrunedLayer, Recorded
+from fista_modifier.pruning.reconstruction import Reconstruction, reconstructed
+from fista_modifier.pruning.results import OperatorResult
+from fista_modifier.pruning.sparse import ErrorCorrection
+from fista_modifier.solver import GramStatistics
+from fista_modifier.solver.drift import OutputDrift
+from fista_modifier.structured import (
+    ChannelProblem,
+    FASPScore,
+    FeatureMeans,
+    KeptWeights,
+    LeastSquares,
+    Magnitude,
+    PrunedChannels,
+    Restorer,
+    Selector,
+    prune_channels,
+)
+from fista_modifier.structured.patterns import Smaller
+
+__all__ = ["StructuredProcedure"]
+
+
+@dataclass
+class _Chosen:
+    """
+    :param plan: of a group
+    :param pruned: its channels that stay, and the consumer's weight on them
+    :param start_error: relative, without restoration
+    :param tokens: that reach the consumer
+    :param seconds: wall time
+    """
+
+    plan: GroupPlan
+    pruned: PrunedChannels
+    start_error: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StructuredProcedure:
+    """
+    Choose the channels of each group in the order in which their consumers run, give
+    the consumers weights that make up for those that leave, train what is left, and cut
+    rows and columns out. Until the cut, a channel that leaves is one that nobody reads:
+    its columns are zero, which is the same function.
+
+    :param plan: groups of each layer, and how many channels stay
+    :param selector: chooses the channels
+    :param restorer: finds the consumers' weights on them
+    :param reconstruction: of a layer, before the cut
+    :param error_correction: what X* is, as in
+        :class:`~fista_modifier.pruning.sparse.SparseProcedure`
+    """
+
+    plan: ChannelPlan = field(default_factory=ChannelPlan)
+    selector: Selector = FASPScore()
+    restorer: Restorer = LeastSquares()
+    reconstruction: Reconstruction = Reconstruction()
+    error_correction: ErrorCorrection = "intra"
+
+    @property
+    def corrects_errors(self) -> bool:
+        """whether X* follows what was pruned before (otherwise X* = X)"""
+        return self.error_correction != "none"
+
+    @property
+    def chains_layers(self) -> bool:
+        """whether a layer depends on how those before it were pruned"""
+        return self.error_correction == "full"
+
+    @property
+    def reconstructs(self) -> bool:
+        """whether layers are trained at all"""
+        return self.reconstruction.epochs > 0
+
+    def recorded(self, layer: DecoderLayer) -> Recorded:
+        """
+        :param layer: with operators that are to be pruned
+        :return: what its task has to have
+        """
+        return Recorded(outputs=self.reconstructs, block_outputs=self.corrects_errors)
+
+    def prune(self, task: LayerTask) -> PrunedLayer:
+        """
+        :param task: a layer
+        :return: smaller weights, alike on all ranks
+        :raises ValueError: if an activation is NaN or infinite
+        """
+        weights: dict[Operator, Tensor] = {}
+        biases: dict[Operator, Tensor] = {}
+        chosen = self._chosen(task, weights, biases)
+        for one in chosen:
+            for operator, rows in _leaving(one, one.plan.group.producers):
+                weight = weights.get(operator, operator.weight).clone()
+                weight[rows] = 0
+                weights[operator] = weight
+        outcome = None
+        errors: dict[str, float] = {}
+        if self.reconstructs:
+            everything = {one: weights.get(one, one.weight) for one in task.operators}
+            weights, outcome = reconstructed(
+                everything, task, self.reconstruction, biases
+            )
+            errors = outcome.operator_errors
+        for one in chosen:
+            _cut(one, weights, biases)
+        results = []
+        for one in chosen:
+            result = _result(one, weights[one.plan.consumer.operator])
+            results.append(replace(result, reconstructed_error=errors.get(result.name)))
+            task.on_operator(results[-1])
+        return PrunedLayer(
+            {operator.name: weight for operator, weight in weights.items()},
+            results,
+            outcome,
+            {operator.name: bias for operator, bias in biases.items()},
+        )
+
+    def _chosen(
+        self,
+        task: LayerTask,
+        weights: dict[Operator, Tensor],
+        biases: dict[Operator, Tensor],
+    ) -> list[_Chosen]:
+        """Of each group, and the consumers' weights, of the old shapes, and biases."""
+        plans = {
+            one.consumer.operator: one for one in self.plan.groups[task.layer.name]
+        }
+        recording = task.recording
+        stages = find_stages(list(plans), recording.inputs)
+        stages = agreed(stages, list(plans), task.ranks)
+        chosen = []
+
+        def add(operator: Operator, statistics: GramStatistics) -> None:
+            started = time.perf_counter()
+            problem = _problem(plans[operator], statistics)
+            selector = self.selector if statistics.tokens else Magnitude()
+            restorer = self.restorer if statistics.tokens else KeptWeights()
+            pruned = prune_channels(problem, selector, restorer)
+            kept = KeptWeights()(problem, pruned.kept).weight
+            start = problem.error(problem.widened(kept, pruned.kept))
+            weights[operator] = problem.widened(pruned.weight, pruned.kept).to(
+                operator.weight
+            )
+            if pruned.bias is not None:
+                own = operator.module.bias.data
+                biases[operator] = (own + pruned.bias.to(own.device)).to(own)
+            chosen.append(
+                _Chosen(
+                    plans[operator],
+                    pruned,
+                    start / pruned.output_norm if pruned.output_norm else 0.0,
+                    statistics.tokens,
+                    time.perf_counter() - started,
+                )
+            )
+
+        follows = (weights, biases) if self.corrects_errors else ({}, {})
+        for wave, replays in replays_of(
+            stages, recording, task.pruned_inputs, *follows
+        ):
+            gathered = wave_statistics(
+                wave,
+                replays,
+                recording.real_tokens,
+                task.on_batch,
+                task.ranks,
+                task.offload,
+            )
+            for stage in wave:
+                statistics = gathered.pop(0)
+                for operator in stage.operators:
+                    add(operator, statistics)
+        for operator in plans:  # an expert that no token reaches
+            if operator not in weights:
+                add(operator, GramStatistics.empty(operator.weight.shape[1]))
+        return chosen
+
+
+def _problem(plan: GroupPlan, statistics: GramStatistics) -> ChannelProblem:
+    operator, columns = plan.consumer
+    has_bias = operator.module.bias is not None and statistics.tokens > 0
+    return ChannelProblem(
+        operator.weight,
+        statistics,
+        columns,
+        plan.keep,
+        _means(operator, statistics) if statistics.tokens else None,
+        has_bias,
+        _norms(plan),
+    )
+
+
+def _means(operator: Operator, statistics: GramStatistics) -> FeatureMeans:
+    assert statistics.total is not None  # there are tokens
+    tokens = statistics.tokens
+    drift = None
+    if statistics.drift_total is not None:
+        drift = (statistics.drift_total / tokens).float()
+        if not isinstance(statistics.drift, OutputDrift):
+            drift = operator.weight.float().to(drift.device) @ drift
+    return FeatureMeans((statistics.total / tokens).float(), tokens, drift)
+
+
+def _norms(plan: GroupPlan) -> Tensor:
+    """Of all rows of each channel"""
+    squares = [
+        one.weight.float().square().sum(1)[indices.to(one.weight.device)].sum(1)
+        for one, indices in plan.group.producers
+    ]
+    return (
+        torch.stack([square.to(squares[0].device) for square in squares]).sum(0).sqrt()
+    )
+
+
+def _leaving(
+    chosen: _Chosen, members: Iterable[Members]
+) -> Iterable[tuple[Operator, Tensor]]:
+    """Each operator with its rows, or columns, of the channels that leave"""
+    leaves = torch.ones(chosen.plan.group.size, dtype=torch.bool)
+    leaves[chosen.pruned.kept.cpu()] = False
+    for operator, indices in members:
+        yield operator, indices[leaves].flatten()
+
+
+def _cut(
+    chosen: _Chosen, weights: dict[Operator, Tensor], biases: dict[Operator, Tensor]
+) -> None:
+    """Replace weights and biases of the old shapes by smaller ones."""
+    for operator, rows in _leaving(chosen, chosen.plan.group.producers):
+        weights[operator] = _without(weights[operator], rows, 0)
+        bias = operator.module.bias
+        if bias is not None:
+            biases[operator] = _without(biases.get(operator, bias.data), rows, 0)
+    for operator, columns in _leaving(chosen, chosen.plan.group.consumers):
+        weights[operator] = _without(weights[operator], columns, 1)
+
+
+def _without(tensor: Tensor, indices: Tensor, dim: int) -> Tensor:
+    stays = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+    stays[indices.to(tensor.device)] = False
+    return tensor.index_select(dim, stays.nonzero()[:, 0])
+
+
+def _result(chosen: _Chosen, weight: Tensor) -> OperatorResult:
+    operator, indices = chosen.plan.consumer
+    rows, columns = weight.shape
+    return OperatorResult(
+        name=operator.name,
+        shape=(rows, columns),
+        pattern=str(Smaller(columns, indices.numel(), "columns")),
+        zeros=int((weight == 0).sum()),
+        relative_error=chosen.pruned.relative_error,
+        relative_start_error=chosen.start_error,
+        penalty=0.0,
+        trials=0,
+        iterations=0,
+        tokens=chosen.tokens,
+        seconds=chosen.seconds,
+    )
