@@ -7,8 +7,10 @@ Importing the package makes its modifiers known to llm-compressor's recipes.
 from importlib.util import find_spec
 
 __all__ = [
+    "FASPPruningModifier",
     "FISTAPruningModifier",
     "MaskedGPTQModifier",
+    "SPAPPruningModifier",
     "__version__",
     "apply_masks_",
     "masks_of",
@@ -28,7 +30,17 @@ if find_spec("llmcompressor") is not None:
     from fista_modifier.modifiers.fista import FISTAPruningModifier
     from fista_modifier.modifiers.gptq import MaskedGPTQModifier
     from fista_modifier.modifiers.recipes import notice_what_is_dropped
+    from fista_modifier.modifiers.structured import (
+        FASPPruningModifier,
+        SPAPPruningModifier,
+    )
 
-    for modifier in (FISTAPruningModifier, MaskedGPTQModifier):
-        ModifierFactory.register(modifier.__name__, modifier)
-    notice_what_is_dropped([FISTAPruningModifier, MaskedGPTQModifier])
+    _modifiers = [
+        FISTAPruningModifier,
+        FASPPruningModifier,
+        SPAPPruningModifier,
+        MaskedGPTQModifier,
+    ]
+    for _modifier in _modifiers:
+        ModifierFactory.register(_modifier.__name__, _modifier)
+    notice_what_is_dropped(_modifiers)

@@ -14,7 +14,7 @@ from compressed_tensors.utils import patch_attr
 from transformers import PreTrainedModel
 
 from fista_modifier.checkpoint.model_card import update_model_card
-from fista_modifier.checkpoint.sparsity_config import write_sparsity
+from fista_modifier.checkpoint.sparsity_config import write_sizes, write_sparsity
 from fista_modifier.models.experts import native_experts
 from fista_modifier.pruning.results import PruningReport
 
@@ -90,7 +90,11 @@ def _write_on_save(model: PreTrainedModel) -> None:
         if is_source_process():
             folder = Path(save_directory)
             report = reduce(PruningReport.followed_by, state.reports)
-            write_sparsity(folder, report.operators, entries, report.share_of_layers)
+            write_sizes(folder, report.sizes)
+            if report.sparsity:
+                write_sparsity(
+                    folder, report.operators, entries, report.share_of_layers
+                )
             if state.writes_report:
                 report.save(folder)
                 update_model_card(folder, report)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from compressed_tensors.config import SparsityCompressionConfig, SparsityStructu
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import pattern_of
 
-__all__ = ["restore_sparsity", "write_legacy_sparsity", "write_sparsity"]
+__all__ = [
+    "restore_sparsity",
+    "write_legacy_sparsity",
+    "write_sizes",
+    "write_sparsity",
+]
 
 KEY, QUANTIZATION = "sparsity_config", "quantization_config"
 UNSTRUCTURED = SparsityStructure.UNSTRUCTURED.value
@@ -48,6 +54,23 @@ def write_sparsity(
         global_sparsity=round(sum(one.zeros for one in operators) / entries, 6),
         sparsity_structure=f"{group[0]}:{group[1]}" if group else UNSTRUCTURED,
     ).model_dump()
+    _write(file, content)
+
+
+def write_sizes(folder: Path, sizes: Mapping[str, Any]) -> None:
+    """
+    Write the sizes of a model that channels have left into ``config.json``, where the
+    toolkit writes those of the dense model.
+
+    :param folder: of the checkpoint
+    :param sizes: by their names, with dots between those of nested configurations
+    """
+    if not sizes:
+        return
+    file, content = _read(folder)
+    for name, value in sizes.items():
+        *path, last = name.split(".")
+        reduce(lambda inner, key: inner[key], path, content)[last] = value
     _write(file, content)
 
 

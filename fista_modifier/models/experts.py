@@ -19,7 +19,7 @@ from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from loguru import logger
 from transformers import PreTrainedModel
 
-__all__ = ["linearize", "linearize_weightless", "native_experts"]
+__all__ = ["linearize", "linearize_weightless", "native_experts", "note_sizes"]
 
 
 def linearize(model: PreTrainedModel) -> None:
@@ -77,6 +77,18 @@ def _replace_fused(
                 ) from error
             model.set_submodule(name, operators)
         _drop_weights(fused)
+
+
+def note_sizes(model: PreTrainedModel) -> None:
+    """
+    Tell the toolkit's experts how large they are, once channels have left them.
+
+    :param model: changed in place
+    """
+    for _, experts in get_linearized_moes(model):
+        for expert in experts.children():
+            if hasattr(expert, "intermediate_size"):
+                expert.intermediate_size = expert.down_proj.in_features
 
 
 @contextmanager

@@ -43,6 +43,7 @@ __all__ = [
     "find_operators",
     "names_matched",
     "replaced_weights",
+    "share_of_zeros",
     "trainable",
     "warn_of_zeros",
 ]
@@ -362,18 +363,26 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         )
 
 
-def warn_of_zeros(operators: Sequence[Operator]) -> None:
+def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:
     """
-    Say what becomes of the zeros of a model that is sparse already.
-
-    :param operators: about to be pruned; a few are looked at, as each may be on a disk
+    :param operators: of a model; a few are looked at, as each may be on a disk
+    :return: the name of the sparsest of them, and its share of zeros
     """
     every = max(len(operators) // LOOKED_AT, 1)
     zeros = {
         operator.name: float((operator.weight == 0).float().mean())
         for operator in operators[::every]
     }
-    name, share = max(zeros.items(), key=lambda one: one[1])
+    return max(zeros.items(), key=lambda one: one[1])
+
+
+def warn_of_zeros(operators: Sequence[Operator]) -> None:
+    """
+    Say what becomes of the zeros of a model that is sparse already.
+
+    :param operators: about to be pruned
+    """
+    name, share = share_of_zeros(operators)
     if share > ZEROS:
         logger.warning(
             f"The model is sparse already ({100 * share:.0f} % of {name} are zeros), "

@@ -269,6 +269,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 results,
                 self.reconstructions,
                 share_of_layers=self.share_of_weights,
+                **self._of_report(),
                 recipe=active_session().lifecycle.recipe.yaml(),
             )
             describe_on_save(state.model, report)
@@ -282,6 +283,10 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         self.remove_hooks()
         self._contexts.close()
         return True
+
+    def _of_report(self) -> dict[str, Any]:
+        """What a kind of pruning has to say beside its operators"""
+        return {}
 
     def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:
         if self.resume_dir is None:

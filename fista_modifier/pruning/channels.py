@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -115,9 +116,10 @@ def plan_channels(
     keeps = _keeps(chosen, sparsity * total, multiple_of)
     plans = {
         name: [
-            GroupPlan(group, keeps[structure, group.size])
+            GroupPlan(group, keep)
             for structure, groups in by_structure.items()
             for group in groups
+            if (keep := keeps[structure, group.size]) < group.size
         ]
         for name, by_structure in chosen.items()
     }
@@ -148,6 +150,11 @@ def _keeps(
     for structure, size in costs:
         if structure == "heads":
             keep = max(round(size * (1 - share)), 1)
+            if keep == size:
+                logger.warning(
+                    f"No heads leave: of {size}, {size * share:.2f} would have to. "
+                    "Raise sparsity, or leave heads out of structures"
+                )
             keeps[structure, size] = keep
             to_remove -= costs[structure, size] * (size - keep)
     rest = sum(size for (structure, _), size in sizes.items() if structure == "mlp")

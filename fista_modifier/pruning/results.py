@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -151,6 +152,10 @@ class PruningReport:
     :param stored_share: bytes of these weights, as a share of those of dense ones
     :param share_of_layers: what the pruned operators hold of the matrices in the
         decoder layers; reports of older versions have none
+    :param removed_share: of the decoder layers' parameters, what left the model; None
+        if nothing did
+    :param sizes: values of config.json that changed with that, by their names, with
+        dots between those of nested configurations
     :param recipe: what was applied, as YAML; reports of older versions have none
     :param versions: of this package and of those that its result depends on
     """
@@ -163,6 +168,8 @@ class PruningReport:
     storage_format: str = "dense"
     stored_share: float = 1.0
     share_of_layers: float | None = None
+    removed_share: float | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     versions: dict[str, str] = field(
         default_factory=lambda: package_versions(*PACKAGES)
@@ -211,6 +218,8 @@ class PruningReport:
             later,
             model=self.model,
             share_of_layers=share,
+            removed_share=_removed(self.removed_share, later.removed_share),
+            sizes=self.sizes | later.sizes,
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],
@@ -237,6 +246,13 @@ class PruningReport:
             return TypeAdapter(cls).validate_json(file.read_bytes())
         except ValidationError as error:
             raise ValueError(f"{file} is not a pruning report: {error}") from error
+
+
+def _removed(first: float | None, then: float | None) -> float | None:
+    """The second share is one of what the first left."""
+    if first is None or then is None:
+        return then if first is None else first
+    return 1 - (1 - first) * (1 - then)
 
 
 def _weights(operators: Sequence[OperatorResult]) -> int:

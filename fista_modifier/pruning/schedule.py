@@ -89,6 +89,7 @@ class Schedule:
         # a layer is to be pruned until the pipeline has left it
         self._to_prune = {layer for layer in chosen if layer.operators}
         self._to_prune -= self._resumption.look_for(layers)
+        self._finished: set[DecoderLayer] = set()
         # pruned weights of layers that the pipeline may run again before it moves on
         self._unstored: list[tuple[Operator, Tensor, Tensor | None]] = []
         self._progress = RunProgress(self._rounds.count(len(self._to_prune)))
@@ -96,12 +97,9 @@ class Schedule:
     @property
     def unfinished(self) -> list[str]:
         """names of the layers with operators that are left to other runs"""
-        pruned = {result.name for result in self.results}
+        left = (set(self.layers) - self._to_prune) - self._finished
         return [
-            layer.name
-            for layer in self.layers
-            if layer not in self._to_prune
-            and any(operator.name not in pruned for operator in layer.operators)
+            layer.name for layer in self.layers if layer in left and layer.operators
         ]
 
     def hooks(self) -> list[tuple[DecoderLayer, Hook]]:
@@ -207,6 +205,7 @@ class Schedule:
     def _accept(
         self, layer: DecoderLayer, pruned: PrunedLayer, recording: Recording | None
     ) -> None:
+        self._finished.add(layer)
         # what is left dense is no part of the layer's task any longer
         layer.operators = [one for one in layer.operators if one.name in pruned.weights]
         weights = {one: pruned.weights[one.name] for one in layer.operators}

@@ -1,0 +1,267 @@
+"""The recipe's face of FASP and SPAP: fields, no mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from llmcompressor.core import State
+from pydantic import Field, PrivateAttr, model_validator
+
+from fista_modifier.models.experts import note_sizes
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import check_prunable, share_of_zeros
+from fista_modifier.models.resizing import apply_changes
+from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.pruning.channels import ChannelPlan, Structure, plan_channels
+from fista_modifier.pruning.reconstruction import Reconstruction
+from fista_modifier.pruning.sparse import ErrorCorrection
+from fista_modifier.pruning.structured import StructuredProcedure
+from fista_modifier.solver import Unstructured
+from fista_modifier.structured import (
+    BiasCompensation,
+    FASPScore,
+    Fluctuation,
+    GreedyElimination,
+    KeptWeights,
+    LeastSquares,
+    LocalSearch,
+    Magnitude,
+    PenaltyMethod,
+    Restorer,
+    Selector,
+)
+
+__all__ = ["FASPPruningModifier", "SPAPPruningModifier"]
+
+SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
+RestorerName = Literal["least_squares", "bias", "none"]
+SPARSE = 0.05
+"""a share of zeros that no dense operator has"""
+
+
+class StructuredModifier(LayerwiseModifier):
+    """
+    Takes whole channels out of a model, which becomes smaller, dense and faster
+    wherever it is served (docs/structured.md).
+    """
+
+    sparsity: float = Field(
+        gt=0,
+        lt=1,
+        description="share of the decoder layers' parameters that leaves the model",
+    )
+    structures: list[Structure] = Field(
+        default=["mlp"],
+        min_length=1,
+        description=(
+            'what leaves: "mlp" (channels of MLPs and of experts), "heads" (whole '
+            "key/value heads with their query heads), or both"
+        ),
+    )
+    multiple_of: int = Field(
+        default=64,
+        ge=1,
+        description=(
+            "of which the number of an MLP's channels stays a multiple, for tiles of "
+            "GPU kernels and tensor parallelism"
+        ),
+    )
+    preset: Literal["default", "paper"] = Field(
+        default="default",
+        description=(
+            'values of the fields below that the recipe leaves out. "default" trains '
+            'what is left of each layer; "paper" is the method as published'
+        ),
+    )
+    error_correction: ErrorCorrection | None = Field(
+        default=None,
+        description=(
+            'what the inputs X* of an operator follow: "none" (they are the dense '
+            'model\'s), "intra" (what was pruned before in the layer) or "full" (in '
+            "all layers before)"
+        ),
+    )
+    selector: SelectorName | None = Field(
+        default=None,
+        description=(
+            'what chooses the channels: "fasp", "spap", "greedy" (ZipLM), "local" '
+            '(OSSCAR), "flap" or "magnitude"'
+        ),
+    )
+    restorer: RestorerName | None = Field(
+        default=None,
+        description=(
+            'what makes up for those that leave: "least_squares", "bias" (FLAP\'s, '
+            'where there is a bias) or "none"'
+        ),
+    )
+    dampening_frac: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description=(
+            "damping of the least squares problem, as a fraction of the geometric mean "
+            "of diag(G)"
+        ),
+    )
+    reconstruction_epochs: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description=(
+            "passes over the calibration batches in which the weights of a layer are "
+            "trained together towards the dense layer's output; may be a fraction, 0 "
+            "is none"
+        ),
+    )
+    reconstruction_rate: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description=(
+            "highest learning rate of this, as a share of an operator's mean |W_ij|"
+        ),
+    )
+
+    SELECTOR: ClassVar[SelectorName]
+    _plan: ChannelPlan = PrivateAttr(default_factory=ChannelPlan)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> StructuredModifier:
+        self._check_sharing(self._without_plan.chains_layers)
+        return self
+
+    @property
+    def removed(self) -> float:
+        """share of the decoder layers' parameters that leaves, exactly"""
+        return self._plan.removed
+
+    @property
+    def _without_plan(self) -> StructuredProcedure:
+        paper = self.preset == "paper"
+        epochs = self.reconstruction_epochs
+        if epochs is None:
+            epochs = 0.0 if paper else Reconstruction().epochs
+        return StructuredProcedure(
+            selector=self._selector,
+            restorer=self._restorer,
+            reconstruction=Reconstruction(
+                epochs, self.reconstruction_rate or Reconstruction().rate
+            ),
+            error_correction=self.error_correction or "intra",
+        )
+
+    @property
+    def _damping(self) -> dict[str, float]:
+        if self.dampening_frac is None:
+            return {}
+        return {"dampening_frac": self.dampening_frac}
+
+    @property
+    def _selector(self) -> Selector:
+        chosen: dict[SelectorName, Any] = {
+            "fasp": FASPScore,
+            "flap": Fluctuation,
+            "magnitude": Magnitude,
+        }
+        damped: dict[SelectorName, Any] = {
+            "spap": PenaltyMethod,
+            "greedy": GreedyElimination,
+            "local": LocalSearch,
+        }
+        name = self.selector or self.SELECTOR
+        made: Selector = (
+            chosen[name]() if name in chosen else damped[name](**self._damping)
+        )
+        return made
+
+    @property
+    def _restorer(self) -> Restorer:
+        if self.restorer == "none":
+            return KeptWeights()
+        if self.restorer == "bias":
+            return BiasCompensation()
+        return LeastSquares(**self._damping)
+
+    def procedure(
+        self, state: State, layers: Sequence[DecoderLayer]
+    ) -> StructuredProcedure:
+        """
+        :param state: of the toolkit's session
+        :param layers: of the model, with the operators that may be changed
+        :return: what is done to each layer
+        :raises ValueError: if channels cannot leave the model, or too many would
+        """
+        operators = [operator for layer in layers for operator in layer.operators]
+        for operator in operators:
+            check_prunable(operator, Unstructured(0.0))
+        name, share = share_of_zeros(operators)
+        if share > SPARSE:
+            raise ValueError(
+                f"{100 * share:.0f} % of {name} are zeros, which would get values "
+                "again: take channels out first, and prune to a pattern afterwards"
+            )
+        for layer in layers:
+            if not layer.in_sequence:  # no channels leave what is in no decoder layer
+                layer.operators = []
+        self._plan = plan_channels(
+            state.model,
+            layers,
+            state.data.calib,
+            self.structures,
+            self.sparsity,
+            self.multiple_of,
+        )
+        return replace(self._without_plan, plan=self._plan)
+
+    def _of_report(self) -> dict[str, Any]:
+        sizes = {".".join(path): value for path, value in self._plan.changes}
+        return {"removed_share": self.removed, "sizes": sizes}
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        if not self.unfinished:
+            apply_changes(state.model.config, self._plan.changes)
+            note_sizes(state.model)
+        return super().on_finalize(state, **kwargs)
+
+
+class FASPPruningModifier(StructuredModifier):
+    """
+    Takes channels out of a model by FASP (Hu, Zhao, Yuan et al., 2025): those whose
+    scores |W_ij| ‖X_j‖, summed over a column, are lowest; least squares restores the
+    operators that read them.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        FASPPruningModifier:
+          sparsity: 0.2
+          ignore: ["re:.*lm_head"]
+    ```
+    """
+
+    SELECTOR: ClassVar[SelectorName] = "fasp"
+
+
+class SPAPPruningModifier(StructuredModifier):
+    """
+    Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): a share
+    z ∈ [0, 1] of each channel is kept, of least error, and a growing penalty makes z
+    binary.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        SPAPPruningModifier:
+          sparsity: 0.2
+          ignore: ["re:.*lm_head"]
+    ```
+    """
+
+    SELECTOR: ClassVar[SelectorName] = "spap"
