@@ -1,0 +1,159 @@
+"""
+Channels that leave the MLPs: how selectors, restorers and the training of layers
+compare, on the same calibration tokens. Perplexities' excess over that of the dense
+model (of its logarithm) as a share of that of Wanda's score without restoration.
+
+    python benchmarks/structured.py --model DIR --calibration FILE.txt \\
+        --text FILE.txt FILE.txt --out benchmarks/results/structured
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import inputs
+from compare import common_arguments
+
+from fista_modifier import FASPPruningModifier, pipeline
+from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.evaluation.methods import IGNORE, recipe
+from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.solver import pattern_of
+
+REFERENCE = "Wanda's score"
+BARE = {"reconstruction_epochs": 0.0}
+METHODS: dict[str, dict[str, Any]] = {
+    REFERENCE: {"selector": "fasp", "restorer": "none", **BARE},
+    "magnitude": {"selector": "magnitude", "restorer": "none", **BARE},
+    "FASP, paper": {"preset": "paper"},
+    "ZipLM's elimination": {"selector": "greedy", **BARE},
+    "SPAP's choice": {"selector": "spap", **BARE},
+    "FASP, default": {},
+    "SPAP, default": {"selector": "spap"},
+    "ZipLM's elimination, trained": {"selector": "greedy"},
+    "FASP, full, two epochs": {
+        "error_correction": "full",
+        "reconstruction_epochs": 2.0,
+    },
+}
+SPARSEGPT = "SparseGPT 2:4"
+
+
+def main() -> None:
+    parser = common_arguments(__doc__ or "", 32, 16384)
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, SPARSEGPT])
+    args = parser.parse_args()
+    file = args.out.with_suffix(".json")
+    rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for key, made in wanted(args).items():
+        if key not in rows:
+            rows[key] = measured(args, *made)
+            file.write_text(json.dumps(rows, indent=1) + "\n")
+            inputs.show(args.out.with_suffix(".md"), table(args, rows))
+    inputs.show(args.out.with_suffix(".md"), table(args, rows))
+
+
+def wanted(args: argparse.Namespace) -> dict[str, tuple[str | None, float, int]]:
+    """Method, level and seed of each row."""
+    found: dict[str, tuple[str | None, float, int]] = {"dense": (None, 0.0, 0)}
+    for seed in args.seeds:
+        for level in args.levels:
+            for method in args.methods:
+                if method != SPARSEGPT:
+                    found[f"{method} | {level} | {seed}"] = (method, level, seed)
+        if SPARSEGPT in args.methods:
+            found[f"{SPARSEGPT} | 0 | {seed}"] = (SPARSEGPT, 0.0, seed)
+    return found
+
+
+def measured(
+    args: argparse.Namespace, method: str | None, level: float, seed: int
+) -> dict[str, Any]:
+    tokenizer = pipeline.load_tokenizer(args.model)
+    model = pipeline.load_model(args.model, "float32")
+    row: dict[str, Any] = {}
+    if method is not None:
+        modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
+        if method != SPARSEGPT:
+            fields = {"sparsity": level, "ignore": IGNORE} | METHODS[method]
+            modifier = FASPPruningModifier(**fields)
+        data = inputs.calibration(args, seed=seed)
+        started = time.perf_counter()
+        pipeline.prune(model, tokenizer, data, modifier)
+        row["seconds"] = time.perf_counter() - started
+        row["removed"] = getattr(modifier, "removed", 0.0)
+    row["perplexity"] = {
+        Path(text).stem: perplexity(
+            model,
+            tokenizer,
+            Path(text).read_text(encoding="utf-8"),
+            seq_len=args.eval_seq_len,
+            max_tokens=args.eval_tokens,
+        ).value
+        for text in args.text
+    }
+    return row
+
+
+def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
+    dense = rows["dense"]["perplexity"]
+    lines = [["", "dense", "", *(f"{value:.2f}" for value in dense.values()), "", ""]]
+    for level in [*args.levels, 0]:
+        for method in [*METHODS, SPARSEGPT]:
+            of_seeds = [
+                (rows[key], reference)
+                for seed in args.seeds
+                if (key := f"{method} | {level} | {seed}") in rows
+                and (reference := rows.get(f"{REFERENCE} | {level} | {seed}", {}))
+                is not None
+            ]
+            if of_seeds:
+                lines.append(line(level, method, dense, of_seeds))
+    header = ["sparsity", "method", "removed", *dense, "share of the excess", "seconds"]
+    return markdown_table(header, lines) + (
+        f"\n\n{Path(args.model).name}, {args.samples} × {args.seq_len} tokens of "
+        f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
+        f"of the excess: of that of {REFERENCE} without restoration, at the same level "
+        "with the same tokens, mean of the texts and seeds.\n"
+    )
+
+
+def line(
+    level: float,
+    method: str,
+    dense: dict[str, float],
+    of_seeds: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> list[str]:
+    found = [row for row, _ in of_seeds]
+    values = [fmean(row["perplexity"][text] for row in found) for text in dense]
+    shares = [
+        excess(row, dense, text) / excess(reference, dense, text)
+        for row, reference in of_seeds
+        for text in dense
+        if reference
+    ]
+    return [
+        f"{100 * level:g} %" if level else "",
+        method,
+        f"{100 * fmean(row['removed'] for row in found):.1f} %",
+        *(f"{value:.2f}" for value in values),
+        f"{fmean(shares):.2f}" if shares else "",
+        f"{fmean(row['seconds'] for row in found):.0f}",
+    ]
+
+
+def excess(row: dict[str, Any], dense: dict[str, float], text: str) -> float:
+    """Of the logarithm of a perplexity"""
+    return math.log(row["perplexity"][text] / dense[text])
+
+
+if __name__ == "__main__":
+    main()
