@@ -7,36 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.on_save import report_of, without_report
 from fista_modifier.checkpoint.storage import StorageFormat, convert
+from fista_modifier.data import calibration_dataset
 from fista_modifier.distributed import current_ranks
 from fista_modifier.files import whole
-from fista_modifier.models.classes import model_class
 from fista_modifier.models.experts import native_experts
 from fista_modifier.models.limits import check_calibration
+from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.pruning.results import (
+    Calibration,
     OperatorResult,
     PruningReport,
 )
 
 __all__ = [
     "PruningRun",
+    "calibration_tokens",
     "check_output",
     "load_config",
     "load_model",
@@ -66,61 +61,22 @@ class PruningRun:
         return self.report.operators if self.report else ()
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def calibration_tokens(
+    data: Calibration, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
     """
-    :param model: folder of a checkpoint, or its id on the hub
-    :return: its tokenizer
-    :raises FileNotFoundError: if there is no such model
-    :raises ValueError: if it has no tokenizer, or a damaged one
+    :param data: the user's choice
+    :param tokenizer: the model's
+    :return: the tokens
     """
-    load_config(model)
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of many kinds, and few of them name a file
-        raise ValueError(
-            f"the tokenizer of '{model}' could not be loaded: "
-            f"{str(error) or type(error).__name__}"
-        ) from error
-
-
-def load_model(
-    model: str, dtype: str | torch.dtype = "auto", *, to_accelerator: bool = False
-) -> PreTrainedModel:
-    """
-    :param model: folder of a checkpoint, or its id on the hub
-    :param dtype: dtype of the weights; "auto" is that of the checkpoint
-    :param to_accelerator: whether to spread it over the accelerators, if there are
-        any. For pruning it stays on the CPU: the toolkit onloads layer by layer. Of
-        several ranks the first one loads it, and all share its memory
-    :return: the model, of the class that its config.json names
-    :raises FileNotFoundError: if there is no such model
-    :raises ValueError: if transformers has no class for it
-    """
-    cls = model_class(load_config(model))
-    if current_ranks().size > 1 and not to_accelerator:
-        with load_offloaded_model():  # the first rank loads, the others share
-            return cls.from_pretrained(
-                model, dtype=dtype, device_map={"": "cpu"}, max_memory={}
-            )
-    spread = to_accelerator and torch.accelerator.is_available()
-    return cls.from_pretrained(
-        model, dtype=dtype, device_map="auto" if spread else None
+    return calibration_dataset(
+        data.dataset,
+        tokenizer,
+        samples=data.samples,
+        seq_len=data.seq_len,
+        seed=data.seed,
+        text_column=data.text_column,
     )
-
-
-def load_config(model: str) -> PretrainedConfig:
-    """
-    :param model: folder of a checkpoint, or its id on the hub
-    :return: its configuration
-    :raises FileNotFoundError: if there is no such model
-    """
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no model at '{model}': it is neither a folder with a config.json nor a "
-            f"model that the hub serves from here ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from transformers import AutoConfig
 
-from fista_modifier import pipeline
 from fista_modifier.cli.console import errors_as_messages, show
 from fista_modifier.cli.options import (
     CalibrationText,
@@ -30,6 +28,7 @@ from fista_modifier.evaluation.comparison import (
 )
 from fista_modifier.evaluation.methods import METHODS
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
+from fista_modifier.models.loading import load_config, load_tokenizer
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.solver import pattern_of
 
@@ -74,8 +73,8 @@ def compare(
     with errors_as_messages():
         patterns = {name: pattern_of(name) for name in pattern}
         # fails for a missing model before anything is downloaded
-        pipeline.load_tokenizer(model)
-        length = seq_len or max_sequence_length(AutoConfig.from_pretrained(model))
+        load_tokenizer(model)
+        length = seq_len or max_sequence_length(load_config(model))
         measurement = Measurement(
             model,
             load_texts(text or list(PAPER_TEXTS)),

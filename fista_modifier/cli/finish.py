@@ -1,11 +1,10 @@
-"""How every run of the command line begins and ends: its tokens and its checkpoint."""
+"""How every run of the command line ends: a checkpoint, verified and told about."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from datasets import Dataset
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
@@ -15,27 +14,10 @@ from fista_modifier.checkpoint.verification import verify as verify_checkpoint
 from fista_modifier.cli.console import console
 from fista_modifier.cli.tables import layer_table, operator_table
 from fista_modifier.cli.verify import check
-from fista_modifier.data import calibration_dataset
 from fista_modifier.distributed import current_ranks
 from fista_modifier.pruning.results import Calibration
 
-__all__ = ["calibration_of", "finish"]
-
-
-def calibration_of(data: Calibration, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """
-    :param data: the user's choice
-    :param tokenizer: the model's
-    :return: the tokens
-    """
-    return calibration_dataset(
-        data.dataset,
-        tokenizer,
-        samples=data.samples,
-        seq_len=data.seq_len,
-        seed=data.seed,
-        text_column=data.text_column,
-    )
+__all__ = ["finish"]
 
 
 def finish(

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from fista_modifier import pipeline
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.options import Samples, SequenceLength
 from fista_modifier.cli.tables import cost_table, memory_sentence
 from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import max_sequence_length
+from fista_modifier.models.loading import load_config
 from fista_modifier.pruning.presets import PRESETS, Preset
 
 __all__ = ["plan"]
@@ -40,7 +40,7 @@ def plan(
     with errors_as_messages():
         if device not in DEVICES:
             raise ValueError(f"device '{device}' is none of {', '.join(DEVICES)}")
-        config = pipeline.load_config(model)
+        config = load_config(model)
         shape = shape_of(config, seq_len or max_sequence_length(config))
         procedure = PRESETS[preset]
         chosen = DEVICES[device]

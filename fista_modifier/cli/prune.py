@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fista_modifier import pipeline
 from fista_modifier.checkpoint.storage import StorageFormat
 from fista_modifier.cli.console import console, errors_as_messages
-from fista_modifier.cli.finish import calibration_of, finish
+from fista_modifier.cli.finish import finish
 from fista_modifier.cli.options import (
     BatchSize,
     CalibrationText,
@@ -29,6 +29,7 @@ from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import join_ranks
 from fista_modifier.evaluation.methods import recipe as pruning_recipe
 from fista_modifier.models.limits import check_length
+from fista_modifier.models.loading import load_model, load_tokenizer
 from fista_modifier.models.operators import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.recipes import read_recipe
@@ -133,13 +134,13 @@ def prune(
         fields = {name: value for name, value in fields.items() if value is not None}
         modifiers = modifiers_of(pattern, recipe, fields)
         check_format(storage_format, modifiers)
-        tokenizer = pipeline.load_tokenizer(model)
-        dense = pipeline.load_model(model, dtype)
+        tokenizer = load_tokenizer(model)
+        dense = load_model(model, dtype)
         check_packable(storage_format, modifiers, dense)
         length = seq_len or max_sequence_length(dense.config)
         check_length(dense, length)
         data = Calibration(dataset, samples, length, seed, text_column)
-        calibration = calibration_of(data, tokenizer)
+        calibration = pipeline.calibration_tokens(data, tokenizer)
         run = pipeline.prune(
             dense, tokenizer, calibration, recipe or modifiers, batch_size=batch_size
         )

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
-from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import (
     IGNORE,
@@ -45,6 +44,7 @@ from fista_modifier.host import package_versions
 from fista_modifier.models.classes import check_predicts_text, weightless_model
 from fista_modifier.models.experts import linearize_weightless
 from fista_modifier.models.limits import check_length
+from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.models.operators import find_operators
 from fista_modifier.pruning.results import PACKAGES, Calibration
 from fista_modifier.solver import SparsityPattern
@@ -88,8 +88,8 @@ class Measurement:
             block
         :raises FileNotFoundError: if there is no such model
         """
-        check_predicts_text(pipeline.load_config(self.model))
-        tokenizer = pipeline.load_tokenizer(self.model)
+        check_predicts_text(load_config(self.model))
+        tokenizer = load_tokenizer(self.model)
         for text in self.texts:
             limit = text.token_limit(self.seq_len, self.max_tokens)
             try:
@@ -103,8 +103,8 @@ class Measurement:
         :param calibration: its tokens
         :return: perplexities, and what the pruning took
         """
-        tokenizer = pipeline.load_tokenizer(self.model)
-        model = pipeline.load_model(self.model, self.dtype)
+        tokenizer = load_tokenizer(self.model)
+        model = load_model(self.model, self.dtype)
         row: Row = {}
         if prune is not None:
             started = time.perf_counter()
@@ -202,13 +202,8 @@ class Comparison:
         longest = max(self.calibration.seq_len, self.measurement.seq_len)
         check_methods(self.measurement.model, methods, patterns.values(), longest)
         results = Results.resume(file, self._setup())
-        tokens = calibration_dataset(
-            self.calibration.dataset,
-            pipeline.load_tokenizer(self.measurement.model),
-            samples=self.calibration.samples,
-            seq_len=self.calibration.seq_len,
-            seed=self.calibration.seed,
-            text_column=self.calibration.text_column,
+        tokens = pipeline.calibration_tokens(
+            self.calibration, load_tokenizer(self.measurement.model)
         )
         seed = self.calibration.seed
         jobs: list[tuple[str, str, int | None]] = [(DENSE, "-", None)]
@@ -262,7 +257,7 @@ def check_methods(
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
-    skeleton = weightless_model(pipeline.load_config(model))
+    skeleton = weightless_model(load_config(model))
     check_length(skeleton, longest)
     linearize_weightless(skeleton)
     operators = find_operators(skeleton, TARGETS, IGNORE)

@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from fista_modifier import pipeline
 from fista_modifier.evaluation.perplexity import block_losses
 from fista_modifier.host import package_versions
+from fista_modifier.models.loading import load_model, load_tokenizer
 
 __all__ = ["Backend", "Engine", "check_installed", "start"]
 
@@ -70,7 +70,7 @@ class TransformersEngine:
 
     def __init__(self, model: str, dtype: str, batch_size: int) -> None:
         self._name, self._batch_size = model, batch_size
-        self._model = pipeline.load_model(model, dtype, to_accelerator=True)
+        self._model = load_model(model, dtype, to_accelerator=True)
 
     def losses(self, blocks: Tensor) -> list[float]:
         return block_losses(self._model, blocks, batch_size=self._batch_size)
@@ -81,7 +81,7 @@ class TransformersEngine:
 
         return HFLM(
             pretrained=self._model,
-            tokenizer=pipeline.load_tokenizer(self._name),
+            tokenizer=load_tokenizer(self._name),
             batch_size=self._batch_size,
         )
 

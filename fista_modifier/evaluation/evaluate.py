@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fista_modifier import pipeline
 from fista_modifier.data import max_sequence_length
 from fista_modifier.evaluation.engines import Backend, Engine, check_installed, start
 from fista_modifier.evaluation.formatting import markdown_table, with_error
@@ -27,6 +26,7 @@ from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.host import package_versions
 from fista_modifier.models.classes import check_predicts_text
+from fista_modifier.models.loading import load_config, load_tokenizer
 
 __all__ = ["Evaluation", "evaluation_table", "perplexities"]
 
@@ -92,10 +92,10 @@ class Evaluation:
 
     def _blocks(self, model: str) -> dict[str, Tensor]:
         """The texts as the model's tokens: before any model runs, as it may fail."""
-        config = pipeline.load_config(model)
+        config = load_config(model)
         if self.texts:
             check_predicts_text(config)
-        tokenizer = pipeline.load_tokenizer(model)
+        tokenizer = load_tokenizer(model)
         seq_len = self.seq_len
         if seq_len is None:
             seq_len = max_sequence_length(config)

@@ -13,9 +13,10 @@ from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.demo.model import build_smollm2
 from fista_modifier.cli.demo.texts import news_text, wikipedia_text
-from fista_modifier.cli.finish import calibration_of, finish
+from fista_modifier.cli.finish import finish
 from fista_modifier.cli.tables import perplexity_table
 from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.models.loading import load_model, load_tokenizer
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.results import Calibration, PruningReport
 
@@ -60,11 +61,11 @@ def demo(
         output.mkdir(parents=True, exist_ok=True)
         dense = str(build_smollm2(output / "SmolLM2-135M-Instruct"))
         news = news_text(output).read_text()
-        tokenizer = pipeline.load_tokenizer(dense)
-        model = pipeline.load_model(dense)
+        tokenizer = load_tokenizer(dense)
+        model = load_model(dense)
         wikipedia = str(wikipedia_text(output))
         data = Calibration(wikipedia, size.samples, size.seq_len, seed=0)
-        calibration = calibration_of(data, tokenizer)
+        calibration = pipeline.calibration_tokens(data, tokenizer)
         console.print(
             f"Pruning SmolLM2-135M-Instruct to 2:4 with {size.samples} sequences of "
             f"{size.seq_len} tokens of Wikipedia."
@@ -72,7 +73,7 @@ def demo(
         measured = []
 
         def measure(name: str, checkpoint: str) -> None:
-            loaded = pipeline.load_model(checkpoint, to_accelerator=True)
+            loaded = load_model(checkpoint, to_accelerator=True)
             result = perplexity(
                 loaded, tokenizer, news, seq_len=512, max_tokens=size.eval_tokens
             )

@@ -1,0 +1,75 @@
+"""Configurations, models and tokenizers, from a folder or the hub."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.offload import load_offloaded_model
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fista_modifier.distributed import current_ranks
+from fista_modifier.models.classes import model_class
+
+__all__ = ["load_config", "load_model", "load_tokenizer"]
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :return: its configuration
+    :raises FileNotFoundError: if there is no such model
+    """
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no model at '{model}': it is neither a folder with a config.json nor a "
+            f"model that the hub serves from here ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :return: its tokenizer
+    :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if it has no tokenizer, or a damaged one
+    """
+    load_config(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of many kinds, and few of them name a file
+        raise ValueError(
+            f"the tokenizer of '{model}' could not be loaded: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+
+
+def load_model(
+    model: str, dtype: str | torch.dtype = "auto", *, to_accelerator: bool = False
+) -> PreTrainedModel:
+    """
+    :param model: folder of a checkpoint, or its id on the hub
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
+    :param to_accelerator: whether to spread it over the accelerators, if there are
+        any. For pruning it stays on the CPU: the toolkit onloads layer by layer. Of
+        several ranks the first one loads it, and all share its memory
+    :return: the model, of the class that its config.json names
+    :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if transformers has no class for it
+    """
+    cls = model_class(load_config(model))
+    if current_ranks().size > 1 and not to_accelerator:
+        with load_offloaded_model():  # the first rank loads, the others share
+            return cls.from_pretrained(
+                model, dtype=dtype, device_map={"": "cpu"}, max_memory={}
+            )
+    spread = to_accelerator and torch.accelerator.is_available()
+    return cls.from_pretrained(
+        model, dtype=dtype, device_map="auto" if spread else None
+    )
