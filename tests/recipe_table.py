@@ -76,9 +76,12 @@ def field_table(
     :raises ValueError: naming fields without a description
     """
     schema = model.model_json_schema()
+    own = {*model.__annotations__}
     fields = {
         name: field
-        for name, field in model.model_fields.items()
+        for name, field in sorted(
+            model.model_fields.items(), key=lambda one: one[0] not in own
+        )
         if name not in base.model_fields
     }
     undescribed = [name for name, field in fields.items() if not field.description]

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "fista_modifier"
 # from the bottom: a part imports itself and the parts of the lines above its own
 ORDER = [
     ["errors", "files", "host", "distributed"],
-    ["solver", "structured", "data"],
-    ["models"],
+    ["solver", "data"],
+    ["models", "structured"],
     ["calibration"],
     ["pruning"],
     ["checkpoint", "cost", "report"],

@@ -1,9 +1,9 @@
 """
 Structured pruning in tensors: which channels of a group stay, and with which weights.
 
-Knows torch and :mod:`fista_modifier.solver`, and no models. A selector chooses the
-channels of a :class:`ChannelProblem`, a restorer finds the consumers' weights on them,
-and :func:`prune_channels` puts both together.
+It may import torch and the solver, whose Gram statistics it works on, and it knows no
+models. A selector chooses the channels of a :class:`ChannelProblem`, a restorer finds
+the consumers' weights on them, and :func:`prune_channels` puts both together.
 """
 
 from fista_modifier.structured.alternating import (
