@@ -21,7 +21,7 @@ from families import FAMILIES, VOCABULARY, tiny_model
 from runs import calibration, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fista_modifier import FISTAPruningModifier, pipeline
+from fista_modifier import FASPPruningModifier, FISTAPruningModifier, pipeline
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.data import calibration_dataset
 
@@ -158,6 +158,31 @@ def test_vllm_agrees_with_transformers_on_a_pruned_smollm2(
     checkpoint = smollm2_pruned(pattern)
     tokenizer = pipeline.load_tokenizer(str(checkpoint))
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
+
+
+def test_vllm_agrees_with_transformers_on_a_smaller_smollm2(
+    smollm2: Path, wikipedia: Path, ask: Ask, tmp_path: Path
+) -> None:
+    """Of which channels have left, and which is then pruned to 2:4."""
+    tokenizer = pipeline.load_tokenizer(str(smollm2))
+    model = pipeline.load_model(str(smollm2))
+    dense = model.num_parameters()
+    data = calibration_dataset(str(wikipedia), tokenizer, samples=2, seq_len=128)
+    head = ["re:.*lm_head"]
+    recipe = [
+        FASPPruningModifier(sparsity=0.3, ignore=head, preset="paper"),
+        FISTAPruningModifier(
+            mask_structure="2:4", ignore=head, preset="fast", admm_steps=2
+        ),
+    ]
+    run = pipeline.prune(model, tokenizer, data, recipe)
+    pipeline.save(run.model, tokenizer, tmp_path / "smaller")
+    config = json.loads((tmp_path / "smaller" / "config.json").read_text())
+    assert config["intermediate_size"] % 64 == 0
+    assert run.model.num_parameters() < 0.8 * dense
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    checkpoint = tmp_path / "smaller"
     assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
 
 
