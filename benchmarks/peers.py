@@ -40,9 +40,9 @@ class ALPS:
     """
 
     DAMPING = 0.01
-    FIRST_PENALTY = 0.1
+    FIRST_RHO = 0.1
     MOST_STEPS = 300
-    STEPS_PER_PENALTY = 3
+    STEPS_PER_RHO = 3
 
     def __init__(self, statistics: GramStatistics) -> None:
         mean = float(statistics.gram.diagonal().mean())
@@ -67,21 +67,21 @@ class ALPS:
 
     def _sparse(self, objective: LayerObjective, pattern: SparsityPattern) -> Tensor:
         values, vectors = self._values, self._vectors
-        penalty = self.FIRST_PENALTY
+        rho = self.FIRST_RHO
         sparse = objective.weight
         multiplier = torch.zeros_like(sparse)  # ρU
         support = pattern.support(sparse.abs())
         for step in range(1, self.MOST_STEPS + 1):
-            pull = objective.target - multiplier + penalty * sparse
-            weight = (pull @ vectors / (values + penalty)) @ vectors.T
-            sparse = project(weight + multiplier / penalty, pattern)
-            multiplier += penalty * (weight - sparse)
-            if step % self.STEPS_PER_PENALTY == 0:
+            pull = objective.target - multiplier + rho * sparse
+            weight = (pull @ vectors / (values + rho)) @ vectors.T
+            sparse = project(weight + multiplier / rho, pattern)
+            multiplier += rho * (weight - sparse)
+            if step % self.STEPS_PER_RHO == 0:
                 previous, support = support, sparse != 0
                 growth = self._growth(int((support ^ previous).sum()), support)
                 if growth is None:
                     break
-                penalty *= growth
+                rho *= growth
         return sparse
 
     @staticmethod

@@ -26,7 +26,7 @@ __all__ = [
 Value = TypeVar("Value")
 Distribution = Literal["layers", "data"]
 
-PATIENCE = timedelta(days=1)
+LONGEST_WAIT = timedelta(days=1)
 """how long a rank waits for another, which may be pruning a wide layer; one that died
 is noticed at once, as its connections close"""
 
@@ -141,7 +141,7 @@ def current_ranks() -> Ranks:
 @cache
 def _objects(_world: dist.ProcessGroup) -> dist.ProcessGroup:
     """One group for all runs in the same world: each costs connections."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return group
 
 

@@ -31,7 +31,7 @@ from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.checkpoint.shards import locate, read
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models.experts import linearize, native_experts
-from fista_modifier.models.operators import find_operators
+from fista_modifier.models.targets import find_operators
 from fista_modifier.solver import NofM
 
 

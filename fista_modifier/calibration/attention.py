@@ -1,4 +1,4 @@
-"""Attention in the toolkit's pipeline, and what its tracer does to it and to memory."""
+"""Fused attention in the toolkit's passes, where it computes the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from compressed_tensors.utils import patch_attr
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import (
     LayerCall,
@@ -18,56 +18,17 @@ from fista_modifier.calibration.replay import (
     outputs_of_parts,
     real_rows,
 )
+from fista_modifier.models.tracing import configs_of
 
 __all__ = [
     "FusedAttention",
-    "configs_of",
     "same_output",
-    "traced_with_masks",
-    "traces_forgotten",
 ]
 
 Padding = Callable[[torch.nn.Module, Tensor], Tensor | None]
 
 ROUNDING = 1e-4
 """what kernels may differ by in float32, as a share of a module's output"""
-
-
-@contextmanager
-def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
-    """
-    Make the toolkit's tracer keep the attention implementation of a model's config.
-
-    The tracer rebuilds configs from ``to_dict()``, which leaves the attention
-    implementation out. Families that choose their mask function in a branch (Mistral,
-    Phi-3, Mixtral and others in llm-compressor 0.14) then get no mask at all, and
-    eager attention, which calibration forces, looks at future tokens and padding. An
-    extra attribute of the config is written by ``to_dict()`` and understood by the
-    config's constructor.
-
-    :param model: the model that will be traced
-    """
-    configs = configs_of(model)
-    with ExitStack() as stack:
-        for config in configs:
-            stack.enter_context(patch_attr(config, "attn_implementation", "eager"))
-        yield
-
-
-@contextmanager
-def traces_forgotten() -> Iterator[None]:
-    """
-    Let go of the model when it was traced. llm-compressor 0.14 names the functions that
-    its tracer wraps in a table of torch.fx, which keeps them, and all that they refer
-    to, for as long as the process lives: each run of ``oneshot()`` its whole model.
-    """
-    table = torch.fx._symbolic_trace._wrapped_fns_to_patch
-    before = set(table)
-    try:
-        yield
-    finally:
-        for name in set(table) - before:
-            del table[name]
 
 
 def same_output(one: Tensor, other: Tensor) -> bool:
@@ -187,13 +148,3 @@ def _attention_implementation(
                 patch_attr(config, "_attn_implementation", implementation)
             )
         yield
-
-
-def configs_of(module: torch.nn.Module) -> list[PretrainedConfig]:
-    """
-    :param module: a model, or a part of one
-    :return: configurations of all models and attention modules in it
-    """
-    configs = (getattr(part, "config", None) for part in module.modules())
-    found = {id(one): one for one in configs if isinstance(one, PretrainedConfig)}
-    return list(found.values())

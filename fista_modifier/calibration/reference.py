@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.attention import configs_of
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.tracing import configs_of
 
 __all__ = ["ReferenceRun"]
 

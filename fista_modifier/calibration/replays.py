@@ -13,11 +13,7 @@ from torch import Tensor
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stages import Stage, waves
-from fista_modifier.models.operators import (
-    NO_BIASES,
-    Operator,
-    replaced_weights,
-)
+from fista_modifier.models.operators import NO_BIASES, Operator, replaced_weights
 
 __all__ = ["Replays", "replays_of"]
 

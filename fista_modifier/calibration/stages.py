@@ -110,7 +110,7 @@ def agreed(
 
 
 @dataclass
-class _Seen:
+class _Inputs:
     """
     :param tensors: an operator's input at each of its calls; the tensors are kept, so
         that no address recurs
@@ -125,14 +125,14 @@ def _watch(
     unseen: Sequence[Operator], operators: Sequence[Operator], call: LayerCall
 ) -> list[Stage]:
     """The stages among ``unseen`` that one run of the layer shows."""
-    inputs: dict[Operator, _Seen] = {}
+    inputs: dict[Operator, _Inputs] = {}
     returned: list[Tensor] = []
     outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
 
     def record(operator: Operator) -> RemovableHandle:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             if args[0].numel():  # an expert may be called without a token
-                seen = inputs.setdefault(operator, _Seen([], []))
+                seen = inputs.setdefault(operator, _Inputs([], []))
                 seen.tensors.append(args[0])
                 seen.origins.append(args[0].grad_fn)
 

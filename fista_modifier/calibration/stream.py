@@ -9,11 +9,7 @@ from torch import Tensor
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import same_output
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.models.operators import (
-    NO_BIASES,
-    Operator,
-    replaced_weights,
-)
+from fista_modifier.models.operators import NO_BIASES, Operator, replaced_weights
 
 __all__ = ["PrunedStream"]
 

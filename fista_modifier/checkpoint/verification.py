@@ -24,7 +24,8 @@ from fista_modifier.checkpoint.packing import parts_of, stored_twice
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
 from fista_modifier.models.classes import model_class, weightless_model
 from fista_modifier.models.experts import linearize, linearize_weightless
-from fista_modifier.models.operators import Operator, find_operators
+from fista_modifier.models.operators import Operator
+from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 from fista_modifier.solver import SparsityPattern, pattern_of
 

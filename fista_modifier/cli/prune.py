@@ -30,7 +30,7 @@ from fista_modifier.distributed import join_ranks
 from fista_modifier.evaluation.methods import recipe as pruning_recipe
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_model, load_tokenizer
-from fista_modifier.models.operators import find_operators
+from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.pruning.presets import Preset

@@ -27,7 +27,8 @@ from fista_modifier.models.layers import (
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.models.operators import Operator, blocks_of, find_operators
+from fista_modifier.models.operators import Operator, blocks_of
+from fista_modifier.models.targets import find_operators
 from fista_modifier.solver.drift import narrows
 
 __all__ = ["LayerShape", "StageShape", "shape_of"]
@@ -293,7 +294,7 @@ def _evenly_routed(
     return outputs
 
 
-class _Seen(Exception):
+class _FirstCall(Exception):
     """Carries a call of a decoder layer out of the model."""
 
 
@@ -311,7 +312,7 @@ def _call_of(
     """What the model calls the largest layer with, of those that text reaches."""
 
     def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        raise _Seen(LayerCall(module, args, kwargs))
+        raise _FirstCall(LayerCall(module, args, kwargs))
 
     # weights without values, on what appears to be the CPU; all that does not depend
     # on them, such as masks, has its values
@@ -332,7 +333,7 @@ def _call_of(
         ):
             try:
                 model(**inputs, use_cache=False)
-            except _Seen as seen:
+            except _FirstCall as seen:
                 call: LayerCall = seen.args[0]
                 return call
         remaining = [one for one in remaining if not _in_one_stack(one, largest)]

@@ -37,7 +37,7 @@ from fista_modifier.evaluation.results import (
     Results,
     Row,
     digest,
-    fingerprint,
+    state_of_checkpoint,
 )
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.host import package_versions
@@ -45,7 +45,7 @@ from fista_modifier.models.classes import check_predicts_text, weightless_model
 from fista_modifier.models.experts import linearize_weightless
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
-from fista_modifier.models.operators import find_operators
+from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import PACKAGES, Calibration
 from fista_modifier.solver import SparsityPattern
 
@@ -227,7 +227,7 @@ class Comparison:
         column = self.calibration.text_column
         return ({"text_column": column} if column else {}) | {
             "model": self.measurement.model,
-            "checkpoint": fingerprint(self.measurement.model),
+            "checkpoint": state_of_checkpoint(self.measurement.model),
             "dtype": self.measurement.dtype,
             "calibration": self.calibration.dataset,
             "samples": self.calibration.samples,

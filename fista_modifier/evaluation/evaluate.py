@@ -20,7 +20,7 @@ from fista_modifier.evaluation.results import (
     Results,
     Row,
     digest,
-    fingerprint,
+    state_of_checkpoint,
 )
 from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
@@ -111,7 +111,7 @@ class Evaluation:
         return blocks
 
     def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
-        checkpoint = fingerprint(model)
+        checkpoint = state_of_checkpoint(model)
         samples = {name: digest(tokens.tolist()) for name, tokens in blocks.items()}
         results.rows = [
             row

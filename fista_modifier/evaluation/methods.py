@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
 from fista_modifier.models.experts import linearize
-from fista_modifier.models.operators import check_prunable, find_operators
+from fista_modifier.models.targets import check_prunable, find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.solver import SparsityPattern

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from fista_modifier.files import write_whole
 
-__all__ = ["Results", "Row", "digest", "fingerprint"]
+__all__ = ["Results", "Row", "digest", "state_of_checkpoint"]
 
 Row = dict[str, Any]
 
@@ -87,7 +87,7 @@ def digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def fingerprint(model: str) -> str:
+def state_of_checkpoint(model: str) -> str:
     """
     :param model: folder of a checkpoint, or its id on the hub
     :return: the hub's commit; of a folder, a digest of the dates and sizes of its

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.models.operators import ZEROS, Operator, find_operators
+from fista_modifier.models.operators import Operator
+from fista_modifier.models.targets import ZEROS, find_operators
 
 __all__ = ["apply_masks_", "masks_of"]
 

@@ -19,7 +19,6 @@ from pydantic import Field, PrivateAttr
 from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.activations import ActivationStorage
-from fista_modifier.calibration.attention import traced_with_masks, traces_forgotten
 from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.models.coverage import share_of_weights, warn_of_other_weights
@@ -30,7 +29,8 @@ from fista_modifier.models.layers import (
     layer_targets,
 )
 from fista_modifier.models.limits import check_vocabulary
-from fista_modifier.models.operators import find_operators
+from fista_modifier.models.targets import find_operators
+from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
 from fista_modifier.pruning.procedures import Procedure
 from fista_modifier.pruning.results import (
     OperatorResult,

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
-from fista_modifier.models.operators import check_prunable, warn_of_zeros
+from fista_modifier.models.targets import check_prunable, warn_of_zeros
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.owl import Owl
 from fista_modifier.modifiers.patterns import PatternFields

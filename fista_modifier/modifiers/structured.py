@@ -11,8 +11,8 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
-from fista_modifier.models.operators import check_prunable, share_of_zeros
 from fista_modifier.models.resizing import apply_changes
+from fista_modifier.models.targets import check_prunable, share_of_zeros
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.pruning.channels import ChannelPlan, Structure, plan_channels
 from fista_modifier.pruning.reconstruction import Reconstruction

@@ -42,8 +42,8 @@ class ADMM:
 
     def __init__(self, quadratic: Quadratic, steps: int) -> None:
         self._steps = steps
-        self._penalty = float(quadratic.diagonal.mean()) or 1.0
-        self._resolvent = quadratic.resolvent(self._penalty)
+        self._rho = float(quadratic.diagonal.mean()) or 1.0
+        self._resolvent = quadratic.resolvent(self._rho)
 
     def __call__(self, objective: LayerObjective, pattern: SparsityPattern) -> Tensor:
         """
@@ -58,7 +58,7 @@ class ADMM:
             for _ in range(self._steps):
                 for rows in row_blocks(sparse):
                     dual = multiplier[rows]
-                    pull = (sparse[rows] - dual).mul_(self._penalty).add_(target[rows])
+                    pull = (sparse[rows] - dual).mul_(self._rho).add_(target[rows])
                     dual.add_(times(pull, self._resolvent), alpha=RELAXATION)
                     del pull  # the next block's may have its memory
                 multiplier.add_(sparse, alpha=1 - RELAXATION)

@@ -93,14 +93,18 @@ def _fista(
     done = torch.tensor(False, device=start.device)
     iterations = torch.tensor(0, device=start.device)
     for step in range(1, max_iterations + 1):
+        # (4a), a gradient step from the extrapolated point
         gradient = objective.gradient(extrapolated, rows, "tf32")
         torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
+        # (4b), the proximal operator of the penalty
         shrunk = soft_threshold(gradient, penalty / lipschitz)
         # a solution that has converged stays
         torch.where(done, current, shrunk, out=shrunk)
         torch.sub(shrunk, current, out=change)
         current = shrunk
+        # (4c), the paper's t_k
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        # (4d), from the previous proximal point
         torch.add(
             current, change, alpha=(momentum - 1) / next_momentum, out=extrapolated
         )

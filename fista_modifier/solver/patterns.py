@@ -194,7 +194,7 @@ class NofM:
                 later_wins = entries[second] > entries[first]
                 beaten[first] += later_wins
                 beaten[second] += ~later_wins
-        return torch.stack([times < self.n for times in beaten], -1).view_as(scores)
+        return torch.stack([count < self.n for count in beaten], -1).view_as(scores)
 
     def holds(self, weight: Tensor) -> bool:
         groups = weight.reshape(weight.shape[0], -1, self.m)

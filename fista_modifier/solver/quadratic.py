@@ -61,22 +61,22 @@ class Quadratic:
         """L, an upper estimate of λ_max(G): the step length of FISTA is 1/L"""
         return largest_eigenvalue(self.statistics.gram, self.damping)
 
-    def shifted(self, penalty: float) -> Tensor:
+    def shifted(self, rho: float) -> Tensor:
         """
-        :param penalty: ρ ≥ 0
+        :param rho: ρ ≥ 0
         :return: G + ρ I, n×n, a new matrix where that of the statistics is
         """
         matrix = self.statistics.gram.clone()
-        matrix.diagonal().add_(self.damping.to(matrix.device) + penalty)
+        matrix.diagonal().add_(self.damping.to(matrix.device) + rho)
         return matrix
 
-    def resolvent(self, penalty: float) -> Tensor:
+    def resolvent(self, rho: float) -> Tensor:
         """
-        :param penalty: ρ > 0
+        :param rho: ρ > 0
         :return: (G + ρ I)⁻¹, n×n, where G is
         """
         # the matrix is forgotten before the inverse is made of its factor
-        factor = torch.linalg.cholesky(self.shifted(penalty))
+        factor = torch.linalg.cholesky(self.shifted(rho))
         return torch.cholesky_inverse(factor)
 
 

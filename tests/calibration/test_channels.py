@@ -28,7 +28,8 @@ from fista_modifier.models.layers import (
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.models.operators import Operator, find_operators
+from fista_modifier.models.operators import Operator
+from fista_modifier.models.targets import find_operators
 
 ZOO = Path(__file__).parents[1] / "zoo" / "configurations.json"
 MLP, HEADS, KEYS, SIZE = 48, 4, 2, 8

@@ -10,7 +10,8 @@ from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.models.layers import DecoderLayer, group_by_layer
-from fista_modifier.models.operators import Operator, find_operators
+from fista_modifier.models.operators import Operator
+from fista_modifier.models.targets import find_operators
 
 
 def called_layers(family: str) -> dict[DecoderLayer, Recording]:

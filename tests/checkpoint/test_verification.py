@@ -34,7 +34,7 @@ from fista_modifier.checkpoint.verification import (
 )
 from fista_modifier.cli.tables import verification_table
 from fista_modifier.models.experts import linearize, native_experts
-from fista_modifier.models.operators import find_operators
+from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 from fista_modifier.solver.patterns import SparsityPattern, project

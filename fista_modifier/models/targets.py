@@ -1,0 +1,244 @@
+"""Which operators a recipe asks for, and whether they can be pruned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import match_name, match_named_modules
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.utils.pytorch.module import expand_special_targets
+from llmcompressor.utils.transformers import get_embeddings
+from loguru import logger
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fista_modifier.models.operators import Operator
+from fista_modifier.solver.patterns import SparsityPattern
+
+__all__ = [
+    "check_prunable",
+    "find_operators",
+    "names_matched",
+    "share_of_zeros",
+    "warn_of_zeros",
+]
+
+LOOKED_AT = 8
+"""operators whose zeros are counted"""
+ZEROS = 0.05
+"""a share of zeros that no dense operator has"""
+SHOWN = 4
+"""how many operators a message names"""
+
+
+def find_operators(
+    model: PreTrainedModel, targets: list[str], ignore: list[str]
+) -> list[Operator]:
+    """
+    The operators that a recipe asks to prune. As in the toolkit, a target is a class
+    name, a module name or "re:" and a pattern; a target module that is not a linear
+    operator itself (a decoder layer) stands for all those inside it. "Linear" includes
+    GPT-2's Conv1D. The output embedding and the router of a mixture of experts are
+    pruned only if a target names them.
+
+    :param model: model to search
+    :param targets: what to prune
+    :param ignore: what to leave dense
+    :return: operators in the order of ``model.named_modules()``
+    :raises ValueError: if a target matches nothing, if nothing is left to prune, or if
+        a target names an output embedding that is tied to the input embedding, or the
+        model has adapters
+    """
+    _check_adapters(model)
+    asked, targets = set(targets), expand_special_targets(targets)
+    if "Linear" in targets:
+        targets = [*targets, "Conv1D"]
+    # of the classes that one word stands for, not every model has each
+    optional = {"Conv1D", *targets} - (asked - {"Conv1D"})
+    found: dict[str, torch.nn.Linear | Conv1D] = {}
+    for target in targets:
+        matches = list(match_named_modules(model, [target]))
+        if not matches and target not in optional | {"Linear"}:
+            raise ValueError(
+                f"target '{target}' matches no module of {type(model).__name__}; use a "
+                "class name ('Linear'), a module name, or 're:' and a pattern"
+            )
+        for name, module in matches:
+            for inner, child in module.named_modules(prefix=name):
+                if isinstance(child, torch.nn.Linear | Conv1D):
+                    found[inner] = child
+    ignored = names_matched(model, ignore, found)
+    embedding, head = get_embeddings(model)
+    operators = []
+    order = [name for name, _ in model.named_modules() if name in found]
+    for name in order:
+        module = found[name]
+        named = any(match_name(name, target) for target in targets)
+        if name in ignored or (_is_router(model, name) and not named):
+            continue
+        if module is head:
+            if not named:
+                continue
+            if _share_weight(module, embedding):
+                raise ValueError(
+                    f"'{name}' shares its weight with the input embedding, which "
+                    "would be pruned too; load the model with untied embeddings "
+                    "(oneshot(tie_word_embeddings=False)) or do not target it"
+                )
+            logger.warning(f"Pruning the output embedding '{name}', as targeted")
+        operators.append(Operator(name, module))
+    operators = _without_shared(model, operators)
+    if not operators:
+        raise ValueError(
+            f"targets {targets} minus ignore {ignore} leave no linear operator of "
+            f"{type(model).__name__} to prune"
+        )
+    return operators
+
+
+def names_matched(
+    model: PreTrainedModel, targets: list[str], operators: Iterable[str]
+) -> set[str]:
+    """
+    :param model: the model
+    :param targets: class names, module names or "re:" patterns
+    :param operators: names of operators
+    :return: those of the operators that a target matches, or that are inside a module
+        that one matches
+    """
+    modules = {name for name, _ in match_named_modules(model, targets)}
+    return {
+        name
+        for name in operators
+        if any(part in modules for part in accumulate(name.split("."), "{}.{}".format))
+    }
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    """Of PEFT: what is pruned below them is not what runs once they are merged."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError(
+            f"the {type(model).__name__} has adapters: merge them first, "
+            "model = model.merge_and_unload(), and prune what that returns"
+        )
+
+
+def _without_shared(
+    model: PreTrainedModel, operators: list[Operator]
+) -> list[Operator]:
+    """
+    What runs at several places of a model has no one input, and to prune it for the
+    first would change the dense model behind it.
+    """
+    modules = Counter(id(one) for _, one in model.named_modules(remove_duplicate=False))
+    with disable_onloading():
+        weights = Counter(id(operator.module.weight) for operator in operators)
+        shared = [
+            operator
+            for operator in operators
+            if modules[id(operator.module)] > 1
+            or weights[id(operator.module.weight)] > 1
+        ]
+    if shared:
+        logger.warning(
+            f"{len(shared)} operators stay dense, as several layers share their "
+            f"weights: {', '.join(operator.name for operator in shared[:SHOWN])}"
+            + (" and others" if len(shared) > SHOWN else "")
+        )
+    return [operator for operator in operators if operator not in shared]
+
+
+def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
+    """Also if they are offloaded, and each access gives another tensor."""
+    with disable_onloading():
+        weight = getattr(one, "weight", None)
+        return weight is not None and weight is getattr(other, "weight", None)
+
+
+def _is_router(model: PreTrainedModel, name: str) -> bool:
+    """
+    Whether it gives each expert beside it a score, or all of them together one; or
+    does so within a router that is beside the experts, or is a module called so.
+    """
+    module = model.get_submodule(name)
+    parent, _, _ = name.rpartition(".")
+    grandparent, _, _ = parent.rpartition(".")
+    block = type(model.get_submodule(parent)).__name__.lower()
+    if "router" in block or "gating" in block:
+        return True
+    counts = {
+        # a linearised mixture has its activation function in the list
+        getattr(child, "num_experts", len(child))
+        for child in model.get_submodule(parent).children()
+        if isinstance(child, torch.nn.ModuleList)
+    }
+    around = {
+        child.num_experts
+        for child in model.get_submodule(grandparent).children()
+        if isinstance(child, LinearExperts2D)
+    }
+    scores = module.nf if isinstance(module, Conv1D) else module.out_features
+    return scores in counts | around or (bool(counts) and scores == 1)
+
+
+def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
+    """
+    :param operator: an operator about to be pruned
+    :param pattern: sparsity asked for
+    :raises ValueError: if it is or is about to be quantised, if its width does not suit
+        the pattern, or its weight is not floating point or not finite
+    """
+    if is_module_quantized(operator.module):
+        raise ValueError(
+            f"{operator.name} is quantised: prune first and quantise afterwards. In a "
+            "recipe the pruning modifier comes before those that quantise; of a "
+            "quantised checkpoint, prune the full-precision original"
+        )
+    weight = operator.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the weight of {operator.name} is {weight.dtype}: prune the "
+            "full-precision model first and quantise it afterwards"
+        )
+    try:
+        pattern.check_columns(weight.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{operator.name}: {error}") from None
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
+            "is damaged, or it was loaded in a dtype that cannot hold it"
+        )
+
+
+def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:
+    """
+    :param operators: of a model; a few are looked at, as each may be on a disk
+    :return: the name of the sparsest of them, and its share of zeros
+    """
+    every = max(len(operators) // LOOKED_AT, 1)
+    zeros = {
+        operator.name: float((operator.weight == 0).float().mean())
+        for operator in operators[::every]
+    }
+    return max(zeros.items(), key=lambda one: one[1])
+
+
+def warn_of_zeros(operators: Sequence[Operator]) -> None:
+    """
+    Say what becomes of the zeros of a model that is sparse already.
+
+    :param operators: about to be pruned
+    """
+    name, share = share_of_zeros(operators)
+    if share > ZEROS:
+        logger.warning(
+            f"The model is sparse already ({100 * share:.0f} % of {name} are zeros), "
+            "and zeros may get values again: set preserve_sparsity_mask: true to keep "
+            "them"
+        )
