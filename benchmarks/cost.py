@@ -26,6 +26,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import fista_modifier.pruning.reconstruction
 import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
@@ -42,7 +43,7 @@ PHASES = {
         (PrunedStream, "advance"),
     ],
     "solver": [(FISTAPruner, "prune")],
-    "reconstruction": [(fista_modifier.pruning.sparse, "reconstruct")],
+    "reconstruction": [(fista_modifier.pruning.reconstruction, "reconstruct")],
 }
 # what torch's counter does not know by itself
 ATEN = torch.ops.aten

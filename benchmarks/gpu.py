@@ -36,6 +36,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import fista_modifier.pruning.reconstruction
 import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
@@ -69,7 +70,7 @@ PHASES = {
     "sums": [(fista_modifier.pruning.sparse, "wave_statistics")],
     "blocks' inputs": [(LayerInputs, "of_block"), (PrunedStream, "advance")],
     "solver": [(FISTAPruner, "__init__"), (FISTAPruner, "prune")],
-    "reconstruction": [(fista_modifier.pruning.sparse, "reconstruct")],
+    "reconstruction": [(fista_modifier.pruning.reconstruction, "reconstruct")],
 }
 
 
