@@ -22,6 +22,7 @@ from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SMALLER = ["--method", "fasp", "--sparsity", "0.3", "--multiple-of", "4"]
 
 
 def run(*arguments: object) -> Result:
@@ -152,6 +153,80 @@ def test_a_format_that_does_not_suit_the_pattern_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (["--method", "fasp"], {"intermediate_size": 24}),
+        (["--method", "spap", "--preset", "paper"], {"intermediate_size": 24}),
+        (
+            ["--method", "fasp", "--structure", "mlp", "--structure", "heads"],
+            {
+                "intermediate_size": 40,
+                "num_key_value_heads": 1,
+                "num_attention_heads": 2,
+            },
+        ),
+    ],
+)
+def test_a_structured_method_writes_a_smaller_checkpoint(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    sizes: dict[str, int],
+) -> None:
+    output = tmp_path / "pruned"
+    arguments += ["--sparsity", "0.3", "--multiple-of", "4"]
+    result = prune(model, text, output, *arguments)
+    assert result.exit_code == 0, result.output
+    report = PruningReport.load(output)
+    assert report.sizes == sizes
+    share = removed_share(model, output)
+    assert report.removed_share == pytest.approx(share)
+    told = " ".join(result.output.split())
+    assert f"{100 * share:.2f} % of the decoder layers' parameters have left" in told
+    assert f"intermediate_size {sizes['intermediate_size']}" in told
+    assert f"{sizes['intermediate_size']} of 48 columns" in told
+    assert "Pruned operators" not in told and "warm start" not in told
+    verified = run("verify", output)
+    assert verified.exit_code == 0, verified.output
+
+
+def removed_share(dense: Path, smaller: Path) -> float:
+    """Of the parameters of decoder layers, counted in the checkpoints themselves."""
+    before, after = (
+        sum(
+            parameter.numel()
+            for name, parameter in AutoModelForCausalLM.from_pretrained(
+                folder
+            ).named_parameters()
+            if ".layers." in name
+        )
+        for folder in (dense, smaller)
+    )
+    return 1 - after / before
+
+
+def test_a_chain_tells_of_what_left_and_of_zeros(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "pruned"
+    recipe.write_text(
+        (RECIPES / "fasp-2of4.yaml")
+        .read_text()
+        .replace("sparsity: 0.2", "sparsity: 0.2\n      multiple_of: 4")
+    )
+    result = prune(model, text, output, "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert "parameters have left the model" in told
+    assert "Pruned operators" in told and "50.00 %" in told
+    report = PruningReport.load(output)
+    assert report.sparsity == 0.5
+    assert report.removed_share == pytest.approx(removed_share(model, output))
+    assert run("verify", output, "--pattern", "2:4").exit_code == 0
+
+
 def test_the_same_command_gives_the_same_weights(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +291,30 @@ def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
             + ["--format", "sparse-bitmask"],
             ["QuantizationModifier", "--format dense"],
         ),
+        (["--sparsity", "0.3"], ["--sparsity", "--method fasp", "--pattern"]),
+        (
+            ["--pattern", "2:4", "--structure", "mlp", "--multiple-of", "4"],
+            ["--structure, --multiple-of", "--method fasp"],
+        ),
+        (
+            ["--recipe", "recipes/fasp.yaml", "--sparsity", "0.3"],
+            ["--sparsity", "set its fields"],
+        ),
+        ([*SMALLER, "--pattern", "2:4"], ["--pattern contradicts --method fasp"]),
+        (
+            [*SMALLER, "--recipe", "recipes/fasp.yaml"],
+            ["--recipe contradicts --method fasp"],
+        ),
+        (["--method", "spap"], ["--method spap needs --sparsity"]),
+        (["--method", "fasp", "--sparsity", "30"], ["--sparsity 30", "0.2"]),
+        ([*SMALLER, "--preset", "best"], ["--preset best", "default or paper"]),
+        ([*SMALLER, "--warm-start", "wanda"], ["--warm-start", "no FISTA"]),
+        ([*SMALLER, "--structure", "layers"], ["layers", "mlp, heads"]),
+        (
+            [*SMALLER, "--format", "sparse-bitmask"],
+            ["FASPPruningModifier", "--format dense"],
+        ),
+        ([*SMALLER, "--multiple-of", "64"], ["48 channels", "multiple of 64"]),
     ],
 )
 def test_bad_arguments_are_a_message_and_leave_nothing(
@@ -411,6 +510,23 @@ def test_prune_goes_on_where_it_stopped(
     assert "1 layers are not finished yet" in part.output
     assert not (tmp_path / "part").exists()
     for name, arguments in [("resumed", common), ("at-once", common[:2])]:
+        result = prune(model, text, tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("resumed", "at-once")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_structured_run_goes_on_where_it_stopped(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    common = (*SMALLER, "--resume", tmp_path / "layers")
+    part = prune(model, text, tmp_path / "part", *common, "--layers", "1")
+    assert part.exit_code == 0, part.output
+    assert "1 layers are not finished yet" in part.output
+    for name, arguments in [("resumed", common), ("at-once", SMALLER)]:
         result = prune(model, text, tmp_path / name, *arguments)
         assert result.exit_code == 0, result.output
     weights = [

@@ -92,9 +92,7 @@ def _write_on_save(model: PreTrainedModel) -> None:
             report = reduce(PruningReport.followed_by, state.reports)
             write_sizes(folder, report.sizes)
             if report.sparsity:
-                write_sparsity(
-                    folder, report.operators, entries, report.share_of_layers
-                )
+                write_sparsity(folder, report.sparse, entries, report.share_of_layers)
             if state.writes_report:
                 report.save(folder)
                 update_model_card(folder, report)

@@ -12,7 +12,12 @@ from fista_modifier import pipeline
 from fista_modifier.checkpoint.storage import StorageFormat
 from fista_modifier.checkpoint.verification import verify as verify_checkpoint
 from fista_modifier.cli.console import console
-from fista_modifier.cli.tables import layer_table, operator_table
+from fista_modifier.cli.tables import (
+    layer_table,
+    operator_table,
+    removal_sentence,
+    removal_table,
+)
 from fista_modifier.cli.verify import check
 from fista_modifier.distributed import current_ranks
 from fista_modifier.pruning.results import Calibration
@@ -47,7 +52,12 @@ def finish(
     if report is None:
         console.print(f"{wrote}.")
         return
-    console.print(operator_table(report.operators))
+    if report.smaller:
+        console.print(removal_table(report.smaller))
+    if report.removed_share is not None:
+        console.print(removal_sentence(report))
+    if report.sparse:
+        console.print(operator_table(report.sparse))
     if report.layers:
         console.print(layer_table(report.layers))
     check(verify_checkpoint(folder), folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from llmcompressor.modifiers import Modifier
@@ -15,6 +15,7 @@ from fista_modifier import pipeline
 from fista_modifier.checkpoint.storage import StorageFormat
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.finish import finish
+from fista_modifier.cli.method import Method, Request
 from fista_modifier.cli.options import (
     BatchSize,
     CalibrationText,
@@ -27,16 +28,14 @@ from fista_modifier.cli.options import (
 )
 from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import join_ranks
-from fista_modifier.evaluation.methods import recipe as pruning_recipe
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_model, load_tokenizer
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
-from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.pruning.presets import Preset
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.pruning.sparse import ErrorCorrection
-from fista_modifier.solver import WarmStart, pattern_of
+from fista_modifier.solver import WarmStart
 
 __all__ = ["prune"]
 
@@ -54,6 +53,35 @@ def prune(
         Path | None,
         typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
     ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="'fista' sets weights to zero, as --pattern says; 'fasp' and 'spap' "
+            "take channels out of the model, which becomes smaller"
+        ),
+    ] = "fista",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="for 'fasp' and 'spap': share of the decoder layers' parameters that "
+            "is to leave, such as 0.2"
+        ),
+    ] = None,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="for 'fasp' and 'spap': what leaves, 'mlp' (channels of MLPs) or 'heads' "
+            "(whole ones); twice for both (default: 'mlp')"
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="for 'fasp' and 'spap': of which an MLP's channels stay a multiple "
+            "(default: 64)",
+        ),
+    ] = None,
     dataset: CalibrationText = "allenai/c4",
     text_column: TextColumn = None,
     samples: Samples = 128,
@@ -63,8 +91,9 @@ def prune(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="'best' is more accurate, 'fast' faster; 'paper' is Algorithm 1 as "
-            "published (default: 'default')"
+            help="'best' is more accurate, 'fast' faster; 'paper' is the method as "
+            "published, and all but 'default' that 'fasp' and 'spap' have (default: "
+            "'default')"
         ),
     ] = None,
     error_correction: Annotated[
@@ -132,7 +161,9 @@ def prune(
             "activations_dir": activations and str(activations),
         }
         fields = {name: value for name, value in fields.items() if value is not None}
-        modifiers = modifiers_of(pattern, recipe, fields)
+        modifiers = Request(
+            method, pattern, recipe, sparsity, structure, multiple_of, fields
+        ).modifiers()
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
         dense = load_model(model, dtype)
@@ -152,33 +183,6 @@ def prune(
             )
         else:
             finish(model, run, tokenizer, data, output, storage_format)
-
-
-def modifiers_of(
-    pattern: str | None, recipe: Path | None, fields: dict[str, Any]
-) -> list[Modifier]:
-    """
-    :param pattern: "n:m" or a sparsity such as "0.5", or
-    :param recipe: a file
-    :param fields: of the modifier that are given by options, which go with a pattern
-    :return: what is to be done to the model
-    :raises ValueError: if there are both or neither, if a recipe leaves options without
-        effect, or if one of them makes no sense
-    :raises FileNotFoundError: if there is no such recipe
-    """
-    if (pattern is None) == (recipe is None):
-        raise ValueError("give either --pattern (such as 2:4 or 0.5) or --recipe")
-    if recipe is None:
-        assert pattern is not None  # one of the two is given
-        return [pruning_recipe("fista", pattern_of(pattern), **fields)]
-    if not recipe.is_file():
-        raise FileNotFoundError(f"the recipe {recipe} does not exist")
-    if fields:
-        raise ValueError(
-            f"{', '.join(fields)} can be given by options only with --pattern: set "
-            f"these fields in {recipe}"
-        )
-    return list(read_recipe(recipe).modifiers)
 
 
 def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:

@@ -21,7 +21,11 @@ from fista_modifier.cost import (
 )
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
-from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+from fista_modifier.pruning.results import (
+    OperatorResult,
+    PruningReport,
+    ReconstructionResult,
+)
 from fista_modifier.pruning.sparse import SparseProcedure
 
 __all__ = [
@@ -30,6 +34,8 @@ __all__ = [
     "layer_table",
     "operator_table",
     "perplexity_table",
+    "removal_sentence",
+    "removal_table",
     "verification_table",
 ]
 
@@ -71,6 +77,50 @@ def _summary(results: Sequence[OperatorResult]) -> list[str]:
         f"{sum(result.relative_error for result in results) / count:.4f}",
         f"{sum(result.seconds for result in results):.1f}",
     ]
+
+
+def removal_table(results: Sequence[OperatorResult]) -> Table:
+    """
+    :param results: of the operators that read the channels that left
+    :return: one line for each kind of operator and size, and a total
+    """
+    table = Table(title="Operators that lost channels")
+    table.add_column("operator")
+    table.add_column("size")
+    for heading in ("count", "weights", "error, not restored", "error", "s"):
+        table.add_column(heading, justify="right")
+
+    def kind(result: OperatorResult) -> tuple[str, str]:
+        return result.kind, result.pattern
+
+    by_kind = sorted(results, key=kind)
+    for (name, size), group in groupby(by_kind, key=kind):
+        table.add_row(escape(name), size, *_removal_summary(list(group)))
+    table.add_section()
+    table.add_row("all", "", *_removal_summary(results))
+    table.caption = (
+        "of the operators that read what left; error: mean over them of "
+        "‖W*X* − WX‖ / ‖WX‖"
+    )
+    return table
+
+
+def _removal_summary(results: Sequence[OperatorResult]) -> list[str]:
+    summary = _summary(results)
+    return summary[:2] + summary[3:]
+
+
+def removal_sentence(report: PruningReport) -> str:
+    """
+    :param report: of a model that parameters have left
+    :return: how many, and what its configuration says now
+    """
+    assert report.removed_share is not None
+    sizes = ", ".join(f"{name} {value}" for name, value in report.sizes.items())
+    return (
+        f"{100 * report.removed_share:.2f} % of the decoder layers' parameters have "
+        f"left the model; its configuration now has {escape(sizes)}."
+    )
 
 
 def layer_table(results: dict[str, ReconstructionResult]) -> Table:

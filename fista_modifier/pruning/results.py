@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fista_modifier.host import package_versions
 from fista_modifier.solver.trials import Trial
+from fista_modifier.structured.patterns import Smaller
 
 __all__ = [
     "PACKAGES",
@@ -90,6 +91,11 @@ class OperatorResult:
     def sparsity(self) -> float:
         """share of zeros"""
         return self.zeros / (self.shape[0] * self.shape[1])
+
+    @property
+    def is_smaller(self) -> bool:
+        """whether it lost channels, in place of getting zeros"""
+        return Smaller.parse(self.pattern) is not None
 
     @property
     def kind(self) -> str:
@@ -198,10 +204,21 @@ class PruningReport:
         return "".join(counts)
 
     @property
+    def smaller(self) -> list[OperatorResult]:
+        """the operators that lost channels"""
+        return [operator for operator in self.operators if operator.is_smaller]
+
+    @property
+    def sparse(self) -> list[OperatorResult]:
+        """the operators that got zeros, some of which may have lost channels before"""
+        return [operator for operator in self.operators if not operator.is_smaller]
+
+    @property
     def sparsity(self) -> float:
-        """share of zeros in the weights of all operators"""
-        zeros = sum(operator.zeros for operator in self.operators)
-        return zeros / max(_weights(self.operators), 1)
+        """share of zeros in the weights of all operators that got some"""
+        operators = self.sparse
+        zeros = sum(operator.zeros for operator in operators)
+        return zeros / max(_weights(operators), 1)
 
     def followed_by(self, later: PruningReport) -> PruningReport:
         """

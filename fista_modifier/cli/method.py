@@ -1,0 +1,138 @@
+"""What ``fista-prune prune`` is asked to do: a pattern, smaller sizes, or a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from llmcompressor.modifiers import Modifier
+
+from fista_modifier.evaluation.methods import IGNORE
+from fista_modifier.evaluation.methods import recipe as pruning_recipe
+from fista_modifier.modifiers.recipes import read_recipe
+from fista_modifier.modifiers.structured import (
+    FASPPruningModifier,
+    SPAPPruningModifier,
+    StructuredModifier,
+)
+from fista_modifier.pruning.channels import Structure
+from fista_modifier.solver import pattern_of
+
+__all__ = ["Method", "Request"]
+
+Method = Literal["fista", "fasp", "spap"]
+STRUCTURED: dict[Method, type[StructuredModifier]] = {
+    "fasp": FASPPruningModifier,
+    "spap": SPAPPruningModifier,
+}
+STRUCTURED_PRESETS = ("default", "paper")
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    Options that say what is to be done to a model.
+
+    :param method: that prunes, if there is no recipe
+    :param pattern: "n:m" or a sparsity such as "0.5", for FISTAPruner
+    :param recipe: a file, in place of all others
+    :param sparsity: share of the decoder layers' parameters that is to leave
+    :param structures: what leaves, if not as by default
+    :param multiple_of: of which the number of channels stays a multiple, likewise
+    :param fields: of the modifier that other options give
+    """
+
+    method: Method = "fista"
+    pattern: str | None = None
+    recipe: Path | None = None
+    sparsity: float | None = None
+    structures: Sequence[str] | None = None
+    multiple_of: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def modifiers(self) -> list[Modifier]:
+        """
+        :return: what is to be done to the model
+        :raises ValueError: if options contradict one another, or if one of them makes
+            no sense
+        :raises FileNotFoundError: if there is no such recipe
+        """
+        if self.method in STRUCTURED:
+            return [self._structured()]
+        given = [name for name, value in self._sizes.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} can be given only with --method fasp or spap, "
+                "which take channels out of the model; for zeros in place, write "
+                "--pattern (such as 2:4 or 0.5), and for a recipe set its fields"
+            )
+        if (self.pattern is None) == (self.recipe is None):
+            raise ValueError(
+                "give either --pattern (such as 2:4 or 0.5) or --recipe, or --method "
+                "fasp or spap with --sparsity"
+            )
+        if self.pattern is not None:
+            return [pruning_recipe("fista", pattern_of(self.pattern), **self.fields)]
+        assert self.recipe is not None  # one of the two is given
+        return self._of_recipe(self.recipe)
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {
+            "--sparsity": self.sparsity,
+            "--structure": self.structures or None,
+            "--multiple-of": self.multiple_of,
+        }
+
+    def _structured(self) -> Modifier:
+        option = f"--method {self.method}"
+        for name, value in (("--pattern", self.pattern), ("--recipe", self.recipe)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} contradicts {option}: leave one of them out. To take "
+                    "channels out and then prune to a pattern, write a recipe such as "
+                    "recipes/fasp-2of4.yaml"
+                )
+        if self.sparsity is None:
+            raise ValueError(
+                f"{option} needs --sparsity, the share of the decoder layers' "
+                "parameters that is to leave, such as 0.2"
+            )
+        if not 0 < self.sparsity < 1:
+            raise ValueError(
+                f"--sparsity {self.sparsity:g} is no share between 0 and 1, such as 0.2"
+            )
+        preset = self.fields.get("preset", "default")
+        if preset not in STRUCTURED_PRESETS:
+            raise ValueError(
+                f"--preset {preset} is one of FISTAPruner's: with {option} it can be "
+                f"{' or '.join(STRUCTURED_PRESETS)}"
+            )
+        if "warm_start" in self.fields:
+            raise ValueError(
+                f"--warm-start is where FISTA starts, and {option} has no FISTA: "
+                "leave it out"
+            )
+        for name in self.structures or ():
+            if name not in get_args(Structure):
+                raise ValueError(
+                    f"--structure {name} is none of {', '.join(get_args(Structure))}"
+                )
+        sizes: dict[str, Any] = {"sparsity": self.sparsity}
+        if self.structures:
+            sizes["structures"] = list(dict.fromkeys(self.structures))
+        if self.multiple_of is not None:
+            sizes["multiple_of"] = self.multiple_of
+        return STRUCTURED[self.method](ignore=IGNORE, **sizes, **self.fields)
+
+    def _of_recipe(self, recipe: Path) -> list[Modifier]:
+        if not recipe.is_file():
+            raise FileNotFoundError(f"the recipe {recipe} does not exist")
+        if self.fields:
+            raise ValueError(
+                f"{', '.join(self.fields)} can be given by options only with "
+                f"--pattern or --method: set these fields in {recipe}"
+            )
+        return list(read_recipe(recipe).modifiers)
