@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from families import tiny_model
-from runs import calibration, prune, samples, weights
+from runs import calibration, run, samples, weights
 
+import fista_modifier
 from fista_modifier.pruning.progress import LayerProgress
 
 
@@ -21,7 +22,7 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     """
     :param output: folder for ``RANK.pt``: the pruned weights and the names of results
     :param family: of the tiny model
-    :param fields: of the modifier, JSON
+    :param fields: of the modifier, JSON; "modifier" is its class, FISTA's if left out
     :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
         "same data": the ranks share one part of the data; "unreached": nothing dies,
         but the model has one more layer, which it does not run
@@ -42,7 +43,10 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
         LayerProgress.on_operator = end  # type: ignore[method-assign]
     own = samples().chunk(dist.get_world_size())[0 if dies == "same data" else rank]
     data = {"dataset": calibration(own), "num_calibration_samples": len(own)}
-    modifier = prune(model, oneshot_arguments=data, **json.loads(fields))
+    chosen = {"modifier": "FISTAPruningModifier"} | json.loads(fields)
+    kind = getattr(fista_modifier, chosen.pop("modifier"))
+    modifier = kind(**chosen)
+    run(model, modifier, **data)
     names = [result.name for result in modifier.results]
     torch.save((weights(model), names), Path(output) / f"{rank}.pt")
 

@@ -10,14 +10,28 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, MIXTURES, tiny_model
-from runs import run, samples
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from runs import calibration as data
+from runs import run, samples, weights
+from test_distributed import outputs, start
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier import FASPPruningModifier, SPAPPruningModifier
+from fista_modifier import (
+    FASPPruningModifier,
+    FISTAPruningModifier,
+    SPAPPruningModifier,
+)
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models.experts import linearize
+from fista_modifier.pruning.results import PruningReport
+from fista_modifier.pruning.resume import FinishedLayers
+from fista_modifier.solver import parse_pattern
 
 METHODS = {"fasp": FASPPruningModifier, "spap": SPAPPruningModifier}
 WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}
@@ -221,3 +235,256 @@ def test_a_cut_layer_is_the_one_whose_channels_nobody_reads(family: str) -> None
         assert bool(kept.any(0).all())
         weight[:, ~kept.any(1)] = 0
     torch.testing.assert_close(logits(small), logits(dense))
+
+
+@pytest.mark.parametrize("correction", ["none", "intra"])
+def test_the_mean_of_what_is_put_out_stays_where_there_is_a_bias(
+    correction: str,
+) -> None:
+    dense, small = tiny_model("opt"), tiny_model("opt")
+    modifier = shrink(small, **UNTRAINED, error_correction=correction)
+    layers, smaller = decoder_layers(dense, "opt"), decoder_layers(small, "opt")
+    for index, result in enumerate(modifier.results):
+        _, before = seen(dense, [result.name])
+        own, layers[index] = layers[index], smaller[index]
+        _, after = seen(dense, [result.name])
+        layers[index] = own
+        (one,), (other,) = before.values(), after.values()
+        torch.testing.assert_close(one.mean(0), other.mean(0), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(one, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("structures", [["heads"], ["mlp", "heads"]], ids="-".join)
+def test_whole_heads_leave(family: str, structures: list[str], tmp_path: Path) -> None:
+    dense, small = tiny_model(family, **HEADS), tiny_model(family, **HEADS)
+    sparsity = 0.5 if "mlp" in structures else 0.2
+    fields: dict[str, Any] = {"structures": structures, "sparsity": sparsity}
+    modifier = shrink(small, **UNTRAINED, error_correction="intra", **fields)
+    before, after = size_of_layers(dense, family), size_of_layers(small, family)
+    assert modifier.removed == pytest.approx(1 - after / before, rel=1e-12)
+    assert modifier.removed == pytest.approx(sparsity, abs=0.03)
+    config = check_loads(small, tmp_path)
+    assert config["num_attention_heads"] == 4
+    assert config["num_key_value_heads"] == 2
+    assert config["head_dim"] == 4
+    assert (config["intermediate_size"] == 24) == ("mlp" in structures)
+    assert small.config.num_key_value_heads == 2
+    names = [result.name for result in modifier.results]
+    assert len(names) == 2 * len(structures)
+    errors = relative_errors(small, dense, family, names)
+    for result in modifier.results:
+        error, tokens = errors[result.name]
+        assert result.tokens == tokens
+        assert result.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+
+
+def test_heads_are_cut_as_if_nobody_read_them() -> None:
+    dense, small = tiny_model("llama", **HEADS), tiny_model("llama", **HEADS)
+    modifier = shrink(small, **EXACT, structures=["mlp", "heads"], sparsity=0.5)
+    for result in modifier.results:
+        weight, columns = oriented(dense, result.name), oriented(small, result.name)
+        kept = (weight[:, :, None] == columns[:, None]).all(0).any(1)
+        weight[:, ~kept] = 0
+    torch.testing.assert_close(logits(small), logits(dense))
+
+
+def test_heads_and_channels_are_trained_together(tmp_path: Path) -> None:
+    small = tiny_model("llama", **HEADS)
+    modifier = shrink(small, structures=["mlp", "heads"], sparsity=0.5)
+    for outcome in modifier.reconstructions.values():
+        assert outcome.error <= outcome.start_error
+    check_loads(small, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("fields", [{}, UNTRAINED], ids=["default", "paper"])
+def test_an_expert_without_tokens_is_as_small_as_the_others(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    dense, small = tiny_model(family), tiny_model(family)
+    linearize(dense)
+    tokens = torch.full((2, 3), 5)
+    modifier = shrink(small, **fields, oneshot_arguments={"dataset": data(tokens)})
+    _, kept = SIZES.get(family, (48, 32))
+    assert len(modifier.results) == 8
+    without = [result for result in modifier.results if not result.tokens]
+    assert 0 < len(without) < 8
+    for layer in small.model.layers:
+        for expert in range(4):
+            one = layer.mlp.experts[expert]
+            assert one.gate_proj.weight.shape == (kept, 32)
+            assert one.up_proj.weight.shape == (kept, 32)
+            assert one.down_proj.weight.shape == (32, kept)
+    for result in without:  # by magnitude, and nothing is restored
+        found, weight = oriented(small, result.name), oriented(dense, result.name)
+        assert bool((weight[:, :, None] == found[:, None]).all(0).any(0).all())
+    check_loads(small, tmp_path)
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", ["opt", "mixtral"])
+@pytest.mark.parametrize("correction", ["none", "intra", "full"])
+def test_an_interrupted_run_goes_on(
+    family: str, correction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"error_correction": correction, "resume_dir": str(tmp_path / "layers")}
+    whole, interrupted, resumed = (tiny_model(family) for _ in range(3))
+    shrink(whole, error_correction=correction)
+    save = FinishedLayers.save
+
+    def save_one(self: FinishedLayers, *arguments: Any) -> None:
+        if list(self.folder.glob("*.safetensors")):
+            raise KeyboardInterrupt
+        save(self, *arguments)
+
+    monkeypatch.setattr(FinishedLayers, "save", save_one)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(interrupted, **fields)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "layers").glob("*.safetensors"))) == 1
+    modifier = shrink(resumed, **fields)
+    assert_same(weights(resumed), weights(whole))
+    assert len(modifier.reconstructions) == 2
+    again = tiny_model(family)  # from disk alone
+    modifier = shrink(again, **fields)
+    assert_same(weights(again), weights(whole))
+    assert modifier.removed > 0
+    check_loads(again, tmp_path / "saved")
+
+
+def test_two_runs_share_the_layers(tmp_path: Path) -> None:
+    whole = tiny_model("llama")
+    shrink(whole)
+    folder = str(tmp_path / "layers")
+    for layers, left in (("1", ["model.layers.0"]), ("0", [])):
+        modifier = shrink(tiny_model("llama"), resume_dir=folder, layers=layers)
+        assert modifier.unfinished == left
+    together = tiny_model("llama")
+    shrink(together, resume_dir=folder)
+    assert_same(weights(together), weights(whole))
+    check_loads(together, tmp_path / "saved")
+
+
+def test_other_sizes_do_not_resume(tmp_path: Path) -> None:
+    shrink(tiny_model("llama"), resume_dir=str(tmp_path))
+    model = tiny_model("llama")
+    dense = weights(model)
+    with pytest.raises(ValueError, match="sparsity was 0.2 and is 0.3"):
+        shrink(model, resume_dir=str(tmp_path), sparsity=0.3)
+    assert_same(weights(model), dense)
+
+
+@pytest.mark.parametrize(
+    ("size", "family", "fields"),
+    [
+        (2, "opt", {}),
+        (2, "mixtral", {"distribute": "data", "preset": "paper"}),
+        (2, "opt", {"error_correction": "full", "preset": "paper"}),
+    ],
+)
+def test_several_ranks_give_the_weights_of_one(
+    size: int, family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"modifier": "FASPPruningModifier", "sparsity": 0.2, "multiple_of": 4}
+    processes = start(size, tmp_path, family, settings | fields)
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, output
+    alone = tiny_model(family)
+    modifier = shrink(alone, **fields)
+    expected = weights(alone)
+    for rank in range(size):
+        found, names = torch.load(tmp_path / f"{rank}.pt")
+        assert names == [result.name for result in modifier.results]
+        assert found.keys() == expected.keys()
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
+QUANTISATION = {
+    "W8A8": {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["re:.*lm_head"]},
+    "W4A16": {"targets": ["Linear"], "scheme": "W4A16", "ignore": ["re:.*lm_head"]},
+}
+WIDE = {"hidden_size": 128, "intermediate_size": 512}
+"""wide enough for groups of 128 columns"""
+
+
+def holds_2_of_4(model: PreTrainedModel) -> bool:
+    pattern = parse_pattern("2:4", None)
+    names = FAMILIES["llama"].operators
+    return all(pattern.holds(model.get_submodule(name).weight) for name in names)
+
+
+@pytest.mark.parametrize("structures", [["mlp"], ["mlp", "heads"]], ids="-".join)
+def test_a_smaller_model_gets_a_pattern(structures: list[str], tmp_path: Path) -> None:
+    model = tiny_model("llama", **HEADS)
+    small = FASPPruningModifier(sparsity=0.5, multiple_of=4, structures=structures)
+    sparse = FISTAPruningModifier(mask_structure="2:4")
+    run(model, [small, sparse] if structures == ["mlp"] else RECIPE.format(structures))
+    assert model.model.layers[0].mlp.down_proj.in_features < 48
+    assert holds_2_of_4(model)
+    config = check_loads(model, tmp_path)
+    assert config["intermediate_size"] < 48
+    assert "sparsity_config" in config
+    report = PruningReport.load(tmp_path)
+    assert report.removed_share == pytest.approx(
+        1
+        - size_of_layers(model, "llama")
+        / size_of_layers(tiny_model("llama", **HEADS), "llama")
+    )
+
+
+RECIPE = """
+small_stage:
+  pruning_modifiers:
+    FASPPruningModifier:
+      sparsity: 0.5
+      multiple_of: 4
+      structures: {}
+sparse_stage:
+  pruning_modifiers:
+    FISTAPruningModifier:
+      mask_structure: "2:4"
+"""
+
+
+@pytest.mark.parametrize("scheme", QUANTISATION)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_smaller_model_is_quantised(
+    scheme: str, sparse: bool, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", **WIDE)
+    recipe: list[Any] = [SPAPPruningModifier(sparsity=0.2, multiple_of=128)]
+    if sparse:
+        recipe.append(FISTAPruningModifier(mask_structure="2:4"))
+    recipe.append(QuantizationModifier(**QUANTISATION[scheme]))
+    tokens = samples(8, 32, seed=1)
+    run(
+        model,
+        recipe,
+        dataset=data(tokens),
+        output_dir=tmp_path,
+        processor=tiny_tokenizer,
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    assert loaded.config.intermediate_size == 384
+    assert not sparse or holds_2_of_4(loaded)
+    verification = verify(tmp_path)
+    assert verification.passed, (verification.problems, verification.failures)
+    small = tiny_model("llama", **WIDE)
+    run(small, recipe_without(recipe), dataset=data(tokens))
+    difference = logits(loaded) - logits(small)
+    assert difference.norm() < (0.1 if scheme == "W8A8" else 0.5) * logits(small).norm()
+
+
+def recipe_without(recipe: list[Any]) -> list[Any]:
+    """The same without the last modifier, anew"""
+    return [
+        type(one)(**one.model_dump(include=one.model_fields_set)) for one in recipe[:-1]
+    ]
