@@ -1,4 +1,4 @@
-"""The processes of a distributed run, in the toolkit's convention."""
+"""The processes of a distributed run, by the toolkit's convention."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Value = TypeVar("Value")
 Distribution = Literal["layers", "data"]
 
 LONGEST_WAIT = timedelta(days=1)
-"""how long a rank waits for another, which may be pruning a wide layer; one that died
-is noticed at once, as its connections close"""
+"""How long a rank waits for another, which may be pruning a wide layer. A rank that
+died is noticed at once, because its connections close."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """
-    The processes that prune a model together. Every method is to be called by all.
+    The processes that prune a model together. All of them must call each method.
 
     :param rank: number of this one
     :param size: how many there are
-    :param group: in which they exchange objects, on the CPU; None if there is just one
+    :param group: exchanges objects on the CPU; None if there is just one process
     """
 
     rank: int = 0
@@ -64,7 +64,7 @@ class Ranks:
 
     def each(self, work: Callable[[], Value]) -> list[Value]:
         """
-        Let every rank do something that may fail, in which case all of them fail.
+        Let every rank do something that may fail. If one fails, all of them fail.
 
         :param work: of this rank; what it returns has its tensors on the CPU
         :return: what the work of each rank returned, in their order
@@ -88,8 +88,11 @@ class Ranks:
 
     def in_turn(self, work: Callable[[], object]) -> None:
         """
-        :param work: done by one rank after the other, as on weights that they share,
-            once all have come here: until then some may still read what it changes
+        Let one rank after the other do something, such as a change of weights that they
+        share. The first one begins when all have come here: before, some may still read
+        what it changes.
+
+        :param work: of this rank
         """
         self.all(None)
         for rank in range(self.size):
@@ -147,8 +150,8 @@ def _objects(_world: dist.ProcessGroup) -> dist.ProcessGroup:
 
 def shared_out(costs: list[int], ranks: Ranks) -> list[int]:
     """
-    :param costs: of pieces of work, alike on all ranks
-    :param ranks: who can do it
+    :param costs: what each piece of work costs, the same list on all ranks
+    :param ranks: the processes that share the work
     :return: the rank of each piece, the work spread evenly
     """
     _, _, owners = greedy_bin_packing(

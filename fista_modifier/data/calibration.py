@@ -1,4 +1,5 @@
-"""From text to calibration tokens.
+"""
+From text to calibration tokens.
 
 The rule is the same for every source. The documents are tokenised in turn and joined
 into one stream with the tokenizer's end-of-text token between two of them, the stream
@@ -48,7 +49,8 @@ def load_text(
     tokenizer: Any = None,
     keep_empty: bool = False,
 ) -> Iterator[str]:
-    """Read the documents of a local file or of a data set on the Hugging Face hub.
+    """
+    Read the documents of a local file or of a data set on the Hugging Face hub.
 
     Records without text are left out, and a warning says how many. Conversations are
     rendered by the tokenizer's chat template.
@@ -60,16 +62,16 @@ def load_text(
         Hub data sets are streamed.
     :param text_column: the field of a record that holds its text or conversation;
         ``None`` is "text" or else "messages" or "conversations". A text file has none.
-    :param split: the split of a data set on the hub or a folder; a local file has none.
+    :param split: the split of a data set on the hub or a folder; a local file has none
     :param seed: shuffles a data set on the hub; ``None`` keeps its order. What is local
         is always read in order.
-    :param tokenizer: the model's (Hugging Face), for conversations.
-    :param keep_empty: whether an empty text is a document, too.
-    :return: the documents, read as they are asked for.
-    :raises FileNotFoundError: if ``source`` names a local file that is not there.
+    :param tokenizer: the model's (Hugging Face), for conversations
+    :param keep_empty: whether an empty text is a document, too
+    :return: the documents, read as they are asked for
+    :raises FileNotFoundError: if ``source`` names a local file that is not there
     :raises ValueError: if a local file cannot be read, no record has a text, or there
-        are conversations and no template for them.
-    :raises ConnectionError: if the data set cannot be downloaded.
+        are conversations and no template for them
+    :raises ConnectionError: if the data set cannot be downloaded
     """
     if not is_local(source):
         records = _hub_records(source, split, seed)
@@ -197,26 +199,27 @@ def calibration_dataset(
     text_column: str | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Choose calibration samples of equal length from a text.
+    """
+    Choose calibration samples of equal length from a text.
 
     The paper takes 128 samples of the model's maximum length from the first shard of
     C4. Of a data set on the hub only as much is read as the samples need, in shuffled
     order; of a local file the samples are chosen among all its blocks.
 
-    :param source: a file or data set, as for :func:`load_text`.
-    :param tokenizer: the model's tokenizer (Hugging Face).
-    :param samples: number of samples.
-    :param seq_len: tokens in each sample.
-    :param seed: the same seed gives the same samples.
+    :param source: a file or data set, as for :func:`load_text`
+    :param tokenizer: the model's tokenizer (Hugging Face)
+    :param samples: number of samples
+    :param seq_len: tokens in each sample
+    :param seed: the same seed gives the same samples
     :param text_column: the field of a record that holds its text or conversation, as
-        for :func:`load_text`.
-    :param progress: whether to show a progress bar.
+        for :func:`load_text`
+    :param progress: whether to show a progress bar
     :return: ``samples`` rows of ``input_ids`` and ``attention_mask`` (all ones), each
-        ``seq_len`` long.
+        ``seq_len`` long
     :raises ValueError: if ``samples`` or ``seq_len`` is not positive, or the text is
-        too short for them.
-    :raises FileNotFoundError: if ``source`` names a local file that is not there.
-    :raises ConnectionError: if the data set cannot be downloaded.
+        too short for them
+    :raises FileNotFoundError: if ``source`` names a local file that is not there
+    :raises ConnectionError: if the data set cannot be downloaded
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed")
@@ -289,14 +292,15 @@ def _chunks(document: str) -> Iterator[str]:
 
 
 def max_sequence_length(config: Any, cap: int = 2048) -> int:
-    """Find the length of the calibration samples that suits a model.
+    """
+    Find the length of the calibration samples that suits a model.
 
     The paper uses the model's maximum length. Newer models take 100 000 tokens and
     more, so it is capped, at the maximum of the paper's OPT and first LLaMA models.
 
-    :param config: the model's configuration (Hugging Face).
-    :param cap: the largest length to return, in tokens.
-    :return: a number of tokens; ``cap`` if the configuration names no maximum.
+    :param config: the model's configuration (Hugging Face)
+    :param cap: the largest length to return, in tokens
+    :return: a number of tokens; ``cap`` if the configuration names no maximum
     """
     maximum = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(maximum or cap, cap)

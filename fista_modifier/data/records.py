@@ -1,4 +1,5 @@
-"""Records of local files and folders, read by the ``datasets`` library.
+"""
+Records of local files and folders, read by the ``datasets`` library.
 
 Files are read as streams, so that nothing is cached and a file that has changed is
 read anew.

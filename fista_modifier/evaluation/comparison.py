@@ -121,7 +121,7 @@ class Measurement:
                     r.relative_error**2 for r in run.results
                 )
         if torch.accelerator.is_available():
-            dispatch_model(model)  # which was pruned from the CPU, layer by layer
+            dispatch_model(model)  # it was pruned from the CPU, layer by layer
         row["perplexity"], row["perplexity_stderr"] = {}, {}
         started = time.perf_counter()
         for text in self.texts:
@@ -148,7 +148,7 @@ def _zeros(model: PreTrainedModel) -> float:
 
 
 def _peak_memory() -> int:
-    """Of this process, in main memory, bytes."""
+    """The most main memory that this process has had, in bytes."""
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
@@ -190,7 +190,7 @@ class Comparison:
         Measure what is not measured yet, each method in a process of its own.
 
         :param methods: of ``METHODS``; the dense model is measured in any case
-        :param patterns: the sparsities, by the names that the table has for them
+        :param patterns: by the names that the table gives them
         :param file: the results are kept there as they come; None keeps none
         :return: a row for the dense model, and for each method and pattern
         :raises ValueError: if a method or pattern does not suit the model, there is too
@@ -222,7 +222,7 @@ class Comparison:
         return results
 
     def _setup(self) -> dict[str, Any]:
-        """What rows must share to stand in one table."""
+        """The settings that all rows of one table share."""
         texts = {text.name: digest(text.content) for text in self.measurement.texts}
         column = self.calibration.text_column
         return ({"text_column": column} if column else {}) | {
@@ -249,7 +249,7 @@ def check_methods(
     """
     :param model: folder of a checkpoint, or its id on the hub
     :param methods: that are to prune it
-    :param patterns: to which
+    :param patterns: that it is to have
     :param longest: tokens in the longest sequence that it is to be run on
     :raises ValueError: if a method is unknown, or cannot prune the model, or the
         model's operators cannot have a pattern, or it has too few positions
@@ -301,7 +301,7 @@ def comparison_table(results: Results) -> str:
         peers = {row["seed"]: row for row in groups.get((pattern, REFERENCE), [])}
         label = {"pattern": pattern, "method": method}
         lines.append(label | _figures(rows, dense, peers, texts))
-    # what repeats another column, or says nothing, is left out
+    # a column that repeats another, or says nothing, is left out
     unwanted = set() if len(texts) > 1 else {"excess"}
     if all(len(rows) == 1 for rows in groups.values()):
         unwanted |= {"seeds", "its range"}
@@ -331,7 +331,7 @@ def _figures(
         log = fmean(math.log(row["perplexity"][text]) for row in rows)
         cells[text] = f"{math.exp(log):.2f}"
     pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
-    # pruning may improve a model that is poor to begin with: then no share has a sense
+    # pruning may improve a poor model: a share of SparseGPT's excess then means nothing
     if pairs and all(excess(peer, text) > 0 for _, peer in pairs for text in texts):
         shares = [
             [excess(row, text) / excess(peer, text) for text in texts]

@@ -1,4 +1,5 @@
-"""Perplexity by the protocol of the pruning literature.
+"""
+Perplexity by the protocol of the pruning literature.
 
 The text is tokenised once and cut into contiguous blocks that do not overlap; the
 perplexity is the exponential of the mean negative log-likelihood of every token of a
@@ -34,13 +35,14 @@ CHUNK_POSITIONS = 512
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text.
+    """
+    How well a model predicts a text.
 
-    :param value: the perplexity, ``exp(nll)``.
-    :param nll: mean negative log-likelihood, in nats per token.
-    :param tokens: number of predicted tokens.
-    :param blocks: number of blocks of text.
-    :param stderr: standard error of ``value``; of a single block there is none.
+    :param value: the perplexity, ``exp(nll)``
+    :param nll: mean negative log-likelihood, in nats per token
+    :param tokens: number of predicted tokens
+    :param blocks: number of blocks of text
+    :param stderr: standard error of ``value``; of a single block there is none
     """
 
     value: float
@@ -72,18 +74,19 @@ def perplexity(
     batch_size: int = 1,
     progress: bool = True,
 ) -> Perplexity:
-    """Measure a causal language model's perplexity on a text.
+    """
+    Measure a causal language model's perplexity on a text.
 
-    :param model: the model (Hugging Face); left in the mode it was in.
-    :param tokenizer: its tokenizer.
-    :param text: the text to predict.
-    :param seq_len: tokens in a block.
-    :param max_tokens: use no more than this many tokens from the start of the text.
-    :param batch_size: blocks in a forward pass.
-    :param progress: whether to show a progress bar.
-    :return: the perplexity and what it was measured on.
+    :param model: the model (Hugging Face); left in the mode it was in
+    :param tokenizer: its tokenizer
+    :param text: the text to predict
+    :param seq_len: tokens in a block
+    :param max_tokens: use no more than this many tokens from the start of the text
+    :param batch_size: blocks in a forward pass
+    :param progress: whether to show a progress bar
+    :return: the perplexity and what it was measured on
     :raises ValueError: if ``seq_len`` leaves nothing to predict, ``batch_size`` is not
-        positive, or the text is shorter than one block.
+        positive, or the text is shorter than one block
     """
     blocks = token_blocks(tokenizer, text, seq_len, max_tokens)
     losses = block_losses(model, blocks, batch_size=batch_size, progress=progress)

@@ -1,4 +1,5 @@
-"""The texts that perplexity is measured on, joined as the literature joins them.
+"""
+The texts that perplexity is measured on, joined as the literature joins them.
 
 SparseGPT, Wanda and FISTAPruner share a protocol: WikiText-2's raw test split with a
 blank line between its records, the Penn Treebank's test split with a space between its
