@@ -191,3 +191,12 @@ def test_the_share_of_two_runs_counts_each_operator_once() -> None:
     both = report_of(model)
     assert 0 < first.share_of_weights < 1
     assert both.share_of_layers == pytest.approx(1)
+
+
+def test_an_error_of_zero_is_said(messages: list[str]) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data[16:] = 0
+    prune(model, preset="paper", patience=0, mask_structure="0:0", sparsity=0.4)
+    assert said(messages, "q_proj is pruned without any error for all 72 tokens")
+    assert not said(messages, "down_proj is pruned without any error")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
+import torch
 from loguru import logger
 from torch import Tensor
 
@@ -136,6 +137,12 @@ class SparseProcedure:
                     f"{operator.name} puts out nothing for all {tokens} tokens: any "
                     "weight has error 0, and what is pruned of it rests on no data"
                 )
+            elif tokens and not solution.error and _changed(operator, solution):
+                logger.warning(
+                    f"{operator.name} is pruned without any error for all {tokens} "
+                    "tokens: they do not excite the inputs whose weights are zero now, "
+                    "and what other data would need of these is lost"
+                )
             pruned[operator] = solution.weight
             results.append(self._result(operator, solution, tokens, seconds))
             task.on_operator(results[-1])
@@ -258,6 +265,10 @@ class SparseProcedure:
                 trial.in_units_of(solution.output_norm) for trial in solution.trials
             ),
         )
+
+
+def _changed(operator: Operator, solution: PrunedWeight) -> bool:
+    return not torch.equal(solution.weight, operator.weight.to(solution.weight))
 
 
 def _by_name(weights: Mapping[Operator, Tensor]) -> dict[str, Tensor]:
