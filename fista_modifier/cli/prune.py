@@ -70,8 +70,8 @@ def prune(
     structure: Annotated[
         list[str] | None,
         typer.Option(
-            help="for 'fasp' and 'spap': what leaves, 'mlp' (channels of MLPs) or 'heads' "
-            "(whole ones); twice for both (default: 'mlp')"
+            help="for 'fasp' and 'spap': what leaves, 'mlp' (channels of MLPs) or "
+            "'heads' (whole ones); twice for both (default: 'mlp')"
         ),
     ] = None,
     multiple_of: Annotated[
