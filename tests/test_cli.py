@@ -329,6 +329,18 @@ def test_bad_arguments_are_a_message_and_leave_nothing(
 
 
 @pytest.mark.parametrize(
+    "option", [("--pattern", "2:4"), ("--preset", "best"), ("--format", "dense-legacy")]
+)
+def test_contradictions_are_told_before_a_model_is_loaded(
+    option: tuple[str, str], tmp_path: Path
+) -> None:
+    missing = tmp_path / "no-such-model"
+    result = run("prune", missing, "-o", tmp_path / "pruned", *SMALLER, *option)
+    assert result.exit_code == 1
+    assert "no-such-model" not in result.output
+
+
+@pytest.mark.parametrize(
     ("recipe", "words"),
     [
         ("", "recipe.yaml is empty"),

@@ -35,6 +35,33 @@ def model(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
 def test_an_example_runs_and_shows_its_zeros(
     example: str, recipe: str, model: Path, tmp_path: Path
 ) -> None:
+    output = run_example(example, recipe, model, tmp_path)
+    assert 50 <= percentage(output, "zeros: ") < 65
+
+
+@pytest.mark.parametrize("recipe, zeros", [("fasp", 0), ("spap", 0), ("fasp-2of4", 50)])
+def test_the_structured_example_shows_what_left(
+    recipe: str, zeros: float, model: Path, tmp_path: Path
+) -> None:
+    output = run_example("structured/structured.py", recipe, model, tmp_path)
+    # 64 of 256 channels of the MLPs, in multiples of 64
+    assert 15 < percentage(output, "left the decoder layers: ") < 18
+    assert percentage(output, "zeros: ") == pytest.approx(zeros, abs=0.1)
+
+
+def percentage(output: str, label: str) -> float:
+    [line] = [line for line in output.splitlines() if line.startswith(label)]
+    return float(line.removeprefix(label).rstrip("%"))
+
+
+def run_example(example: str, recipe: str, model: Path, tmp_path: Path) -> str:
+    """
+    :param example: in its folder
+    :param recipe: of the recipes' folder
+    :param model: a checkpoint
+    :param tmp_path: for its text and its output
+    :return: what it printed, with an answer of the pruned model
+    """
     text = tmp_path / "text.txt"
     text.write_text("A sparse weight is one with many zeros in it. " * 40)
     process = subprocess.run(
@@ -53,6 +80,5 @@ def test_an_example_runs_and_shows_its_zeros(
         text=True,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    [zeros] = [line for line in process.stdout.splitlines() if line.startswith("zeros")]
-    assert 50 <= float(zeros.split()[1].rstrip("%")) < 65
     assert "The capital of France is" in process.stdout
+    return process.stdout

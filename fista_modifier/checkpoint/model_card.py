@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
 from fista_modifier.data.records import is_local
-from fista_modifier.pruning.results import REPORT_NAME, SHOWN, PruningReport
+from fista_modifier.pruning.results import (
+    REPORT_NAME,
+    SHOWN,
+    OperatorResult,
+    PruningReport,
+)
 from fista_modifier.solver import pattern_of
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
@@ -20,6 +28,11 @@ CARD_NAME = "README.md"
 MARK = b"fista-prune"
 """what every card of ours speaks of"""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+PUBLISHED = {
+    "FASPPruningModifier": "FASP (Hu, Zhao, Yuan et al., 2025)",
+    "SPAPPruningModifier": "SPAP (Hu and Yuan, 2025)",
+}
+"""structured methods by their modifiers"""
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 
@@ -67,8 +80,10 @@ def model_card(
     :param perplexities: of the checkpoint, by the names of the texts
     :return: the card
     """
-    operators = report.operators
-    weights = sum(operator.shape[0] * operator.shape[1] for operator in operators)
+    sparse = replace(report, operators=report.sparse)
+    methods = _structured_methods(report.recipe)
+    sparsity = round(sparse.sparsity, 4)
+    weights = sum(one.shape[0] * one.shape[1] for one in sparse.operators)
     dataset = report.calibration.dataset if report.calibration else ""
     on_hub = _hub_id(dataset.partition(":")[0])
     data = ModelCardData(
@@ -79,7 +94,7 @@ def model_card(
         tags=["llm-compressor", *_tags(report)],
         model_name=name,
         eval_results=[_result(*item) for item in perplexities.items()] or None,
-        sparsity=round(report.sparsity, 4),
+        sparsity=None if report.operators and not report.sparse else sparsity,
     )
     card: ModelCard = ModelCard.from_template(
         data,
@@ -87,9 +102,12 @@ def model_card(
         name=name,
         base=_hub_id(report.model) or Path(report.model).name,
         dataset=dataset if on_hub else Path(dataset).name,
-        patterns=_patterns(report),
+        methods=methods,
+        names=[_short(method) for method in methods],
+        patterns=_patterns(sparse),
+        sparse=sparse,
         weights=weights,
-        errors=[operator.stored_error for operator in operators],
+        errors=[operator.stored_error for operator in _as_stored(report)],
         perplexities=perplexities,
         report=report,
         report_name=REPORT_NAME,
@@ -116,11 +134,45 @@ def _patterns(report: PruningReport) -> list[str]:
     ]
 
 
+def _as_stored(report: PruningReport) -> Sequence[OperatorResult]:
+    """The last result of each operator, which a chain may prune twice."""
+    return list({operator.name: operator for operator in report.operators}.values())
+
+
+def _structured_methods(recipe: str) -> list[str]:
+    """What took channels out, with the choice of them where the recipe has another."""
+    methods = []
+    for name, fields in _modifiers(yaml.safe_load(recipe)):
+        if name in PUBLISHED:
+            other = (fields or {}).get("selector")
+            ours = other and other != _short(PUBLISHED[name]).lower()
+            chosen = f", with channels chosen by '{other}'" if ours else ""
+            methods.append(PUBLISHED[name] + chosen)
+    return list(dict.fromkeys(methods))
+
+
+def _short(method: str) -> str:
+    """Without the reference"""
+    return method.partition(" ")[0]
+
+
+def _modifiers(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """Names and fields, whatever stages and groups they are in"""
+    if isinstance(recipe, dict):
+        for name, value in recipe.items():
+            if str(name).endswith("Modifier"):
+                yield name, value
+            else:
+                yield from _modifiers(value)
+
+
 def _tags(report: PruningReport) -> list[str]:
     if not report.operators:
         return []
+    ours = ["fistapruner"] if report.sparse else []
+    structured = [_short(one).lower() for one in _structured_methods(report.recipe)]
     kinds = (pattern_of(name).tag for name in report.patterns)
-    return ["fistapruner", "pruned", *dict.fromkeys(kinds)]
+    return [*ours, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
 
 
 def _result(text: str, perplexity: float) -> EvalResult:

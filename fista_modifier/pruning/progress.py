@@ -73,12 +73,12 @@ class LayerProgress:
     def on_operator(self, result: OperatorResult) -> None:
         """One operator was pruned."""
         self._bar.set_postfix_str(f"{result.kind} error {result.relative_error:.3f}")
+        trials = f"λ {result.penalty:.2g} after {result.trials} trials, "
         logger.log(
             "METRIC",
             f"{result.name}: {result.pattern}, relative error "
             f"{result.relative_start_error:.4f} -> {result.relative_error:.4f}, "
-            f"λ {result.penalty:.2g} after {result.trials} trials, "
-            f"{result.seconds:.1f} s",
+            f"{'' if result.is_smaller else trials}{result.seconds:.1f} s",
         )
 
     def on_reconstruction(self, result: ReconstructionResult) -> None:

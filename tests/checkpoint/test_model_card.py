@@ -98,3 +98,81 @@ def test_other_patterns_and_none(tmp_path: Path) -> None:
     nothing = model_card("n", replace(REPORT, operators=[]), {})
     assert nothing.data.sparsity == 0
     assert "pruned" not in nothing.data.tags
+
+
+SMALLER = replace(
+    OPERATOR,
+    name="model.layers.0.mlp.down_proj",
+    pattern="32 of 48 columns",
+    zeros=0,
+    relative_error=0.25,
+)
+STRUCTURED = replace(
+    REPORT,
+    operators=[SMALLER],
+    removed_share=0.19832,
+    sizes={"text_config.intermediate_size": 32},
+    share_of_layers=0.2,
+    recipe="s:\n  m:\n    FASPPruningModifier:\n      sparsity: 0.2\n",
+)
+
+
+def test_a_smaller_model_says_what_left_and_speaks_of_no_zeros() -> None:
+    card = model_card("n", STRUCTURED, {})
+    for words in (
+        "made smaller by FASP,",
+        "19.83 % of the parameters of its decoder layers have left it",
+        "| left the model | 19.83 % of the decoder layers' parameters |",
+        "| size | `text_config.intermediate_size`: 32 |",
+        "| method | FASP (Hu, Zhao, Yuan et al., 2025), by fista-modifier",
+        "25.00 %",
+        "every operator has its size,",
+    ):
+        assert words in card.text
+    for words in ("zero", "FISTAPruner", "SPAP", "pattern", "| share |"):
+        assert words not in card.text
+    assert {"pruned", "fasp", "structured-pruning"} <= set(card.data.tags)
+    assert "fistapruner" not in card.data.tags
+    assert "sparsity" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ("{sparsity: 0.2}", "| SPAP (Hu and Yuan, 2025), by"),
+        ("{selector: spap}", "| SPAP (Hu and Yuan, 2025), by"),
+        ("{selector: greedy}", "2025), with channels chosen by 'greedy', by"),
+        ("", "| SPAP (Hu and Yuan, 2025), by"),
+    ],
+)
+def test_the_structured_method_is_that_of_the_recipe(fields: str, words: str) -> None:
+    recipe = f"s:\n  m:\n    SPAPPruningModifier: {fields}\n"
+    text = model_card("n", replace(STRUCTURED, recipe=recipe), {}).text
+    assert "made smaller by SPAP," in text and words in text
+    assert "FASP" not in text.partition("## How")[0]
+
+
+def test_of_a_chain_both_parts_are_said() -> None:
+    sparse = replace(OPERATOR, name=SMALLER.name)
+    recipe = STRUCTURED.recipe + "t:\n  m:\n    FISTAPruningModifier: {}\n"
+    chain = replace(
+        STRUCTURED.followed_by(
+            replace(REPORT, operators=[OPERATOR, sparse], share_of_layers=1.0)
+        ),
+        recipe=recipe,
+    )
+    card = model_card("n", chain, {})
+    for words in (
+        "made smaller by FASP,",
+        "19.83 % of the parameters",
+        "What is left was pruned to 2:4 by FISTAPruner: 50.00 % of the 2,048 weights",
+        "of 2\nlinear operators are zero",
+        "| pattern | 2:4: 2 of every 4 weights of a row are kept (2 operators) |",
+        "| method | FASP",
+        "| method | FISTAPruner",
+        "| 12.50 % |",
+        "every operator has its size and pattern,",
+    ):
+        assert words in card.text
+    assert card.data.sparsity == 0.5
+    assert {"fasp", "fistapruner", "structured-pruning", "2of4"} <= set(card.data.tags)
