@@ -224,7 +224,7 @@ def _stores_operators(model: PreTrainedModel, tensors: int) -> bool:
     """Whether transformers saves a mixture under the names of its operators."""
     fused = dict(get_non_linearized_moes(model))
     count = sum(len(experts.down_proj) for experts in fused.values())
-    if not 0 < count <= tensors:  # a billion would be under construction for ever, too
+    if not 0 < count <= tensors:  # a billion would take too long to build, too
         return False
     named = model.state_dict()
     stored = set(revert_weight_conversion(model, named))
@@ -235,7 +235,7 @@ def _stores_operators(model: PreTrainedModel, tensors: int) -> bool:
 
 def _check_depth(config: dict[str, Any], tensors: int) -> None:
     """
-    A model of a billion layers would be under construction for ever.
+    A model of a billion layers would take too long to build.
 
     :raises ValueError: if there are more layers than tensors, of which each has some
     """

@@ -91,7 +91,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     offload_hessians: bool = Field(
         default=False,
         description=(
-            "keep Gram matrices in main memory, as in the toolkit's modifiers, for "
+            "keep Gram matrices in main memory, as llm-compressor's modifiers do, for "
             "operators so wide that the device has no room for them; products take "
             "them block by block, and factorisations are done by the CPU"
         ),
