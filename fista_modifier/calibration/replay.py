@@ -86,7 +86,8 @@ class LayerInputs:
 
         :return: its hidden states
         """
-        call = inspect.signature(self.layer.forward).bind(*args, **kwargs)
+        signature = inspect.signature(self.layer.forward)
+        call = signature.bind(*args, **_renamed(signature, args, kwargs))
         values = _own_copy({"args": call.args, "kwargs": call.kwargs})
         self._storage.append(self._calls, values)
         return first_tensor(call.args)
@@ -157,6 +158,18 @@ class LayerInputs:
         other = copy(self)
         other._hidden_states = hidden_states
         return other
+
+
+def _renamed(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Some layers are called with an older name of their first argument (Mllama)."""
+    first = next(iter(signature.parameters))
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    if args or first in kwargs or not unknown:
+        return kwargs
+    old, *_ = unknown
+    return {first if name == old else name: value for name, value in kwargs.items()}
 
 
 def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
