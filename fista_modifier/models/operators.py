@@ -15,6 +15,7 @@ from compressed_tensors.offload import (
     disable_onloading,
     update_offload_parameter,
 )
+from compressed_tensors.quantization import initialize_module_for_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
@@ -40,6 +41,7 @@ __all__ = [
     "Operator",
     "blocks_of",
     "check_prunable",
+    "check_quantisable",
     "find_operators",
     "names_matched",
     "replaced_weights",
@@ -96,8 +98,12 @@ class Operator:
             if isinstance(self.module, Conv1D)
             else ("out_features", "in_features")
         )
+        before = [getattr(self.module, name) for name in sizes]
         for name, size in zip(sizes, weight.shape, strict=True):
             setattr(self.module, name, size)
+        if before != list(weight.shape) and is_module_quantized(self.module):
+            # a later modifier of the recipe has made scales for the old sizes
+            initialize_module_for_quantization(self.module)
 
 
 def _write(module: torch.nn.Module, name: str, value: Tensor) -> None:
@@ -360,6 +366,23 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         raise ValueError(
             f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
             "is damaged, or it was loaded in a dtype that cannot hold it"
+        )
+
+
+def check_quantisable(operator: Operator, columns: int) -> None:
+    """
+    :param operator: that a later modifier of the recipe may quantise
+    :param columns: that it is to have by then
+    :raises ValueError: if its scheme quantises groups of columns into which these
+        cannot be divided
+    """
+    scheme = getattr(operator.module, "quantization_scheme", None)
+    weights = None if scheme is None else scheme.weights
+    group = 0 if weights is None else weights.group_size or 0
+    if group > 0 and columns % group:
+        raise ValueError(
+            f"{operator.name} would have {columns} columns, which cannot be quantised "
+            f"in groups of {group}: set multiple_of: {group}"
         )
 
 

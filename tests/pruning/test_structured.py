@@ -664,9 +664,7 @@ def test_half_precision(family: str, structures: list[str], tmp_path: Path) -> N
     assert all(0 < one.relative_error < 1 for one in modifier.results)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert bool(
-        (logits(reloaded) - logits(model)).norm() < 0.02 * logits(model).norm()
-    )
+    assert bool((logits(reloaded) - logits(model)).norm() < 0.02 * logits(model).norm())
     assert verify(tmp_path).passed
 
 
