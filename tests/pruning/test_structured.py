@@ -493,8 +493,10 @@ def test_a_smaller_model_is_quantised(
     assert verification.passed, (verification.problems, verification.failures)
     small = tiny_model("llama", **WIDE)
     run(small, smaller(sparse), dataset=data(tokens))
-    difference = logits(loaded) - logits(small)
-    assert difference.norm() < (0.1 if scheme == "W8A8" else 0.5) * logits(small).norm()
+    for name in FAMILIES["llama"].operators:
+        found, weight = oriented(loaded, name), oriented(small, name)
+        share = float((found - weight).norm() / weight.norm())
+        assert share < (0.02 if scheme == "W8A8" else 0.2), name
 
 
 def smaller(sparse: bool) -> list[Any]:
@@ -506,22 +508,24 @@ def test_groups_that_are_to_be_quantised_divide_the_new_width() -> None:
     model = tiny_model("llama", **WIDE)
     dense = weights(model)
     quantisation = QuantizationModifier(**QUANTISATION["W4A16"])
-    small = FASPPruningModifier(sparsity=0.2, multiple_of=64)
+    small = FASPPruningModifier(sparsity=0.3, multiple_of=64)
     with pytest.raises(ValueError, match="in groups of 128: set multiple_of: 128"):
         run(model, [small, quantisation])
     after = weights(model)
     assert all(torch.equal(after[name], value) for name, value in dense.items())
 
 
-def zoo_model(name: str) -> PreTrainedModel:
+def zoo_model(name: str, folder: Path) -> PreTrainedModel:
     case = json.loads(ZOO.read_text(encoding="utf-8"))[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(case["model_type"], **case["config"])
-    return AutoModelForCausalLM.from_config(config)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def check_refused(model: PreTrainedModel, message: str, **fields: Any) -> None:
     """Before anything was changed"""
+    linearize(model)
     dense = weights(model)
     sizes = model.config.to_dict()
     with pytest.raises(ValueError, match=message):
@@ -569,9 +573,9 @@ def test_a_layer_that_is_left_out_is_refused(layers: str) -> None:
     ],
 )
 def test_a_family_that_has_no_such_channels_is_refused(
-    name: str, fields: dict[str, Any], message: str
+    name: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    check_refused(zoo_model(name), message, **fields)
+    check_refused(zoo_model(name, tmp_path), message, **fields)
 
 
 def test_a_sparse_model_is_refused() -> None:
