@@ -618,7 +618,7 @@ def test_modules_that_layers_share_are_refused() -> None:
     check_refused(model, "not all among targets|no configuration|no mlp channels")
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "mixtral"])
 def test_errors_of_all_layers_are_corrected(family: str, tmp_path: Path) -> None:
     """X* of the last layer is what the small model gives it."""
     dense, small = tiny_model(family), tiny_model(family)
