@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +13,8 @@ from compressed_tensors.offload import (
     disable_onloading,
     update_offload_parameter,
 )
+from compressed_tensors.quantization import initialize_module_for_quantization
+from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -50,9 +52,7 @@ class Operator:
     def narrows(self) -> bool:
         """whether alone in its stage it would have an ``OutputDrift``; known without
         onloading"""
-        if isinstance(self.module, Conv1D):
-            return narrows(self.module.nf, self.module.nx)
-        return narrows(self.module.out_features, self.module.in_features)
+        return narrows(*_sizes(self.module))
 
     def oriented(self, weight: Tensor) -> Tensor:
         """
@@ -71,13 +71,25 @@ class Operator:
         _write(self.module, "weight", self.oriented(weight).contiguous())
         if bias is not None:
             _write(self.module, "bias", bias)
-        sizes = (
-            ("nf", "nx")
-            if isinstance(self.module, Conv1D)
-            else ("out_features", "in_features")
-        )
-        for name, size in zip(sizes, weight.shape, strict=True):
-            setattr(self.module, name, size)
+        before = _sizes(self.module)
+        _set_sizes(self.module, weight.shape)
+        if before != weight.shape and is_module_quantized(self.module):
+            # a later modifier of the recipe has made scales for the old sizes
+            initialize_module_for_quantization(self.module)
+
+
+def _sizes(module: torch.nn.Linear | Conv1D) -> tuple[int, int]:
+    """Out and in features, which GPT-2's Conv1D shapes its output by"""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+def _set_sizes(module: torch.nn.Linear | Conv1D, sizes: Sequence[int]) -> None:
+    if isinstance(module, Conv1D):
+        module.nf, module.nx = sizes
+    else:
+        module.out_features, module.in_features = sizes
 
 
 def _write(module: torch.nn.Module, name: str, value: Tensor) -> None:
@@ -126,20 +138,23 @@ def replaced_weights(
     Run the modules with other weights, without a copy and without touching what is
     stored: to be used while the modules are onloaded.
 
-    :param weights: out×in weight of each operator to replace
+    :param weights: out×in weight of each operator to replace, of its shape or smaller
     :param biases: of those that get another bias, too
     """
     own = {operator: operator.module.weight.data for operator in weights}
     own_biases = {operator: operator.module.bias.data for operator in biases}
+    own_sizes = {operator: _sizes(operator.module) for operator in weights}
     try:
         for operator, weight in weights.items():
             operator.module.weight.data = operator.oriented(weight)
+            _set_sizes(operator.module, weight.shape)
         for operator, bias in biases.items():
             operator.module.bias.data = bias
         yield
     finally:
         for operator, weight in own.items():
             operator.module.weight.data = weight
+            _set_sizes(operator.module, own_sizes[operator])
         for operator, bias in own_biases.items():
             operator.module.bias.data = bias
 

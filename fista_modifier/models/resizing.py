@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fista_modifier.models.classes import weightless_model
@@ -48,9 +49,7 @@ def changes_for(
     """
     wanted = shapes_of(model) | dict(shapes)
     for changes in _candidates(model.config, sizes):
-        config = copy.deepcopy(model.config)
-        apply_changes(config, changes)
-        if _builds(config, wanted):
+        if _builds(model.config, changes, wanted):
             return list(changes)
     raise ValueError(
         f"transformers has no configuration of {type(model).__name__} with the smaller "
@@ -99,10 +98,14 @@ def _places(
             yield (*prefix, name)
 
 
-def _builds(config: PretrainedConfig, wanted: Shapes) -> bool:
+def _builds(
+    config: PretrainedConfig, changes: Sequence[ConfigChange], wanted: Shapes
+) -> bool:
+    config = copy.deepcopy(config)
     try:
+        apply_changes(config, changes)
         model = weightless_model(config)
         linearize_weightless(model)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, StrictDataclassError):
         return False
     return shapes_of(model) == dict(wanted)

@@ -22,6 +22,7 @@ from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
     "check_prunable",
+    "check_quantisable",
     "find_operators",
     "names_matched",
     "share_of_zeros",
@@ -213,6 +214,23 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         raise ValueError(
             f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
             "is damaged, or it was loaded in a dtype that cannot hold it"
+        )
+
+
+def check_quantisable(operator: Operator, columns: int) -> None:
+    """
+    :param operator: that a later modifier of the recipe may quantise
+    :param columns: that it is to have by then
+    :raises ValueError: if its scheme quantises groups of columns into which these
+        cannot be divided
+    """
+    scheme = getattr(operator.module, "quantization_scheme", None)
+    weights = None if scheme is None else scheme.weights
+    group = 0 if weights is None else weights.group_size or 0
+    if group > 0 and columns % group:
+        raise ValueError(
+            f"{operator.name} would have {columns} columns, which cannot be quantised "
+            f"in groups of {group}: set multiple_of: {group}"
         )
 
 

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from llmcompressor.core import State
+from llmcompressor.core import Event, State, active_session
 from pydantic import Field, PrivateAttr, model_validator
 
 from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.resizing import apply_changes
-from fista_modifier.models.targets import check_prunable, share_of_zeros
+from fista_modifier.models.targets import (
+    check_prunable,
+    check_quantisable,
+    share_of_zeros,
+)
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.pruning.channels import ChannelPlan, Structure, plan_channels
 from fista_modifier.pruning.reconstruction import Reconstruction
@@ -39,6 +43,7 @@ SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "bias", "none"]
 SPARSE = 0.05
 """a share of zeros that no dense operator has"""
+PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
 
 class StructuredModifier(LayerwiseModifier):
@@ -194,6 +199,7 @@ class StructuredModifier(LayerwiseModifier):
         :return: what is done to each layer
         :raises ValueError: if channels cannot leave the model, or too many would
         """
+        self._check_is_first()
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
@@ -215,6 +221,29 @@ class StructuredModifier(LayerwiseModifier):
             self.multiple_of,
         )
         return replace(self._without_plan, plan=self._plan)
+
+    def _check_is_first(self) -> None:
+        """A recipe is initialised as a whole, before any of its modifiers runs."""
+        for other in active_session().lifecycle.recipe.modifiers:
+            if other is self:
+                return
+            kind = type(other)
+            if isinstance(other, LayerwiseModifier) or kind.__module__.startswith(
+                PRUNING_OF_TOOLKIT
+            ):
+                raise ValueError(
+                    f"{kind.__name__} comes before it in the recipe, and its zeros "
+                    "would get values again: take channels out first, by one modifier "
+                    "with all structures, and prune to a pattern afterwards"
+                )
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        with self._undone_on_error():
+            for groups in self._plan.groups.values():
+                for plan in groups:  # by now it is known what is to be quantised
+                    operator, indices = plan.consumer
+                    check_quantisable(operator, plan.keep * indices.shape[1])
+        super().on_calibration_start(state, event, **kwargs)
 
     def _of_report(self) -> dict[str, Any]:
         sizes = {".".join(path): value for path, value in self._plan.changes}

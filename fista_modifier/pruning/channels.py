@@ -129,7 +129,12 @@ def plan_channels(
         for plan in of_layer
     )
     shapes = dict(_shapes(one for plan in plans.values() for one in plan))
-    changes = changes_for(model, shapes, _sizes(plans))
+    try:
+        changes = changes_for(model, shapes, _sizes(plans))
+    except ValueError as error:
+        reasons = [f"{one.name} has no targets." for one in layers if not one.operators]
+        reasons += [reason for _, reason in found.values() if reason]
+        raise ValueError(" ".join([f"{error}.", *dict.fromkeys(reasons)])) from error
     return ChannelPlan(plans, changes, removed / total)
 
 
