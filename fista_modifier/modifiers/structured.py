@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
-from llmcompressor.core import State
+from llmcompressor.core import State, active_session
 from pydantic import Field, PrivateAttr, model_validator
 
 from fista_modifier.models.experts import note_sizes
@@ -194,6 +195,7 @@ class StructuredModifier(LayerwiseModifier):
         :return: what is done to each layer
         :raises ValueError: if channels cannot leave the model, or too many would
         """
+        self._check_order()
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
@@ -215,6 +217,17 @@ class StructuredModifier(LayerwiseModifier):
             self.multiple_of,
         )
         return replace(self._without_plan, plan=self._plan)
+
+    def _check_order(self) -> None:
+        """A recipe is initialised as a whole, before its first stage has made zeros."""
+        modifiers = active_session().lifecycle.recipe.modifiers
+        for other in takewhile(lambda one: one is not self, modifiers):
+            if hasattr(other, "mask_structure"):
+                raise ValueError(
+                    f"{type(self).__name__} comes after {type(other).__name__}, whose "
+                    "zeros would get values again: take channels out first, and prune "
+                    "to a pattern afterwards"
+                )
 
     def _of_report(self) -> dict[str, Any]:
         sizes = {".".join(path): value for path, value in self._plan.changes}
