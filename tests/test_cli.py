@@ -227,6 +227,23 @@ def test_a_chain_tells_of_what_left_and_of_zeros(
     assert run("verify", output, "--pattern", "2:4").exit_code == 0
 
 
+def test_channels_cannot_leave_after_zeros_were_made(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "pruned"
+    structured, sparse = (
+        (RECIPES / f"{name}.yaml")
+        .read_text()
+        .replace("pruning_stage", f"{place}_stage")
+        for name, place in (("fasp", "b"), ("fista-2of4", "a"))
+    )
+    recipe.write_text(sparse + structured)
+    result = prune(model, text, output, "--recipe", recipe)
+    assert result.exit_code == 1
+    assert "comes after FISTAPruningModifier" in " ".join(result.output.split())
+    assert not output.exists()
+
+
 def test_the_same_command_gives_the_same_weights(
     model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -232,7 +232,7 @@ class StructuredModifier(LayerwiseModifier):
                 PRUNING_OF_TOOLKIT
             ):
                 raise ValueError(
-                    f"{kind.__name__} comes before it in the recipe, and its zeros "
+                    f"{type(self).__name__} comes after {kind.__name__}, whose zeros "
                     "would get values again: take channels out first, by one modifier "
                     "with all structures, and prune to a pattern afterwards"
                 )

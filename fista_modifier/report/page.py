@@ -65,6 +65,7 @@ def render(report: PruningReport) -> str:
         name=Path(report.model).name or report.model,
         patterns=report.summary_of_patterns,
         total=_summary(operators),
+        sparse_weights=sum(one.shape[0] * one.shape[1] for one in report.sparse),
         kinds=[
             (label, _summary(grid.of_kind(kind)))
             for kind, label in zip(grid.kinds, grid.kind_labels, strict=True)

@@ -154,3 +154,15 @@ def test_what_is_not_a_report_is_a_message(
     assert result.exit_code == 1
     assert "error:" in result.output and word in result.output
     assert not (tmp_path / "pruning_report.html").exists()
+
+
+def test_a_smaller_model_has_its_share_and_no_sparsity(report: PruningReport) -> None:
+    smaller = [
+        replace(one, pattern="32 of 48 columns", zeros=0, search=(), trials=0)
+        for one in report.operators
+    ]
+    page = render(replace(report, operators=smaller, removed_share=0.19834))
+    assert "<dd>19.83 %<small>of the decoder layers’ parameters" in page
+    assert "<dt>sparsity</dt>" not in page
+    assert "Channels that leave are chosen without one." in page
+    assert "<dt>sparsity</dt>" in render(report)
