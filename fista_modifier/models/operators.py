@@ -61,9 +61,17 @@ class Operator:
         """
         return weight.T if isinstance(self.module, Conv1D) else weight
 
+    def is_resized_by(self, weight: Tensor) -> bool:
+        """
+        :param weight: out×in
+        :return: whether it is of another shape than the operator's
+        """
+        return _sizes(self.module) != tuple(weight.shape)
+
     def save(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """
-        Write the weight where it lives, also on an offload device.
+        Write the weight where it lives, also on an offload device. If it is of another
+        shape, all ranks of a distributed run have to call this together.
 
         :param weight: out×in, of another shape if the operator becomes smaller
         :param bias: out; None leaves it
@@ -71,9 +79,9 @@ class Operator:
         _write(self.module, "weight", self.oriented(weight).contiguous())
         if bias is not None:
             _write(self.module, "bias", bias)
-        before = _sizes(self.module)
+        resized = self.is_resized_by(weight)
         _set_sizes(self.module, weight.shape)
-        if before != weight.shape and is_module_quantized(self.module):
+        if resized and is_module_quantized(self.module):
             # a later modifier of the recipe has made scales for the old sizes
             initialize_module_for_quantization(self.module)
 

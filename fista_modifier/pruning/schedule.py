@@ -267,9 +267,13 @@ class Schedule:
     def store(self) -> None:
         """Store the layers that the pipeline has left: it no longer runs them."""
         if self._unstored:
-            self._ranks.in_turn(self._store)  # ranks share what is offloaded
+            # ranks share what is offloaded: they write one after the other into what
+            # is there, and make smaller tensors together
+            self._ranks.in_turn(lambda: self._store(resized=False))
+            self._store(resized=True)
         self._unstored = []
 
-    def _store(self) -> None:
+    def _store(self, resized: bool) -> None:
         for operator, weight, bias in self._unstored:
-            operator.save(weight, bias)
+            if operator.is_resized_by(weight) == resized:
+                operator.save(weight, bias)

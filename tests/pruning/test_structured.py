@@ -180,6 +180,7 @@ def check_loads(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     """:return: config.json"""
     model.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    reloaded.set_attn_implementation(model.config._attn_implementation)
     assert reloaded.dtype == model.dtype
     torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-4)
     verification = verify(folder)
@@ -670,7 +671,9 @@ def test_half_precision(family: str, structures: list[str], tmp_path: Path) -> N
     if family == "opt" and "heads" in structures:
         pytest.skip("its heads stay")
     model = tiny_model(family, torch.bfloat16, **({} if family == "opt" else HEADS))
-    modifier = shrink(model, sparsity=0.4, structures=structures)
+    # the kernel for experts wants rows of 16 bytes
+    sparsity = 0.4 if "heads" in structures else 0.2
+    modifier = shrink(model, sparsity=sparsity, structures=structures, multiple_of=8)
     assert all(one.dtype == torch.bfloat16 for one in model.parameters())
     assert all(0 < one.relative_error < 1 for one in modifier.results)
     model.save_pretrained(tmp_path)
@@ -679,7 +682,7 @@ def test_half_precision(family: str, structures: list[str], tmp_path: Path) -> N
     assert verify(tmp_path).passed
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_padding_counts_for_nothing(family: str) -> None:
     tokens = samples()
     padding = torch.zeros(len(tokens), 4, dtype=torch.long)
