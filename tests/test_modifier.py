@@ -31,7 +31,7 @@ from fista_modifier.solver import SparsityPattern, parse_pattern
 RECIPES = sorted(
     path
     for path in (Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml")
-    if not re.search("quantization_stage|patterns:", path.read_text())
+    if not re.search("quantization_stage|patterns:|FASP|SPAP", path.read_text())
 )
 # values of λ to try, and iterations for each, where the result need not be good
 QUICK = {"max_iterations": 3, "patience": 1}

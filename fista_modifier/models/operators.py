@@ -132,7 +132,8 @@ def blocks_of(
 
 def _called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for child in module.children():
-        if isinstance(child, torch.nn.ModuleList):
+        # the toolkit's mixtures are lists, too, which are called
+        if type(child) is torch.nn.ModuleList:
             yield from _called_children(child)
         else:
             yield child
