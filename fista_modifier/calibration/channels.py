@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.calibration.attention import same_output
 from fista_modifier.calibration.probing import Codes, Probe, shortened
 from fista_modifier.calibration.replay import LayerCall
-from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 
-__all__ = ["ChannelGroup", "LayerGroups", "Members", "check_cut", "find_groups"]
+__all__ = [
+    "ChannelGroup",
+    "LayerGroups",
+    "Members",
+    "check_cut",
+    "find_groups",
+    "leaving",
+    "without_channels",
+]
 
 Kind = Literal["channels", "values", "heads"]
 
@@ -487,18 +493,15 @@ def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
     :param kept: which channels stay, in ascending order
     :return: why not, None if it does
     """
-    leaving = torch.ones(group.size, dtype=torch.bool)
-    leaving[kept] = False
     unread = {}
-    for operator, indices in group.consumers:
+    for operator, columns in leaving(group.consumers, kept):
         weight = operator.weight.clone()
-        weight[:, indices[leaving].flatten()] = 0
+        weight[:, columns] = 0
         unread[operator] = weight
     with torch.no_grad():
         with replaced_weights(unread):
             expected = call.run()
-        with ExitStack() as stack:
-            stack.enter_context(_without(group, leaving))
+        with replaced_weights(*without_channels(group, kept)):
             try:
                 found = call.run()
             except (RuntimeError, ValueError, IndexError) as error:
@@ -508,52 +511,55 @@ def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
     return None
 
 
-@contextmanager
-def _without(group: ChannelGroup, leaving: Tensor) -> Iterator[None]:
-    """The operators without some channels, for a while"""
-    with ExitStack() as stack:
-        for operator, indices in group.producers:
-            rows = indices[leaving].flatten()
-            stack.enter_context(_changed(operator, 0, rows, group.kind == "values"))
-        if group.kind != "values":
-            for operator, indices in group.consumers:
-                columns = indices[leaving].flatten()
-                stack.enter_context(_changed(operator, 1, columns, False))
-        yield
+def without_channels(
+    group: ChannelGroup,
+    kept: Tensor,
+    weights: Mapping[Operator, Tensor] = UNCHANGED,
+    biases: Mapping[Operator, Tensor] = UNCHANGED,
+) -> tuple[dict[Operator, Tensor], dict[Operator, Tensor]]:
+    """
+    The operators of a group without some of its channels, which are cut or, of
+    "values", are zero.
+
+    :param group: of a layer
+    :param kept: which channels stay, long
+    :param weights: out×in, of operators that have others than the model's own
+    :param biases: likewise
+    :return: the weights and biases that change
+    """
+    change = _zeroed if group.kind == "values" else _cut
+    found: dict[Operator, Tensor] = {}
+    shorter: dict[Operator, Tensor] = {}
+    for operator, rows in leaving(group.producers, kept):
+        found[operator] = change(weights.get(operator, operator.weight), rows, 0)
+        own = operator.module.bias
+        if own is not None:
+            shorter[operator] = change(biases.get(operator, own.data), rows, 0)
+    if group.kind != "values":
+        for operator, columns in leaving(group.consumers, kept):
+            found[operator] = _cut(weights.get(operator, operator.weight), columns, 1)
+    return found, shorter
 
 
-@contextmanager
-def _changed(
-    operator: Operator, dim: int, indices: Tensor, zeroed: bool
-) -> Iterator[None]:
-    """One operator without some rows or columns, or with zeros in their place"""
-    module = operator.module
-    weight, bias = module.weight.data, module.bias
-    sizes = (
-        ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
-    )
-    size = getattr(module, sizes[dim])
-    stays = torch.ones(size, dtype=torch.bool, device=weight.device)
-    stays[indices.to(weight.device)] = False
+def leaving(
+    members: Iterable[Members], kept: Tensor
+) -> Iterator[tuple[Operator, Tensor]]:
+    """
+    :param members: of a group
+    :param kept: which of its channels stay, long
+    :return: each operator, and its rows or columns of the channels that leave
+    """
+    for operator, indices in members:
+        leaves = torch.ones(len(indices), dtype=torch.bool)
+        leaves[kept.cpu()] = False
+        yield operator, indices[leaves].flatten()
 
-    def change(tensor: Tensor, along: int) -> Tensor:
-        if zeroed:
-            shape = [size if at == along else 1 for at in range(tensor.ndim)]
-            return tensor * stays.view(shape)
-        return tensor.index_select(along, stays.nonzero()[:, 0])
 
-    own_bias = None if bias is None else bias.data
-    try:
-        module.weight.data = operator.oriented(
-            change(operator.oriented(weight), dim)
-        ).contiguous()
-        if bias is not None and dim == 0:
-            bias.data = change(bias.data, 0)
-        if not zeroed:
-            setattr(module, sizes[dim], int(stays.sum()))
-        yield
-    finally:
-        module.weight.data = weight
-        if own_bias is not None:
-            bias.data = own_bias
-        setattr(module, sizes[dim], size)
+def _cut(tensor: Tensor, indices: Tensor, dim: int) -> Tensor:
+    stays = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+    stays[indices.to(tensor.device)] = False
+    return tensor.index_select(dim, stays.nonzero()[:, 0])
+
+
+def _zeroed(tensor: Tensor, indices: Tensor, dim: int) -> Tensor:
+    return tensor.index_fill(dim, indices.to(tensor.device), 0)

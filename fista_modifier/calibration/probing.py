@@ -15,7 +15,6 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context as moe
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.models.operators import Operator
@@ -122,7 +121,7 @@ class Probe:
         with torch.enable_grad():
             self._traced = self._run({}, 1.0, traced=True)
         self.operators = [one for one in operators if one in self._traced.inputs]
-        shapes = [_shape(one) for one in self.operators]
+        shapes = [one.shape for one in self.operators]
         self.row_counts = [rows for rows, _ in shapes]
         self.column_counts = [columns for _, columns in shapes]
         self.returned = self._rows_before(self._traced.returned, None)
@@ -305,7 +304,7 @@ def _constant(
     traced: bool,
 ) -> Any:
     """The forward of an operator that notes its input and puts out constants."""
-    rows, _ = _shape(operator)
+    rows, _ = operator.shape
 
     def forward(states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         output = states.new_full((*states.shape[:-1], rows), base)
@@ -393,11 +392,3 @@ def _mask_of(place: int, counts: Sequence[int]) -> Tensor:
     masks = [torch.zeros(size, dtype=torch.bool) for size in counts]
     masks[place].fill_(True)
     return torch.cat(masks)
-
-
-def _shape(operator: Operator) -> tuple[int, int]:
-    """Rows and columns, known without onloading"""
-    module = operator.module
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    return module.out_features, module.in_features

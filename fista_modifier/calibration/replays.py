@@ -13,7 +13,7 @@ from torch import Tensor
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stages import Stage, waves
-from fista_modifier.models.operators import NO_BIASES, Operator, replaced_weights
+from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 
 __all__ = ["Replays", "replays_of"]
 
@@ -50,7 +50,7 @@ def replays_of(
     recording: Recording,
     pruned_inputs: LayerInputs | None,
     pruned: Mapping[Operator, Tensor],
-    biases: Mapping[Operator, Tensor] = NO_BIASES,
+    biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> Iterator[tuple[list[Stage], Replays]]:
     """
     The stages of each wave, with the smallest runs that show their inputs. The inputs

@@ -9,7 +9,7 @@ from torch import Tensor
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import same_output
 from fista_modifier.calibration.replay import LayerInputs
-from fista_modifier.models.operators import NO_BIASES, Operator, replaced_weights
+from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 
 __all__ = ["PrunedStream"]
 
@@ -50,7 +50,7 @@ class PrunedStream:
         dense_inputs: LayerInputs,
         pruned_inputs: LayerInputs,
         pruned: Mapping[Operator, Tensor],
-        biases: Mapping[Operator, Tensor] = NO_BIASES,
+        biases: Mapping[Operator, Tensor] = UNCHANGED,
     ) -> None:
         """
         Run the pruned layer, whose outputs are the next layer's inputs.

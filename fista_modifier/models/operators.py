@@ -20,12 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.solver.drift import narrows
 
-NO_BIASES: Mapping[Operator, Tensor] = MappingProxyType({})
-"""where no bias changes"""
+UNCHANGED: Mapping[Operator, Tensor] = MappingProxyType({})
+"""no weight, or no bias, is another than the model's own"""
 
 __all__ = [
     "Operator",
     "blocks_of",
+    "operators_in",
     "replaced_weights",
     "trainable",
 ]
@@ -49,10 +50,17 @@ class Operator:
         return self.oriented(self.module.weight.data)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """out and in features; known without onloading"""
+        if isinstance(self.module, Conv1D):
+            return self.module.nf, self.module.nx
+        return self.module.out_features, self.module.in_features
+
+    @property
     def narrows(self) -> bool:
         """whether alone in its stage it would have an ``OutputDrift``; known without
         onloading"""
-        return narrows(*_sizes(self.module))
+        return narrows(*self.shape)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """
@@ -66,7 +74,7 @@ class Operator:
         :param weight: out×in
         :return: whether it is of another shape than the operator's
         """
-        return _sizes(self.module) != tuple(weight.shape)
+        return self.shape != tuple(weight.shape)
 
     def save(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """
@@ -86,14 +94,8 @@ class Operator:
             initialize_module_for_quantization(self.module)
 
 
-def _sizes(module: torch.nn.Linear | Conv1D) -> tuple[int, int]:
-    """Out and in features, which GPT-2's Conv1D shapes its output by"""
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    return module.out_features, module.in_features
-
-
 def _set_sizes(module: torch.nn.Linear | Conv1D, sizes: Sequence[int]) -> None:
+    """Out and in features, which GPT-2's Conv1D shapes its output by"""
     if isinstance(module, Conv1D):
         module.nf, module.nx = sizes
     else:
@@ -111,6 +113,19 @@ def _write(module: torch.nn.Module, name: str, value: Tensor) -> None:
         module._parameters[name] = parameter
     else:
         setattr(module, name, torch.nn.Parameter(parameter.to(stored.device)))
+
+
+def operators_in(module: torch.nn.Module, name: str) -> list[Operator]:
+    """
+    :param module: such as a decoder layer
+    :param name: of it in the model
+    :return: all of its linear operators, whether they are to be pruned or not
+    """
+    return [
+        Operator(inner, child)
+        for inner, child in module.named_modules(prefix=name)
+        if isinstance(child, torch.nn.Linear | Conv1D)
+    ]
 
 
 def blocks_of(
@@ -141,7 +156,7 @@ def _called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextmanager
 def replaced_weights(
-    weights: Mapping[Operator, Tensor], biases: Mapping[Operator, Tensor] = NO_BIASES
+    weights: Mapping[Operator, Tensor], biases: Mapping[Operator, Tensor] = UNCHANGED
 ) -> Iterator[None]:
     """
     Run the modules with other weights, without a copy and without touching what is
@@ -152,7 +167,7 @@ def replaced_weights(
     """
     own = {operator: operator.module.weight.data for operator in weights}
     own_biases = {operator: operator.module.bias.data for operator in biases}
-    own_sizes = {operator: _sizes(operator.module) for operator in weights}
+    own_sizes = {operator: operator.shape for operator in weights}
     try:
         for operator, weight in weights.items():
             operator.module.weight.data = operator.oriented(weight)

@@ -183,7 +183,7 @@ def _is_router(model: PreTrainedModel, name: str) -> bool:
         for child in model.get_submodule(grandparent).children()
         if isinstance(child, LinearExperts2D)
     }
-    scores = module.nf if isinstance(module, Conv1D) else module.out_features
+    scores, _ = Operator(name, module).shape
     return scores in counts | around or (bool(counts) and scores == 1)
 
 

@@ -25,11 +25,10 @@ from llmcompressor.utils import calibration_forward_context
 from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.layers import DecoderLayer
-from fista_modifier.models.operators import Operator
+from fista_modifier.models.operators import Operator, operators_in
 
 __all__ = ["Owl"]
 
@@ -67,7 +66,9 @@ class Owl:
         :return: the sparsity of each layer, by its name
         :raises ValueError: if the layers do not differ, or a sparsity is outside [0, 1)
         """
-        operators = {layer.name: _linear_operators(layer) for layer in layers}
+        operators = {
+            layer.name: operators_in(layer.module, layer.name) for layer in layers
+        }
         logger.info(f"OWL: running the dense model for {len(layers)} sparsities")
         norms = _input_norms(
             model, [one for group in operators.values() for one in group], data, ranks
@@ -113,15 +114,6 @@ class Owl:
         threshold = self.m * math.fsum(sums) / entries
         outliers = sum(int((scores(one) > threshold).sum()) for one in operators)
         return outliers / entries
-
-
-def _linear_operators(layer: DecoderLayer) -> list[Operator]:
-    """All of a layer, whether they are pruned or not."""
-    return [
-        Operator(name, module)
-        for name, module in layer.module.named_modules(prefix=layer.name)
-        if isinstance(module, torch.nn.Linear | Conv1D)
-    ]
 
 
 def _input_norms(

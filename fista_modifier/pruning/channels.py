@@ -10,9 +10,9 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.offload import disable_onloading
+from compressed_tensors.offload import disable_onloading, get_execution_device
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from loguru import logger
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +28,7 @@ from fista_modifier.calibration.replay import (
     calibration_runs,
 )
 from fista_modifier.models.layers import DecoderLayer
-from fista_modifier.models.operators import Operator
+from fista_modifier.models.operators import Operator, operators_in
 from fista_modifier.models.resizing import ConfigChange, changes_for
 
 __all__ = ["ChannelPlan", "GroupPlan", "Structure", "plan_channels"]
@@ -58,11 +58,11 @@ class GroupPlan:
     def parameters(self) -> int:
         """of one channel: rows and biases of producers, columns of the consumer"""
         rows = sum(
-            indices.shape[1] * (_columns(one) + (one.module.bias is not None))
+            indices.shape[1] * (one.shape[1] + (one.module.bias is not None))
             for one, indices in self.group.producers
         )
         operator, indices = self.consumer
-        return rows + indices.shape[1] * _rows(operator)
+        return rows + indices.shape[1] * operator.shape[0]
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,13 @@ def _shapes(plans: Iterable[GroupPlan]) -> Iterator[tuple[str, torch.Size]]:
         operator, indices = plan.consumer
         smaller[operator][1] += leaving * indices.shape[1]
     for operator, (rows, columns) in smaller.items():
-        shape = (_rows(operator) - rows, _columns(operator) - columns)
+        m, n = operator.shape
+        shape = (m - rows, n - columns)
         if isinstance(operator.module, Conv1D):
             shape = shape[::-1]
         yield f"{operator.name}.weight", torch.Size(shape)
         if operator.module.bias is not None and rows:
-            yield f"{operator.name}.bias", torch.Size([_rows(operator) - rows])
+            yield f"{operator.name}.bias", torch.Size([m - rows])
 
 
 def _groups(
@@ -239,17 +240,11 @@ def _groups(
         calls = _calls(model, list(first.values()), batches)
         for kind, layer in first.items():
             probed[kind] = _probed(layer, calls[layer])
-    return {
-        layer: (
-            [
-                moved
-                for group in probed[kind][0]
-                if (moved := _moved(group, first[kind], layer))
-            ],
-            probed[kind][1],
-        )
-        for layer, kind in kinds.items()
-    }
+    found = {}
+    for layer, kind in kinds.items():
+        groups, reasons = probed[kind]
+        found[layer] = [_moved(one, first[kind], layer) for one in groups], reasons
+    return found
 
 
 def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
@@ -278,6 +273,7 @@ def _calls(
         if all(len(one) for one in inputs.values()):
             raise _Stop
 
+    device = get_execution_device(model)
     with ExitStack() as hooks:
         for one in inputs.values():
             hooks.enter_context(
@@ -285,12 +281,8 @@ def _calls(
             )
             hooks.enter_context(one.layer.register_forward_pre_hook(stop))
         for batch in islice(batches, PROBED):
-            arguments = {
-                name: value.to(model.device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
             with suppress(_Stop):
-                model(**arguments)
+                model(**tensors_to_device(batch, device))
     return inputs
 
 
@@ -303,9 +295,8 @@ def _probed(
 ) -> tuple[list[ChannelGroup], str]:
     known = {operator.module: operator for operator in layer.operators}
     operators = [
-        known.get(module, Operator(f"{layer.name}.{name}", module))
-        for name, module in layer.module.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
+        known.get(operator.module, operator)
+        for operator in operators_in(layer.module, layer.name)
     ]
     calls = list(calls)
     found = find_groups(operators, calls)
@@ -329,7 +320,7 @@ def _problem(
     if len(group.consumers) > 1:
         return f"Several operators read the channels of {names}."
     operator, columns = group.consumers[0]
-    if columns.numel() != _columns(operator):
+    if columns.numel() != operator.shape[1]:
         return f"Some columns of {operator.name} belong to no channel."
     if group.kind == "values":
         return None
@@ -355,13 +346,3 @@ def _moved(
 def _parameters(module: torch.nn.Module) -> int:
     with disable_onloading():
         return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _rows(operator: Operator) -> int:
-    module = operator.module
-    return module.nf if isinstance(module, Conv1D) else module.out_features
-
-
-def _columns(operator: Operator) -> int:
-    module = operator.module
-    return module.nx if isinstance(module, Conv1D) else module.in_features

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
 from fista_modifier.models.operators import (
-    NO_BIASES,
+    UNCHANGED,
     Operator,
     replaced_weights,
     trainable,
@@ -57,7 +57,7 @@ def reconstructed(
     pruned: dict[Operator, Tensor],
     task: LayerTask,
     options: Reconstruction,
-    biases: Mapping[Operator, Tensor] = NO_BIASES,
+    biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
     """
     Train on the batches of all ranks, on rank 0: a step follows the one before.
@@ -101,7 +101,7 @@ def reconstruct(
     pruned: dict[Operator, Tensor],
     options: Reconstruction,
     on_batch: Callable[[], object] = lambda: None,
-    biases: Mapping[Operator, Tensor] = NO_BIASES,
+    biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
     """
     Train the kept weights of all operators of a layer towards the dense layer's output:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.channels import Members
+from fista_modifier.calibration.channels import leaving, without_channels
 from fista_modifier.calibration.replays import replays_of
 from fista_modifier.calibration.stages import agreed, find_stages
 from fista_modifier.calibration.statistics import wave_statistics
@@ -110,7 +109,7 @@ class StructuredProcedure:
         biases: dict[Operator, Tensor] = {}
         chosen = self._chosen(task, weights, biases)
         for one in chosen:
-            for operator, rows in _leaving(one, one.plan.group.producers):
+            for operator, rows in leaving(one.plan.group.producers, one.pruned.kept):
                 weight = weights.get(operator, operator.weight).clone()
                 weight[rows] = 0
                 weights[operator] = weight
@@ -123,7 +122,11 @@ class StructuredProcedure:
             )
             errors = outcome.operator_errors
         for one in chosen:
-            _cut(one, weights, biases)
+            smaller, shorter = without_channels(
+                one.plan.group, one.pruned.kept, weights, biases
+            )
+            weights |= smaller
+            biases |= shorter
         results = []
         for one in chosen:
             result = _result(one, weights[one.plan.consumer.operator])
@@ -231,35 +234,6 @@ def _norms(plan: GroupPlan) -> Tensor:
     return (
         torch.stack([square.to(squares[0].device) for square in squares]).sum(0).sqrt()
     )
-
-
-def _leaving(
-    chosen: _Chosen, members: Iterable[Members]
-) -> Iterable[tuple[Operator, Tensor]]:
-    """Each operator with its rows, or columns, of the channels that leave"""
-    leaves = torch.ones(chosen.plan.group.size, dtype=torch.bool)
-    leaves[chosen.pruned.kept.cpu()] = False
-    for operator, indices in members:
-        yield operator, indices[leaves].flatten()
-
-
-def _cut(
-    chosen: _Chosen, weights: dict[Operator, Tensor], biases: dict[Operator, Tensor]
-) -> None:
-    """Replace weights and biases of the old shapes by smaller ones."""
-    for operator, rows in _leaving(chosen, chosen.plan.group.producers):
-        weights[operator] = _without(weights[operator], rows, 0)
-        bias = operator.module.bias
-        if bias is not None:
-            biases[operator] = _without(biases.get(operator, bias.data), rows, 0)
-    for operator, columns in _leaving(chosen, chosen.plan.group.consumers):
-        weights[operator] = _without(weights[operator], columns, 1)
-
-
-def _without(tensor: Tensor, indices: Tensor, dim: int) -> Tensor:
-    stays = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-    stays[indices.to(tensor.device)] = False
-    return tensor.index_select(dim, stays.nonzero()[:, 0])
 
 
 def _result(chosen: _Chosen, weight: Tensor) -> OperatorResult:

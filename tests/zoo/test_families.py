@@ -72,7 +72,8 @@ def check_errors(pruned: Pruned) -> None:
     routing = {
         layers.block_of(f"{name}.0")
         for name, module in dense.named_modules()
-        if isinstance(module, LinearExperts2D) or "Experts" in type(module).__name__
+        if isinstance(module, LinearExperts2D)
+        or type(module).__name__ == "SwitchTransformersExperts"
     }
     compared = 0
     for index, result in enumerate(results):
