@@ -130,7 +130,7 @@ class Layers:
         self._lists = {
             name
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.ModuleList)
+            if type(module) is torch.nn.ModuleList
         }
 
     def layer_of(self, name: str) -> str | None:
