@@ -111,12 +111,16 @@ def measure(
     args: argparse.Namespace, prune: Pruner | None, samples: int, seed: int
 ) -> Row:
     """In a process of its own; without a pruner it only evaluates."""
+    calibration = inputs.calibration(args, samples, seed)
+    return in_own_process(measurement(args).run, prune, calibration)
+
+
+def measurement(args: argparse.Namespace) -> Measurement:
+    """Of the texts that all benchmarks evaluate on."""
     texts = load_texts(args.text)
-    measurement = Measurement(
+    return Measurement(
         args.model, texts, args.eval_seq_len, args.eval_tokens, "float32"
     )
-    calibration = inputs.calibration(args, samples, seed)
-    return in_own_process(measurement.run, prune, calibration)
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:

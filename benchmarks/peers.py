@@ -11,6 +11,7 @@ They differ in damping, in ρ, in how the support comes about and in what follow
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,30 @@ from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.stage import OperatorProblem, StageProblem
 
 
-class ALPS:
+class Peer(ABC):
+    """
+    A solver of one operator after the other.
+
+    :param stage: that they share
+    """
+
+    def __init__(self, stage: StageProblem) -> None:
+        self._stage = stage
+
+    def prune(
+        self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedWeight]:
+        """As :class:`~fista_modifier.solver.Solver` says."""
+        return [
+            self._pruned(self._stage.operator(weight, pattern))
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
+
+    @abstractmethod
+    def _pruned(self, problem: OperatorProblem) -> PrunedWeight: ...
+
+
+class ALPS(Peer):
     """
     Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for
     large language models", NeurIPS 2024. ρ starts at 0.1 and grows with the number of
@@ -46,18 +70,9 @@ class ALPS:
 
     def __init__(self, statistics: GramStatistics) -> None:
         mean = float(statistics.gram.diagonal().mean())
-        self._stage = StageProblem(statistics, damping=self.DAMPING * mean)
+        super().__init__(StageProblem(statistics, damping=self.DAMPING * mean))
         shifted = self._stage.quadratic.shifted(0.0)
         self._values, self._vectors = torch.linalg.eigh(shifted)
-
-    def prune(
-        self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
-    ) -> list[PrunedWeight]:
-        """As :class:`~fista_modifier.solver.Solver` says."""
-        return [
-            self._pruned(self._stage.operator(weight, pattern))
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
 
     def _pruned(self, problem: OperatorProblem) -> PrunedWeight:
         sparse = self._sparse(problem.objective, problem.pattern)
@@ -95,7 +110,7 @@ class ALPS:
         return 1.1 if changed else None
 
 
-class Boza:
+class Boza(Peer):
     """
     Boža, "Fast and effective weight update for pruned large language models", TMLR
     2024: ρ = 1 with columns scaled to norm one, damping 0.1 of the scaled G. Over 15
@@ -109,20 +124,11 @@ class Boza:
     DAMPING = 0.1
 
     def __init__(self, statistics: GramStatistics) -> None:
-        self._stage = StageProblem(statistics)
+        super().__init__(StageProblem(statistics))
         scaled = self._stage.quadratic.statistics
         damping = torch.full_like(scaled.gram[0], self.DAMPING)
         self._stage.quadratic = Quadratic(scaled, damping)
         self._resolvent = self._stage.quadratic.resolvent(1.0)
-
-    def prune(
-        self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
-    ) -> list[PrunedWeight]:
-        """As :class:`~fista_modifier.solver.Solver` says."""
-        return [
-            self._pruned(self._stage.operator(weight, pattern))
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
 
     def _pruned(self, problem: OperatorProblem) -> PrunedWeight:
         start = problem.rounded(self._sparse(problem.objective, problem.pattern))

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import inputs
-from compare import common_arguments
+from compare import common_arguments, measurement
 
 from fista_modifier import FASPPruningModifier, pipeline
+from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, recipe
-from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.evaluation.results import Row
 from fista_modifier.solver import pattern_of
 
 REFERENCE = "Wanda's score"
@@ -76,48 +76,32 @@ def wanted(args: argparse.Namespace) -> dict[str, tuple[str | None, float, int]]
 
 def measured(
     args: argparse.Namespace, method: str | None, level: float, seed: int
-) -> dict[str, Any]:
-    tokenizer = pipeline.load_tokenizer(args.model)
-    model = pipeline.load_model(args.model, "float32")
-    row: dict[str, Any] = {}
-    if method is not None:
-        modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
-        if method != SPARSEGPT:
-            fields = {"sparsity": level, "ignore": IGNORE} | METHODS[method]
-            modifier = FASPPruningModifier(**fields)
-        data = inputs.calibration(args, seed=seed)
-        started = time.perf_counter()
-        pipeline.prune(model, tokenizer, data, modifier)
-        row["seconds"] = time.perf_counter() - started
-        row["removed"] = getattr(modifier, "removed", 0.0)
-    row["perplexity"] = {
-        Path(text).stem: perplexity(
-            model,
-            tokenizer,
-            Path(text).read_text(encoding="utf-8"),
-            seq_len=args.eval_seq_len,
-            max_tokens=args.eval_tokens,
-        ).value
-        for text in args.text
-    }
-    return row
+) -> Row:
+    if method is None:
+        return measurement(args).run(None, None)
+    modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
+    if method != SPARSEGPT:
+        fields = {"sparsity": level, "ignore": IGNORE} | METHODS[method]
+        modifier = FASPPruningModifier(**fields)
+    prune = partial(pipeline.prune, recipe=modifier)
+    row = measurement(args).run(prune, inputs.calibration(args, seed=seed))
+    return row | {"removed": getattr(modifier, "removed", 0.0)}
 
 
 def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
-    dense = rows["dense"]["perplexity"]
-    lines = [["", "dense", "", *(f"{value:.2f}" for value in dense.values()), "", ""]]
+    dense = rows["dense"]
+    texts = dense["perplexity"]
+    lines = [["", "dense", "", *(f"{value:.2f}" for value in texts.values()), "", ""]]
     for level in [*args.levels, 0]:
         for method in [*METHODS, SPARSEGPT]:
             of_seeds = [
-                (rows[key], reference)
+                (rows[key], rows.get(f"{REFERENCE} | {level} | {seed}", {}))
                 for seed in args.seeds
                 if (key := f"{method} | {level} | {seed}") in rows
-                and (reference := rows.get(f"{REFERENCE} | {level} | {seed}", {}))
-                is not None
             ]
             if of_seeds:
                 lines.append(line(level, method, dense, of_seeds))
-    header = ["sparsity", "method", "removed", *dense, "share of the excess", "seconds"]
+    header = ["sparsity", "method", "removed", *texts, "share of the excess", "seconds"]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name}, {args.samples} × {args.seq_len} tokens of "
         f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
@@ -127,17 +111,15 @@ def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
 
 
 def line(
-    level: float,
-    method: str,
-    dense: dict[str, float],
-    of_seeds: list[tuple[dict[str, Any], dict[str, Any]]],
+    level: float, method: str, dense: Row, of_seeds: list[tuple[Row, Row]]
 ) -> list[str]:
+    texts = dense["perplexity"]
     found = [row for row, _ in of_seeds]
-    values = [fmean(row["perplexity"][text] for row in found) for text in dense]
+    values = [fmean(row["perplexity"][text] for row in found) for text in texts]
     shares = [
         excess(row, dense, text) / excess(reference, dense, text)
         for row, reference in of_seeds
-        for text in dense
+        for text in texts
         if reference
     ]
     return [
@@ -148,11 +130,6 @@ def line(
         f"{fmean(shares):.2f}" if shares else "",
         f"{fmean(row['seconds'] for row in found):.0f}",
     ]
-
-
-def excess(row: dict[str, Any], dense: dict[str, float], text: str) -> float:
-    """Of the logarithm of a perplexity"""
-    return math.log(row["perplexity"][text] / dense[text])
 
 
 if __name__ == "__main__":

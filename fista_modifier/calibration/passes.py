@@ -112,10 +112,6 @@ class CalibrationPasses:
         """
         return self._recordings.pop(layer, None)
 
-    def forget(self, layer: DecoderLayer) -> None:
-        """:param layer: of which nothing recorded is needed"""
-        self._recordings.pop(layer, None)
-
     def reason_to_skip(self, layer: DecoderLayer) -> str | None:
         """
         :param layer: that the pipeline has left

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -97,8 +97,7 @@ def replays_of(
                     inputs = of_layer.of_block(block)
                 of_block[block] = done, inputs
             inputs = of_block[block][1]
-        replays = _replays(group, recording, dense, inputs, pruned)
-        yield group, replace(replays, biases=biases)
+        yield group, _replays(group, recording, dense, inputs, pruned, biases)
         left[block] -= 1
         if not left[block] and inside:
             for used in (dense, inputs):
@@ -112,6 +111,7 @@ def _replays(
     dense: LayerInputs,
     pruned: LayerInputs,
     weights: Mapping[Operator, Tensor],
+    biases: Mapping[Operator, Tensor],
 ) -> Replays:
     modules = set(dense.layer.modules())
     disturbed = any(operator.module in modules for operator in weights)
@@ -119,7 +119,7 @@ def _replays(
     outputs = recording.take_outputs(group[0]) if len(group) == 1 else None
     if not (differ and group[0].operators[0].narrows):
         outputs = None
-    return Replays(dense, pruned, weights, differ, outputs)
+    return Replays(dense, pruned, weights, differ, outputs, biases)
 
 
 def _operators_before(

@@ -47,7 +47,7 @@ def report_of(model: PreTrainedModel) -> PruningReport | None:
     :return: what was done to it in this process, if anything was
     """
     state = _state(model)
-    return reduce(PruningReport.followed_by, state.reports) if state else None
+    return state.report if state else None
 
 
 @contextmanager
@@ -71,6 +71,11 @@ class _OnSave:
     reports: list[PruningReport] = field(default_factory=list)
     writes_report: bool = True
 
+    @property
+    def report(self) -> PruningReport:
+        """of all that was done"""
+        return reduce(PruningReport.followed_by, self.reports)
+
 
 def _state(model: PreTrainedModel) -> _OnSave | None:
     """One that the toolkit's wrapper around ``save_pretrained`` has, too"""
@@ -89,7 +94,7 @@ def _write_on_save(model: PreTrainedModel) -> None:
             save(save_directory, *args, **kwargs)
         if is_source_process():
             folder = Path(save_directory)
-            report = reduce(PruningReport.followed_by, state.reports)
+            report = state.report
             write_sizes(folder, report.sizes)
             if report.sparsity:
                 write_sparsity(folder, report.sparse, entries, report.share_of_layers)

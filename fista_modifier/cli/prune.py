@@ -32,9 +32,9 @@ from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_model, load_tokenizer
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.presets import Preset
 from fista_modifier.pruning.results import Calibration
-from fista_modifier.pruning.sparse import ErrorCorrection
 from fista_modifier.solver import WarmStart
 
 __all__ = ["prune"]

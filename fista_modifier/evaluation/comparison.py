@@ -54,6 +54,7 @@ __all__ = [
     "Measurement",
     "check_methods",
     "comparison_table",
+    "excess",
     "in_own_process",
 ]
 
@@ -312,6 +313,16 @@ def comparison_table(results: Results) -> str:
     return markdown_table(header, cells) + "\n\n" + _caption(results.setup) + "\n"
 
 
+def excess(row: Row, dense: Row, text: str) -> float:
+    """
+    :param row: of a pruned model
+    :param dense: of the dense one
+    :param text: that both were measured on
+    :return: by how much the logarithm of the perplexity is above the dense model's
+    """
+    return math.log(row["perplexity"][text] / dense["perplexity"][text])
+
+
 def _figures(
     rows: Sequence[Row], dense: Row, peers: Mapping[int, Row], texts: Sequence[str]
 ) -> dict[str, str]:
@@ -322,19 +333,17 @@ def _figures(
     :param texts: measured
     :return: cells by the names of their columns
     """
-
-    def excess(row: Row, text: str) -> float:
-        return math.log(row["perplexity"][text] / dense["perplexity"][text])
-
     cells = {"seeds": str(len(rows))}
     for text in texts:
         log = fmean(math.log(row["perplexity"][text]) for row in rows)
         cells[text] = f"{math.exp(log):.2f}"
     pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
     # pruning may improve a poor model: a share of SparseGPT's excess then means nothing
-    if pairs and all(excess(peer, text) > 0 for _, peer in pairs for text in texts):
+    if pairs and all(
+        excess(peer, dense, text) > 0 for _, peer in pairs for text in texts
+    ):
         shares = [
-            [excess(row, text) / excess(peer, text) for text in texts]
+            [excess(row, dense, text) / excess(peer, dense, text) for text in texts]
             for row, peer in pairs
         ]
         for text, column in zip(texts, zip(*shares, strict=True), strict=True):

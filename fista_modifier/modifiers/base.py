@@ -6,9 +6,10 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from compressed_tensors.utils import patch_attr
@@ -32,6 +33,7 @@ from fista_modifier.models.limits import check_vocabulary
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
 from fista_modifier.pruning.procedures import Procedure
+from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
@@ -39,8 +41,11 @@ from fista_modifier.pruning.results import (
 )
 from fista_modifier.pruning.resume import FinishedLayers, fingerprint
 from fista_modifier.pruning.schedule import Resources, Schedule
+from fista_modifier.solver import SolverOptions
 
-__all__ = ["LayerwiseModifier"]
+__all__ = ["LayerwiseModifier", "overridden"]
+
+Options = TypeVar("Options", SolverOptions, Reconstruction)
 
 HOW_TO_RUN = {
     "offload_hessians",
@@ -333,3 +338,13 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
 def _folder(name: str | None) -> Path | None:
     return None if name is None else Path(name)
+
+
+def overridden(preset: Options, **given: Any) -> Options:
+    """
+    :param preset: options, a dataclass
+    :param given: what a recipe has in their place; None where it has nothing
+    :return: the preset's values, apart from those that are given
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(preset, **given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -12,12 +12,12 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import check_prunable, warn_of_zeros
-from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.base import LayerwiseModifier, overridden
 from fista_modifier.modifiers.owl import Owl
 from fista_modifier.modifiers.patterns import PatternFields
+from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.presets import PRESETS, Preset
-from fista_modifier.pruning.reconstruction import Reconstruction
-from fista_modifier.pruning.sparse import ErrorCorrection, SparseProcedure
+from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.solver import SolverFactory, SolverOptions, WarmStart
 from fista_modifier.solver.patterns import mask_structure_of
 
@@ -33,8 +33,6 @@ NOT_TAKEN = {
     ),
 }
 """fields of the toolkit's pruning modifiers, and why they are none of this one"""
-
-Options = TypeVar("Options", SolverOptions, Reconstruction)
 
 
 class FISTAPruningModifier(LayerwiseModifier):
@@ -308,14 +306,14 @@ class FISTAPruningModifier(LayerwiseModifier):
         preset = PRESETS[self.preset].options
         names = {field.name for field in fields(SolverOptions)} - {"start"}
         given = {name: getattr(self, name) for name in names}
-        return _overridden(preset, start=self.warm_start, **given)
+        return overridden(preset, start=self.warm_start, **given)
 
     @property
     def _without_patterns(self) -> SparseProcedure:
         preset = PRESETS[self.preset]
         return SparseProcedure(
             solver=self._solver or self._solver_options,
-            reconstruction=_overridden(
+            reconstruction=overridden(
                 preset.reconstruction,
                 epochs=self.reconstruction_epochs,
                 rate=self.reconstruction_rate,
@@ -352,9 +350,3 @@ class FISTAPruningModifier(LayerwiseModifier):
         return (
             fields if self._solver is None else fields | {"solver": str(self._solver)}
         )
-
-
-def _overridden(preset: Options, **given: Any) -> Options:
-    """A preset's values, apart from those that a recipe gives."""
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(preset, **given)

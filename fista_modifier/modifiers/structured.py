@@ -13,14 +13,15 @@ from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.resizing import apply_changes
 from fista_modifier.models.targets import (
+    ZEROS,
     check_prunable,
     check_quantisable,
     share_of_zeros,
 )
-from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.base import LayerwiseModifier, overridden
 from fista_modifier.pruning.channels import ChannelPlan, Structure, plan_channels
+from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.reconstruction import Reconstruction
-from fista_modifier.pruning.sparse import ErrorCorrection
 from fista_modifier.pruning.structured import StructuredProcedure
 from fista_modifier.solver import Unstructured
 from fista_modifier.structured import (
@@ -41,8 +42,7 @@ __all__ = ["FASPPruningModifier", "SPAPPruningModifier"]
 
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "bias", "none"]
-SPARSE = 0.05
-"""a share of zeros that no dense operator has"""
+RECONSTRUCTION = {"default": Reconstruction(), "paper": Reconstruction(epochs=0)}
 PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
 
@@ -145,15 +145,13 @@ class StructuredModifier(LayerwiseModifier):
 
     @property
     def _without_plan(self) -> StructuredProcedure:
-        paper = self.preset == "paper"
-        epochs = self.reconstruction_epochs
-        if epochs is None:
-            epochs = 0.0 if paper else Reconstruction().epochs
         return StructuredProcedure(
             selector=self._selector,
             restorer=self._restorer,
-            reconstruction=Reconstruction(
-                epochs, self.reconstruction_rate or Reconstruction().rate
+            reconstruction=overridden(
+                RECONSTRUCTION[self.preset],
+                epochs=self.reconstruction_epochs,
+                rate=self.reconstruction_rate,
             ),
             error_correction=self.error_correction or "intra",
         )
@@ -204,7 +202,7 @@ class StructuredModifier(LayerwiseModifier):
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
         name, share = share_of_zeros(operators)
-        if share > SPARSE:
+        if share > ZEROS:
             raise ValueError(
                 f"{100 * share:.0f} % of {name} are zeros, which would get values "
                 "again: take channels out first, and prune to a pattern afterwards"

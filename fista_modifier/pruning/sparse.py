@@ -6,25 +6,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Literal
 
 import torch
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.replays import replays_of
-from fista_modifier.calibration.stages import (
-    Stage,
-    agreed,
-    find_stages,
-    used_without_a_call,
-)
-from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.distributed import Ranks, shared_out
-from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
-from fista_modifier.pruning.procedures import LayerTask, PrunedLayer, Recorded
-from fista_modifier.pruning.reconstruction import Reconstruction, reconstructed
+from fista_modifier.pruning.corrected import CorrectedProcedure
+from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
+from fista_modifier.pruning.reconstruction import reconstructed
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import (
     PAPER,
@@ -37,34 +29,26 @@ from fista_modifier.solver import (
     prune_weight,
 )
 
-__all__ = ["ErrorCorrection", "SparseProcedure"]
-
-ErrorCorrection = Literal["none", "intra", "full"]
+__all__ = ["SparseProcedure"]
 
 BY_MAGNITUDE = replace(PAPER, start="magnitude", patience=0)
 """for an operator that no token reaches"""
 
 
-@dataclass(frozen=True)
-class SparseProcedure:
+@dataclass(frozen=True, kw_only=True)
+class SparseProcedure(CorrectedProcedure):
     """
     Prune the operators of a decoder layer in the order in which they run, then train
     what was kept.
 
     :param patterns: that each operator is to have, by its name
     :param solver: makes the solver of a stage; SolverOptions are such a factory
-    :param reconstruction: of a layer, once its operators are pruned
-    :param error_correction: what X* is: the operator's input in the dense model
-        ("none"), in the layer as far as it is pruned ("intra"), or in the model pruned
-        so far ("full")
     :param preserve_sparsity_mask: whether zeros of W stay zero, as of a model that is
         sparse already; otherwise the pattern is found anew, and they may get values
     """
 
     patterns: Mapping[str, SparsityPattern] = field(default_factory=dict)
     solver: SolverFactory = SolverOptions()
-    reconstruction: Reconstruction = Reconstruction()
-    error_correction: ErrorCorrection = "intra"
     preserve_sparsity_mask: bool = False
 
     @property
@@ -78,28 +62,6 @@ class SparseProcedure:
             raise TypeError(f"{self.solver} is not Algorithm 1")
         return self.solver
 
-    @property
-    def reconstructs(self) -> bool:
-        """whether layers are trained at all"""
-        return self.reconstruction.epochs > 0
-
-    @property
-    def corrects_errors(self) -> bool:
-        """whether X* follows what was pruned before (otherwise X* = X)"""
-        return self.error_correction != "none"
-
-    @property
-    def chains_layers(self) -> bool:
-        """whether a layer depends on how those before it were pruned"""
-        return self.error_correction == "full"
-
-    def recorded(self, layer: DecoderLayer) -> Recorded:
-        """
-        :param layer: with operators that are to be pruned
-        :return: what its task has to have
-        """
-        return Recorded(outputs=self._trains(layer), block_outputs=self.corrects_errors)
-
     def prune(self, task: LayerTask) -> PrunedLayer:
         """
         :param task: a layer
@@ -108,7 +70,7 @@ class SparseProcedure:
         :raises ValueError: if an activation is NaN or infinite
         """
         pruned, results = self._solved(task)
-        if not self._trains(task.layer):
+        if not self.trains(task.layer):
             return PrunedLayer(_by_name(pruned), results)
         pruned, outcome = reconstructed(pruned, task, self.reconstruction)
         errors = outcome.operator_errors
@@ -118,14 +80,9 @@ class SparseProcedure:
         ]
         return PrunedLayer(_by_name(pruned), results, outcome)
 
-    def _trains(self, layer: DecoderLayer) -> bool:
-        """A lone operator has no layer around it, and its refit is all there is."""
-        return self.reconstructs and layer.in_sequence and bool(layer.operators)
-
     def _solved(
         self, task: LayerTask
     ) -> tuple[dict[Operator, Tensor], list[OperatorResult]]:
-        recording, ranks = task.recording, task.ranks
         pruned: dict[Operator, Tensor] = {}
         results: list[OperatorResult] = []
 
@@ -147,20 +104,12 @@ class SparseProcedure:
             results.append(self._result(operator, solution, tokens, seconds))
             task.on_operator(results[-1])
 
-        stages = find_stages(task.operators, recording.inputs)
-        stages = agreed(stages, task.operators, ranks)
-        followed = pruned if self.corrects_errors else {}
-        for wave, replays in replays_of(
-            stages, recording, task.pruned_inputs, followed
-        ):
-            statistics = wave_statistics(
-                wave, replays, recording.real_tokens, task.on_batch, ranks, task.offload
-            )
-            for solved in self._solve(wave, statistics, ranks):
+        for wave, statistics in self.sums(task, task.operators, pruned):
+            for solved in self._solve(wave, statistics, task.ranks):
                 add(*solved)
         uncalled = [one for one in task.operators if one not in pruned]
         by_others = (
-            used_without_a_call(uncalled, recording.inputs[0]) if uncalled else []
+            used_without_a_call(uncalled, task.recording.inputs[0]) if uncalled else []
         )
         for operator in uncalled:
             if operator in by_others:

@@ -9,18 +9,13 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.channels import leaving, without_channels
-from fista_modifier.calibration.replays import replays_of
-from fista_modifier.calibration.stages import agreed, find_stages
-from fista_modifier.calibration.statistics import wave_statistics
-from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.channels import ChannelPlan, GroupPlan
-from fista_modifier.pruning.procedures import LayerTask, PrunedLayer, Recorded
-from fista_modifier.pruning.reconstruction import Reconstruction, reconstructed
+from fista_modifier.pruning.corrected import CorrectedProcedure
+from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
+from fista_modifier.pruning.reconstruction import reconstructed
 from fista_modifier.pruning.results import OperatorResult
-from fista_modifier.pruning.sparse import ErrorCorrection
 from fista_modifier.solver import GramStatistics
-from fista_modifier.solver.drift import OutputDrift
 from fista_modifier.structured import (
     ChannelProblem,
     FASPScore,
@@ -55,8 +50,8 @@ class _Chosen:
     seconds: float
 
 
-@dataclass(frozen=True)
-class StructuredProcedure:
+@dataclass(frozen=True, kw_only=True)
+class StructuredProcedure(CorrectedProcedure):
     """
     Choose the channels of each group in the order in which their consumers run, give
     the consumers weights that make up for those that leave, train what is left, and cut
@@ -66,38 +61,11 @@ class StructuredProcedure:
     :param plan: groups of each layer, and how many channels stay
     :param selector: chooses the channels
     :param restorer: finds the consumers' weights on them
-    :param reconstruction: of a layer, before the cut
-    :param error_correction: what X* is, as in
-        :class:`~fista_modifier.pruning.sparse.SparseProcedure`
     """
 
     plan: ChannelPlan = field(default_factory=ChannelPlan)
     selector: Selector = FASPScore()
     restorer: Restorer = LeastSquares()
-    reconstruction: Reconstruction = Reconstruction()
-    error_correction: ErrorCorrection = "intra"
-
-    @property
-    def corrects_errors(self) -> bool:
-        """whether X* follows what was pruned before (otherwise X* = X)"""
-        return self.error_correction != "none"
-
-    @property
-    def chains_layers(self) -> bool:
-        """whether a layer depends on how those before it were pruned"""
-        return self.error_correction == "full"
-
-    @property
-    def reconstructs(self) -> bool:
-        """whether layers are trained at all"""
-        return self.reconstruction.epochs > 0
-
-    def recorded(self, layer: DecoderLayer) -> Recorded:
-        """
-        :param layer: with operators that are to be pruned
-        :return: what its task has to have
-        """
-        return Recorded(outputs=self.reconstructs, block_outputs=self.corrects_errors)
 
     def prune(self, task: LayerTask) -> PrunedLayer:
         """
@@ -115,7 +83,7 @@ class StructuredProcedure:
                 weights[operator] = weight
         outcome = None
         errors: dict[str, float] = {}
-        if self.reconstructs:
+        if self.trains(task.layer):
             everything = {one: weights.get(one, one.weight) for one in task.operators}
             weights, outcome = reconstructed(
                 everything, task, self.reconstruction, biases
@@ -149,9 +117,6 @@ class StructuredProcedure:
         plans = {
             one.consumer.operator: one for one in self.plan.groups[task.layer.name]
         }
-        recording = task.recording
-        stages = find_stages(list(plans), recording.inputs)
-        stages = agreed(stages, list(plans), task.ranks)
         chosen = []
 
         def add(operator: Operator, statistics: GramStatistics) -> None:
@@ -178,22 +143,11 @@ class StructuredProcedure:
                 )
             )
 
-        follows = (weights, biases) if self.corrects_errors else ({}, {})
-        for wave, replays in replays_of(
-            stages, recording, task.pruned_inputs, *follows
-        ):
-            gathered = wave_statistics(
-                wave,
-                replays,
-                recording.real_tokens,
-                task.on_batch,
-                task.ranks,
-                task.offload,
-            )
+        for wave, statistics in self.sums(task, list(plans), weights, biases):
             for stage in wave:
-                statistics = gathered.pop(0)
+                sums = statistics.pop(0)
                 for operator in stage.operators:
-                    add(operator, statistics)
+                    add(operator, sums)
         for operator in plans:  # an expert that no token reaches
             if operator not in weights:
                 add(operator, GramStatistics.empty(operator.weight.shape[1]))
@@ -219,9 +173,10 @@ def _means(operator: Operator, statistics: GramStatistics) -> FeatureMeans:
     tokens = statistics.tokens
     drift = None
     if statistics.drift_total is not None:
-        drift = (statistics.drift_total / tokens).float()
-        if not isinstance(statistics.drift, OutputDrift):
-            drift = operator.weight.float().to(drift.device) @ drift
+        assert statistics.drift is not None  # of which this is the total
+        mean = (statistics.drift_total / tokens).float()
+        weight = operator.weight.to(mean.device, torch.float32)
+        drift = statistics.drift.in_outputs(mean, weight)
     return FeatureMeans((statistics.total / tokens).float(), tokens, drift)
 
 

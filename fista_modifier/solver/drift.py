@@ -50,6 +50,14 @@ class Drift(Protocol):
         """
         ...
 
+    def in_outputs(self, drift: Tensor, weight: Tensor) -> Tensor:
+        """
+        :param drift: of what is summed here for one token, or a mean of it, float32
+        :param weight: W, float32 m×n
+        :return: of the outputs, m
+        """
+        ...
+
     def sums(self) -> list[Tensor]:
         """:return: what is to be added up over ranks, in place"""
         ...
@@ -80,6 +88,9 @@ class FeatureDrift:
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
         return times(weight, self.cross), inner(weight, times(weight, self.gram))
 
+    def in_outputs(self, drift: Tensor, weight: Tensor) -> Tensor:
+        return weight @ drift
+
     def sums(self) -> list[Tensor]:
         return [self.cross, self.gram]
 
@@ -106,6 +117,9 @@ class OutputDrift:
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
         return self.cross, float(self.power)
+
+    def in_outputs(self, drift: Tensor, weight: Tensor) -> Tensor:
+        return drift
 
     def sums(self) -> list[Tensor]:
         return [self.cross, self.power]
