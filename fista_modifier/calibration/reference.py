@@ -108,7 +108,7 @@ class ReferenceRun:
         taken = inspect.signature(self._model.forward).parameters
         arguments = {name: value for name, value in batch.items() if name in taken}
         with ExitStack() as stack:
-            stack.enter_context(_attributes_kept(self._model))
+            stack.enter_context(_tensors_kept(self._model))
             stack.enter_context(HooksMixin.disable_hooks())
             stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
             for layer in self._layers:
@@ -192,13 +192,20 @@ class ReferenceRun:
 
 
 @contextmanager
-def _attributes_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Some models remember things from one run to the next, such as position offsets"""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+def _tensors_kept(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Some models remember tensors from one run to the next, such as position offsets.
+    Other attributes may stand for what a run has set up for all, such as hooks.
+    """
+    before = {module: dict(vars(module)) for module in model.modules()}
     yield
-    for module, attributes in before:
-        vars(module).clear()
-        vars(module).update(attributes)
+    for module, attributes in before.items():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value is not attributes.get(name):
+                if name in attributes:
+                    setattr(module, name, attributes[name])
+                else:
+                    delattr(module, name)
 
 
 def _into(seen: dict[torch.nn.Module, _Outputs]) -> Any:

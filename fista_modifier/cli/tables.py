@@ -86,7 +86,7 @@ def removal_table(results: Sequence[OperatorResult]) -> Table:
     """
     table = Table(title="Operators that lost channels")
     table.add_column("operator")
-    table.add_column("size")
+    table.add_column("size", no_wrap=True)
     for heading in ("count", "weights", "error, not restored", "error", "s"):
         table.add_column(heading, justify="right")
 
