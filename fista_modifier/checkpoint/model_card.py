@@ -20,7 +20,7 @@ from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
 )
-from fista_modifier.solver import pattern_of
+from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
 
@@ -129,7 +129,7 @@ def _patterns(report: PruningReport) -> list[str]:
     if len(report.patterns) > SHOWN:
         return [report.summary_of_patterns]
     return [
-        f"{name}: {pattern_of(name).description} ({count} operators)"
+        f"{name}: {reported_pattern(name).description} ({count} operators)"
         for name, count in report.patterns.items()
     ]
 
@@ -171,7 +171,7 @@ def _tags(report: PruningReport) -> list[str]:
         return []
     ours = ["fistapruner"] if report.sparse else []
     structured = [_short(one).lower() for one in _structured_methods(report.recipe)]
-    kinds = (pattern_of(name).tag for name in report.patterns)
+    kinds = (reported_pattern(name).tag for name in report.patterns)
     return [*ours, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
 
 

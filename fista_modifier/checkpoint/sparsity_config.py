@@ -11,7 +11,7 @@ from typing import Any
 from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
 
 from fista_modifier.pruning.results import OperatorResult
-from fista_modifier.solver import pattern_of
+from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = [
     "restore_sparsity",
@@ -42,7 +42,7 @@ def write_sparsity(
     :param share_of_layers: what the pruned operators hold of the decoder layers'
         matrices; where that is less than half, the model is said to have no structure
     """
-    groups = {pattern_of(operator.pattern).group for operator in operators}
+    groups = {reported_pattern(operator.pattern).group for operator in operators}
     group = groups.pop() if len(groups) == 1 else None
     if share_of_layers is not None and share_of_layers < 0.5:
         group = None

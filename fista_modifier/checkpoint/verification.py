@@ -27,7 +27,8 @@ from fista_modifier.models.experts import linearize, linearize_weightless
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
-from fista_modifier.solver import SparsityPattern, pattern_of
+from fista_modifier.solver import SparsityPattern
+from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
 
@@ -261,7 +262,7 @@ def _expectations(
         )
     report = PruningReport.load(folder)
     return {
-        operator.name: _Expectation(pattern_of(operator.pattern), operator.zeros)
+        operator.name: _Expectation(reported_pattern(operator.pattern), operator.zeros)
         for operator in report.operators
     }
 

@@ -9,7 +9,7 @@ is a member of :class:`SparsityPattern`; none of them asks for its class.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Protocol, TypeVar
@@ -27,6 +27,7 @@ __all__ = [
     "parse_pattern",
     "pattern_of",
     "register",
+    "reported_pattern",
 ]
 
 
@@ -88,15 +89,16 @@ class RegisteredPattern(SparsityPattern, Protocol):
 
 
 Registered = TypeVar("Registered", bound=RegisteredPattern)
-_registered: dict[type[RegisteredPattern], str] = {}
+_registered: dict[type[RegisteredPattern], str | None] = {}
 
 
-def register(syntax: str) -> Callable[[type[Registered]], type[Registered]]:
+def register(syntax: str | None) -> Callable[[type[Registered]], type[Registered]]:
     """
     Make the patterns of a class known by their names: in recipes, in reports, and
     wherever else a name is read.
 
-    :param syntax: how such names are written, for messages: "a sparsity such as 0.5"
+    :param syntax: how such names are written, for messages: "a sparsity such as 0.5";
+        None for what reports name and no recipe can ask for
     :return: the decorator of the class
     """
 
@@ -114,11 +116,27 @@ def pattern_of(text: str) -> SparsityPattern:
     :return: the pattern
     :raises ValueError: if it is none of them, or there can be no such pattern
     """
-    for known in _registered:
-        pattern = known.parse(text)
+    return _read(text, {one: how for one, how in _registered.items() if how})
+
+
+def reported_pattern(text: str) -> SparsityPattern:
+    """
+    :param text: what a report calls a pattern
+    :return: the pattern, which may be one that nothing can be pruned to
+    :raises ValueError: if it is the name of none
+    """
+    return _read(text, _registered)
+
+
+def _read(
+    text: str, known: Mapping[type[RegisteredPattern], str | None]
+) -> SparsityPattern:
+    for one in known:
+        pattern = one.parse(text)
         if pattern is not None:
             return pattern
-    raise ValueError(f"a pattern is {', or '.join(_registered.values())}; got '{text}'")
+    written = ", or ".join(how for how in known.values() if how)
+    raise ValueError(f"a pattern is {written}; got '{text}'")
 
 
 def project(weight: Tensor, pattern: SparsityPattern) -> Tensor:

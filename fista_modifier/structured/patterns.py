@@ -14,7 +14,7 @@ from fista_modifier.solver.patterns import register
 __all__ = ["Smaller"]
 
 
-@register("a size such as '1024 of 1536 columns'")
+@register(None)
 @dataclass(frozen=True)
 class Smaller:
     """

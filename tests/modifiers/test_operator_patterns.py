@@ -138,7 +138,7 @@ def test_an_interrupted_run_does_not_go_on_with_entries_in_another_order(
 def test_the_recipe_of_the_project_runs_and_comes_back_from_the_report() -> None:
     file = Path(__file__).resolve().parents[2] / "recipes" / "fista-mixed.yaml"
     model = run(tiny_model("llama"), str(file))
-    (report,) = model.save_pretrained.pruning_reports
+    (report,) = model.save_pretrained.on_save.reports
     assert report.patterns == {"2:4": 4, "60 %": 3}
     (again,) = Recipe.create_instance(report.recipe).modifiers
     assert again.patterns == {"re:.*attn": "2:4", "re:.*layers\\.0\\.": "dense"}
