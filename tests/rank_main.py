@@ -22,7 +22,8 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     """
     :param output: folder for ``RANK.pt``: the pruned weights and the names of results
     :param family: of the tiny model
-    :param fields: of the modifier, JSON; "modifier" is its class, FISTA's if left out
+    :param fields: of the modifier, JSON; "modifier" is its class, FISTA's
+        with 2:4 if left out
     :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
         "same data": the ranks share one part of the data; "unreached": nothing dies,
         but the model has one more layer, which it does not run
@@ -43,7 +44,10 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
         LayerProgress.on_operator = end  # type: ignore[method-assign]
     own = samples().chunk(dist.get_world_size())[0 if dies == "same data" else rank]
     data = {"dataset": calibration(own), "num_calibration_samples": len(own)}
-    chosen = {"modifier": "FISTAPruningModifier"} | json.loads(fields)
+    default = {"modifier": "FISTAPruningModifier", "mask_structure": "2:4"}
+    chosen = json.loads(fields)
+    if "modifier" not in chosen:
+        chosen = default | chosen
     kind = getattr(fista_modifier, chosen.pop("modifier"))
     modifier = kind(**chosen)
     run(model, modifier, **data)

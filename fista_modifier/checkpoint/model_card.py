@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
@@ -28,11 +26,6 @@ CARD_NAME = "README.md"
 MARK = b"fista-prune"
 """what every card of ours speaks of"""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-PUBLISHED = {
-    "FASPPruningModifier": "FASP (Hu, Zhao, Yuan et al., 2025)",
-    "SPAPPruningModifier": "SPAP (Hu and Yuan, 2025)",
-}
-"""structured methods by their modifiers"""
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 
@@ -81,7 +74,6 @@ def model_card(
     :return: the card
     """
     sparse = replace(report, operators=report.sparse)
-    methods = _structured_methods(report.recipe)
     sparsity = round(sparse.sparsity, 4)
     weights = sum(one.shape[0] * one.shape[1] for one in sparse.operators)
     dataset = report.calibration.dataset if report.calibration else ""
@@ -102,8 +94,7 @@ def model_card(
         name=name,
         base=_hub_id(report.model) or Path(report.model).name,
         dataset=dataset if on_hub else Path(dataset).name,
-        methods=methods,
-        names=[_short(method) for method in methods],
+        names=[_short(method) for method in report.smaller_by],
         patterns=_patterns(sparse),
         sparse=sparse,
         weights=weights,
@@ -139,38 +130,16 @@ def _as_stored(report: PruningReport) -> Sequence[OperatorResult]:
     return list({operator.name: operator for operator in report.operators}.values())
 
 
-def _structured_methods(recipe: str) -> list[str]:
-    """What took channels out, with the choice of them where the recipe has another."""
-    methods = []
-    for name, fields in _modifiers(yaml.safe_load(recipe)):
-        if name in PUBLISHED:
-            other = (fields or {}).get("selector")
-            ours = other and other != _short(PUBLISHED[name]).lower()
-            chosen = f", with channels chosen by '{other}'" if ours else ""
-            methods.append(PUBLISHED[name] + chosen)
-    return list(dict.fromkeys(methods))
-
-
 def _short(method: str) -> str:
     """Without the reference"""
     return method.partition(" ")[0]
-
-
-def _modifiers(recipe: Any) -> Iterator[tuple[str, Any]]:
-    """Names and fields, whatever stages and groups they are in"""
-    if isinstance(recipe, dict):
-        for name, value in recipe.items():
-            if str(name).endswith("Modifier"):
-                yield name, value
-            else:
-                yield from _modifiers(value)
 
 
 def _tags(report: PruningReport) -> list[str]:
     if not report.operators:
         return []
     ours = ["fistapruner"] if report.sparse else []
-    structured = [_short(one).lower() for one in _structured_methods(report.recipe)]
+    structured = [_short(one).lower() for one in report.smaller_by]
     kinds = (reported_pattern(name).tag for name in report.patterns)
     return [*ours, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
 

@@ -131,6 +131,7 @@ class StructuredModifier(LayerwiseModifier):
     )
 
     SELECTOR: ClassVar[SelectorName]
+    PUBLISHED: ClassVar[str]
     _plan: ChannelPlan = PrivateAttr(default_factory=ChannelPlan)
 
     @model_validator(mode="after")
@@ -142,6 +143,13 @@ class StructuredModifier(LayerwiseModifier):
     def removed(self) -> float:
         """share of the decoder layers' parameters that leaves, exactly"""
         return self._plan.removed
+
+    @property
+    def method(self) -> str:
+        """the published one, with the choice of channels where it is another"""
+        if self.selector in (None, self.SELECTOR):
+            return self.PUBLISHED
+        return f"{self.PUBLISHED}, with channels chosen by '{self.selector}'"
 
     @property
     def _without_plan(self) -> StructuredProcedure:
@@ -245,7 +253,11 @@ class StructuredModifier(LayerwiseModifier):
 
     def _of_report(self) -> dict[str, Any]:
         sizes = {".".join(path): value for path, value in self._plan.changes}
-        return {"removed_share": self.removed, "sizes": sizes}
+        return {
+            "removed_share": self.removed,
+            "sizes": sizes,
+            "smaller_by": [self.method],
+        }
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if not self.unfinished:
@@ -272,6 +284,7 @@ class FASPPruningModifier(StructuredModifier):
     """
 
     SELECTOR: ClassVar[SelectorName] = "fasp"
+    PUBLISHED: ClassVar[str] = "FASP (Hu, Zhao, Yuan et al., 2025)"
 
 
 class SPAPPruningModifier(StructuredModifier):
@@ -292,3 +305,4 @@ class SPAPPruningModifier(StructuredModifier):
     """
 
     SELECTOR: ClassVar[SelectorName] = "spap"
+    PUBLISHED: ClassVar[str] = "SPAP (Hu and Yuan, 2025)"

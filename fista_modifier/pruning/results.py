@@ -162,6 +162,8 @@ class PruningReport:
         if nothing did
     :param sizes: values of config.json that changed with that, by their names, with
         dots between those of nested configurations
+    :param smaller_by: the published methods that took channels out, with the choice of
+        channels where it is another
     :param recipe: what was applied, as YAML; reports of older versions have none
     :param versions: of this package and of those that its result depends on
     """
@@ -176,6 +178,7 @@ class PruningReport:
     share_of_layers: float | None = None
     removed_share: float | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
+    smaller_by: Sequence[str] = field(default_factory=list)
     recipe: str = ""
     versions: dict[str, str] = field(
         default_factory=lambda: package_versions(*PACKAGES)
@@ -237,6 +240,7 @@ class PruningReport:
             share_of_layers=share,
             removed_share=_removed(self.removed_share, later.removed_share),
             sizes=self.sizes | later.sizes,
+            smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],

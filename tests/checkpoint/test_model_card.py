@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from operator_results import operator_result
 
+from fista_modifier import FASPPruningModifier, SPAPPruningModifier
 from fista_modifier.checkpoint.model_card import model_card, write_model_card
 from fista_modifier.pruning.results import Calibration, PruningReport
 
@@ -113,7 +114,7 @@ STRUCTURED = replace(
     removed_share=0.19832,
     sizes={"text_config.intermediate_size": 32},
     share_of_layers=0.2,
-    recipe="s:\n  m:\n    FASPPruningModifier:\n      sparsity: 0.2\n",
+    smaller_by=["FASP (Hu, Zhao, Yuan et al., 2025)"],
 )
 
 
@@ -137,29 +138,32 @@ def test_a_smaller_model_says_what_left_and_speaks_of_no_zeros() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("modifier", "fields", "words"),
     [
-        ("{sparsity: 0.2}", "| SPAP (Hu and Yuan, 2025), by"),
-        ("{selector: spap}", "| SPAP (Hu and Yuan, 2025), by"),
-        ("{selector: greedy}", "2025), with channels chosen by 'greedy', by"),
-        ("", "| SPAP (Hu and Yuan, 2025), by"),
+        (SPAPPruningModifier, {}, "| SPAP (Hu and Yuan, 2025), by"),
+        (SPAPPruningModifier, {"selector": "spap"}, "| SPAP (Hu and Yuan, 2025), by"),
+        (
+            FASPPruningModifier,
+            {"selector": "greedy"},
+            "et al., 2025), with channels chosen by 'greedy', by",
+        ),
     ],
 )
-def test_the_structured_method_is_that_of_the_recipe(fields: str, words: str) -> None:
-    recipe = f"s:\n  m:\n    SPAPPruningModifier: {fields}\n"
-    text = model_card("n", replace(STRUCTURED, recipe=recipe), {}).text
-    assert "made smaller by SPAP," in text and words in text
-    assert "FASP" not in text.partition("## How")[0]
+def test_the_structured_method_is_that_of_the_modifier(
+    modifier: type[FASPPruningModifier], fields: dict[str, str], words: str
+) -> None:
+    methods = [modifier(sparsity=0.2, **fields).method]
+    text = model_card("n", replace(STRUCTURED, smaller_by=methods), {}).text
+    short = methods[0].partition(" ")[0]
+    assert f"made smaller by {short}," in text and words in text
+    other = {"FASP": "SPAP", "SPAP": "FASP"}[short]
+    assert other not in text.partition("## How")[0]
 
 
 def test_of_a_chain_both_parts_are_said() -> None:
     sparse = replace(OPERATOR, name=SMALLER.name)
-    recipe = STRUCTURED.recipe + "t:\n  m:\n    FISTAPruningModifier: {}\n"
-    chain = replace(
-        STRUCTURED.followed_by(
-            replace(REPORT, operators=[OPERATOR, sparse], share_of_layers=1.0)
-        ),
-        recipe=recipe,
+    chain = STRUCTURED.followed_by(
+        replace(REPORT, operators=[OPERATOR, sparse], share_of_layers=1.0)
     )
     card = model_card("n", chain, {})
     for words in (
