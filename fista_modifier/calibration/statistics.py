@@ -19,6 +19,7 @@ from fista_modifier.calibration.replay import (
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.distributed import ALONE, Ranks
+from fista_modifier.models.experts import routing_real_tokens
 from fista_modifier.models.operators import replaced_weights
 from fista_modifier.solver.gram import GramStatistics
 
@@ -124,7 +125,8 @@ def _empty(stage: Stage, offload: bool) -> GramStatistics:
 def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Tensor]:
     """The input of each stage in one batch, real tokens × features."""
     calls = {stage.operators[0].module: stage.calls for stage in wave}
-    seen = inputs_of(calls, call)
+    with routing_real_tokens(call.layer, real.own):
+        seen = inputs_of(calls, call)
     return [
         torch.cat([real.rows(value, call) for value in values])
         if (values := seen[stage.operators[0].module])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +17,17 @@ from llmcompressor.modeling.moe.linearize import (
 )
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from loguru import logger
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-__all__ = ["linearize", "linearize_weightless", "native_experts", "note_sizes"]
+__all__ = [
+    "linearize",
+    "linearize_weightless",
+    "native_experts",
+    "note_sizes",
+    "routing_real_tokens",
+]
 
 
 def linearize(model: PreTrainedModel) -> None:
@@ -89,6 +97,53 @@ def note_sizes(model: PreTrainedModel) -> None:
         for expert in experts.children():
             if hasattr(expert, "intermediate_size"):
                 expert.intermediate_size = expert.down_proj.in_features
+
+
+@contextmanager
+def routing_real_tokens(layer: torch.nn.Module, real: Tensor | None) -> Iterator[None]:
+    """
+    Within, padding reaches no expert: for it, a mixture puts out zeros. A mixture is a
+    module that is given a row for each token, and in another tensor the numbers of the
+    experts that each token goes to.
+
+    :param layer: in which mixtures may be
+    :param real: which tokens are not padding, bool batch×sequence; None for all
+    """
+    with ExitStack() as stack:
+        if real is not None and not real.all():
+            for module in layer.modules():
+                if next(module.children(), None) is not None:
+                    only_real = _on_rows(module.forward, real.flatten())
+                    stack.enter_context(patch_attr(module, "forward", only_real))
+        yield
+
+
+def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
+    """Of a mixture, that of some of its tokens; of any other module the same."""
+    count = int(rows.sum())
+
+    def of_each_token(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(rows)
+
+    def taken(value: Any) -> Any:
+        return value[rows.to(value.device)] if of_each_token(value) else value
+
+    def put_back(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != count:
+            return value
+        whole = value.new_zeros(len(rows), value.shape[1])
+        whole[rows.to(value.device)] = value
+        return whole
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = [one for one in tree_leaves((args, kwargs)) if of_each_token(one)]
+        kinds = {one.is_floating_point() for one in given}
+        if kinds != {True, False}:
+            return forward(*args, **kwargs)
+        args, kwargs = tree_map(taken, (args, kwargs))
+        return tree_map(put_back, forward(*args, **kwargs))
+
+    return run
 
 
 @contextmanager

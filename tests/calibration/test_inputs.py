@@ -252,6 +252,41 @@ def test_padding_does_not_reach_the_solver(family, side, solver):
     )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
+def test_padding_reaches_no_expert(family, side):
+    """Sequences in one padded batch give the weights of sequences one by one."""
+    lengths = [12, 9, 3, 11, 10, 7]
+    data = Dataset.from_dict(
+        {
+            "input_ids": [
+                sequence[:length].tolist()
+                for sequence, length in zip(samples(), lengths, strict=True)
+            ],
+            "attention_mask": [[1] * length for length in lengths],
+        }
+    )
+    batches = {
+        "batch_size": 3,
+        "data_collator": padded(side, with_positions=False),
+    }
+    found = {}
+    for name, arguments in {"one by one": {}, "padded": batches}.items():
+        model = tiny_model(family)
+        modifier = prune(
+            model,
+            reconstruction_epochs=0,
+            oneshot_arguments={"dataset": data} | arguments,
+        )
+        found[name] = {one.name: one for one in modifier.results}
+    for name, alone in found["one by one"].items():
+        together = found["padded"][name]
+        assert together.tokens == alone.tokens, name
+        assert together.relative_error == pytest.approx(
+            alone.relative_error, rel=1e-3, abs=1e-5
+        ), name
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_whole_batches_need_no_mask(family, solver):
     data = Dataset.from_dict({"input_ids": samples().tolist()})
