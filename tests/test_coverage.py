@@ -16,13 +16,14 @@ from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 from transformers import DbrxForCausalLM
 
-from fista_modifier import FISTAPruningModifier
+from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs, RealTokens
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.checkpoint.on_save import report_of
 from fista_modifier.models.operators import Operator
+from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import PruningReport
 from fista_modifier.solver import Unstructured
 from fista_modifier.solver.patterns import project
@@ -200,3 +201,15 @@ def test_an_error_of_zero_is_said(messages: list[str]) -> None:
     prune(model, preset="paper", patience=0, mask_structure="0:0", sparsity=0.4)
     assert said(messages, "q_proj is pruned without any error for all 72 tokens")
     assert not said(messages, "down_proj is pruned without any error")
+
+
+def test_a_reward_is_pruned_only_if_named(tmp_path: Path) -> None:
+    KINDS["reward"].save(tmp_path)
+
+    def found(*targets: str) -> set[str]:
+        model = pipeline.load_model(str(tmp_path))
+        return {operator.name for operator in find_operators(model, [*targets], [])}
+
+    assert "model.layers.0.mlp.down_proj" in found("Linear")
+    assert "score" not in found("Linear") | found("__ALL_PRUNABLE__")
+    assert found("score") == {"score"}

@@ -44,8 +44,8 @@ def find_operators(
     The operators that a recipe asks to prune. As in the toolkit, a target is a class
     name, a module name or "re:" and a pattern; a target module that is not a linear
     operator itself (a decoder layer) stands for all those inside it. "Linear" includes
-    GPT-2's Conv1D. The output embedding and the router of a mixture of experts are
-    pruned only if a target names them.
+    GPT-2's Conv1D. The output embedding, the head of a classifier or reward model and
+    the router of a mixture of experts are pruned only if a target names them.
 
     :param model: model to search
     :param targets: what to prune
@@ -80,7 +80,8 @@ def find_operators(
     for name in order:
         module = found[name]
         named = any(match_name(name, target) for target in targets)
-        if name in ignored or (_is_router(model, name) and not named):
+        special = _is_router(model, name) or _is_head(model, name)
+        if name in ignored or (special and not named):
             continue
         if module is head:
             if not named:
@@ -127,6 +128,11 @@ def _check_adapters(model: torch.nn.Module) -> None:
             f"the {type(model).__name__} has adapters: merge them first, "
             "model = model.merge_and_unload(), and prune what that returns"
         )
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether an operator is beside the model's body, such as a reward's ``score``."""
+    return model.base_model is not model and "." not in name
 
 
 def _without_shared(
