@@ -26,8 +26,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import fista_modifier.pruning.corrected
 import fista_modifier.pruning.reconstruction
-import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
@@ -38,7 +38,7 @@ from fista_modifier.solver import FISTAPruner
 
 PHASES = {
     "replays and sums": [
-        (fista_modifier.pruning.sparse, "wave_statistics"),
+        (fista_modifier.pruning.corrected, "wave_statistics"),
         (LayerInputs, "of_block"),
         (PrunedStream, "advance"),
     ],

@@ -36,8 +36,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import fista_modifier.pruning.corrected
 import fista_modifier.pruning.reconstruction
-import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
@@ -67,7 +67,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best", "fista-paper")
 PHASES = {
-    "sums": [(fista_modifier.pruning.sparse, "wave_statistics")],
+    "sums": [(fista_modifier.pruning.corrected, "wave_statistics")],
     "blocks' inputs": [(LayerInputs, "of_block"), (PrunedStream, "advance")],
     "solver": [(FISTAPruner, "__init__"), (FISTAPruner, "prune")],
     "reconstruction": [(fista_modifier.pruning.reconstruction, "reconstruct")],
