@@ -1,4 +1,4 @@
-"""What ``fista-prune prune`` is asked to do: a pattern, smaller sizes, or a recipe."""
+"""What ``prune`` and ``plan`` are asked: a pattern, smaller sizes, or a recipe."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ class Request:
     structures: Sequence[str] | None = None
     multiple_of: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        """whether nothing says what is to become of the model"""
+        named = (self.pattern, self.recipe, *self._sizes.values())
+        return self.method == "fista" and all(value is None for value in named)
 
     def modifiers(self) -> list[Modifier]:
         """

@@ -192,7 +192,8 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
     :param operator: an operator about to be pruned
     :param pattern: sparsity asked for
     :raises ValueError: if it is or is about to be quantised, if its width does not suit
-        the pattern, or its weight is not floating point or not finite
+        the pattern, or its weight is not floating point or not finite (which a weight
+        on the meta device does not tell)
     """
     if is_module_quantized(operator.module):
         raise ValueError(
@@ -210,7 +211,7 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         pattern.check_columns(weight.shape[1])
     except ValueError as error:
         raise ValueError(f"{operator.name}: {error}") from None
-    if not bool(weight.isfinite().all()):
+    if not (weight.is_meta or bool(weight.isfinite().all())):
         raise ValueError(
             f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
             "is damaged, or it was loaded in a dtype that cannot hold it"

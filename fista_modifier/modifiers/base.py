@@ -18,6 +18,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.checkpoint.on_save import describe_on_save
@@ -174,6 +175,31 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         """names of layers that are left to other runs: see ``layers``"""
         return self._schedule.unfinished if self._schedule else []
 
+    def find_layers(
+        self, model: PreTrainedModel, given: str | list[str] | None = None
+    ) -> tuple[list[DecoderLayer], list[str]]:
+        """
+        :param model: that is to be pruned, maybe on the meta device
+        :param given: what the user gave to ``oneshot()`` as sequential targets
+        :return: the layers of the model, with the operators that targets and ignore
+            leave; and the toolkit's sequential targets
+        :raises ValueError: if targets match nothing, or no layers are found
+        """
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        operators = find_operators(model, targets, self.ignore)
+        layer_types = layer_targets(model, operators, given)
+        return group_by_layer(model, operators, layer_types), layer_types
+
+    def chosen_layers(self, layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
+        """
+        :param layers: of the model
+        :return: those that this run prunes
+        :raises ValueError: if the model does not have the ``layers``
+        """
+        if self.layers is None:
+            return list(layers)
+        return chosen_layers(layers, self.layers)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
         Find the operators and refuse what cannot be pruned, before any long work.
@@ -194,18 +220,15 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         storage = ActivationStorage(_folder(self.activations_dir))
         if storage.folder is not None:
             storage.folder.mkdir(parents=True, exist_ok=True)
-        targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        operators = find_operators(model, targets, self.ignore)
         given = kwargs.get("sequential_targets")
-        layer_types = layer_targets(model, operators, given)
-        layers = group_by_layer(model, operators, layer_types)
+        layers, layer_types = self.find_layers(model, given)
         procedure = self.procedure(state, layers)
         warn_of_other_weights(layers)
         by_default: Distribution = "data" if procedure.chains_layers else "layers"
         self._schedule = Schedule(
             model,
             layers,
-            layers if self.layers is None else chosen_layers(layers, self.layers),
+            self.chosen_layers(layers),
             procedure,
             Resources(
                 self.offload_hessians,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr, field_validator, model_validator
+from transformers import PreTrainedModel
 
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
@@ -18,7 +19,12 @@ from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.pruning.sparse import SparseProcedure
-from fista_modifier.solver import SolverFactory, SolverOptions, WarmStart
+from fista_modifier.solver import (
+    SolverFactory,
+    SolverOptions,
+    SparsityPattern,
+    WarmStart,
+)
 from fista_modifier.solver.patterns import mask_structure_of
 
 __all__ = ["FISTAPruningModifier"]
@@ -335,13 +341,37 @@ class FISTAPruningModifier(LayerwiseModifier):
         patterns = self._patterns.of_operators(
             state.model, layers, state.data.calib, current_ranks()
         )
+        procedure = self._with_patterns(patterns, layers)
+        if not self.preserve_sparsity_mask:
+            warn_of_zeros(
+                [operator for layer in layers for operator in layer.operators]
+            )
+        return procedure
+
+    def foreseen(
+        self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
+    ) -> tuple[SparseProcedure, set[str]]:
+        """
+        What can be known before there are data and weights.
+
+        :param model: that is to be pruned, maybe on the meta device
+        :param layers: of the model, with the operators that targets and ignore leave;
+            those that stay dense are taken away
+        :return: what is to be done to each layer, and the names of the operators whose
+            sparsity the data will change: it is their mean here
+        :raises ValueError: as for :meth:`procedure`, apart from weights and data
+        """
+        by_data = self._patterns.chosen_by_data(model, layers)
+        patterns = self._patterns.before_data(model, layers)
+        return self._with_patterns(patterns, layers), by_data
+
+    def _with_patterns(
+        self, patterns: dict[str, SparsityPattern], layers: Sequence[DecoderLayer]
+    ) -> SparseProcedure:
         for layer in layers:
             layer.operators = [one for one in layer.operators if one.name in patterns]
-        operators = [operator for layer in layers for operator in layer.operators]
-        for operator in operators:
-            check_prunable(operator, patterns[operator.name])
-        if not self.preserve_sparsity_mask:
-            warn_of_zeros(operators)
+            for operator in layer.operators:
+                check_prunable(operator, patterns[operator.name])
         return replace(self._without_patterns, patterns=patterns)
 
     def _determines_the_result(self) -> dict[str, Any]:

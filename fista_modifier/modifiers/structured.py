@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
+from transformers import PreTrainedModel
 
 from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
@@ -205,7 +207,33 @@ class StructuredModifier(LayerwiseModifier):
         :return: what is done to each layer
         :raises ValueError: if channels cannot leave the model, or too many would
         """
-        self._check_is_first()
+        self._check_is_first(active_session().lifecycle.recipe.modifiers)
+        return self._planned(state.model, layers, state.data.calib)
+
+    def foreseen(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        batches: Iterable[dict[str, Any]],
+        modifiers: Iterable[Modifier],
+    ) -> StructuredProcedure:
+        """
+        :param model: dense, with its weights
+        :param layers: of the model, with the operators that may be changed
+        :param batches: any tokens
+        :param modifiers: of the recipe, this one among them
+        :return: what is done to each layer
+        :raises ValueError: as for :meth:`procedure`
+        """
+        self._check_is_first(modifiers)
+        return self._planned(model, layers, batches)
+
+    def _planned(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        batches: Iterable[dict[str, Any]],
+    ) -> StructuredProcedure:
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
@@ -219,18 +247,18 @@ class StructuredModifier(LayerwiseModifier):
             if not layer.in_sequence:  # no channels leave what is in no decoder layer
                 layer.operators = []
         self._plan = plan_channels(
-            state.model,
+            model,
             layers,
-            state.data.calib,
+            batches,
             self.structures,
             self.sparsity,
             self.multiple_of,
         )
         return replace(self._without_plan, plan=self._plan)
 
-    def _check_is_first(self) -> None:
+    def _check_is_first(self, modifiers: Iterable[Modifier]) -> None:
         """A recipe is initialised as a whole, before any of its modifiers runs."""
-        for other in active_session().lifecycle.recipe.modifiers:
+        for other in modifiers:
             if other is self:
                 return
             kind = type(other)
