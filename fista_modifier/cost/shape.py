@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,7 +123,7 @@ class LayerShape:
     estimate: str | None = None
     pruned: frozenset[str] | None = None
 
-    def pruning(self, operators: Iterable[str]) -> LayerShape:
+    def pruning(self, operators: Collection[str]) -> LayerShape:
         """
         :param operators: that are pruned, by their names in the model
         :return: the shape of the layers that have some of them; what is pruned in one
