@@ -57,7 +57,7 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
 def method_pruner(method: str, pattern: str) -> Pruner:
-    """The package's methods and those that only the benchmarks have."""
+    """A method of the package, or one that only the benchmarks have"""
     if method not in VARIANTS:
         return pruner(method, pattern_of(pattern))
     base, fields = VARIANTS[method]
@@ -90,7 +90,7 @@ def prune_by_fields(
 def common_arguments(
     documentation: str, samples: int, eval_tokens: int | None
 ) -> argparse.ArgumentParser:
-    """Those of every benchmark, and on what models are evaluated."""
+    """The options of every benchmark, and the text that models are evaluated on"""
     parser = inputs.arguments(documentation, samples)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--eval-seq-len", type=int, default=512)
@@ -99,7 +99,7 @@ def common_arguments(
 
 
 def common_setup(args: argparse.Namespace) -> dict[str, Any]:
-    """What results must share to stand in one table."""
+    """The settings that all results of one table share"""
     keys = ("samples", "seq_len", "eval_seq_len", "eval_tokens")
     return {key: getattr(args, key) for key in keys} | {
         "model": Path(args.model).name,
@@ -110,13 +110,13 @@ def common_setup(args: argparse.Namespace) -> dict[str, Any]:
 def measure(
     args: argparse.Namespace, prune: Pruner | None, samples: int, seed: int
 ) -> Row:
-    """In a process of its own; without a pruner it only evaluates."""
+    """Prune and measure in a process of its own. Without a pruner, only measure."""
     calibration = inputs.calibration(args, samples, seed)
     return in_own_process(measurement(args).run, prune, calibration)
 
 
 def measurement(args: argparse.Namespace) -> Measurement:
-    """Of the texts that all benchmarks evaluate on."""
+    """The measurement on the texts that all benchmarks evaluate on"""
     texts = load_texts(args.text)
     return Measurement(
         args.model, texts, args.eval_seq_len, args.eval_tokens, "float32"
@@ -124,7 +124,7 @@ def measurement(args: argparse.Namespace) -> Measurement:
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
-    """The same, and the machine, as there are times and memory in the table."""
+    """The same, and the machine, because the table has times and memory"""
     return common_setup(args) | {
         "cpus": os.cpu_count(),
         "versions": package_versions(*PACKAGES),

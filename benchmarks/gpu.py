@@ -149,7 +149,7 @@ def agree(args: argparse.Namespace) -> None:
 
 
 def random_model(shape: str, layers: int) -> PreTrainedModel:
-    """In bfloat16 in main memory, where the toolkit takes layers from."""
+    """A model in bfloat16 in main memory, where the toolkit takes layers from"""
     config = LlamaConfig(
         **SHAPES[shape], num_hidden_layers=layers, max_position_embeddings=8192
     )
@@ -179,7 +179,7 @@ def random_tokens(args: argparse.Namespace, vocabulary: int) -> Dataset:
 
 
 def timed(phase: str, function: Callable[..., Any], found: Counter[str]) -> Any:
-    """Adds up its seconds, all that it gave to the device included"""
+    """A function that adds up its seconds, with all that it gave to the device"""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -231,7 +231,7 @@ def measured(args: argparse.Namespace, method: str, pattern: str) -> dict[str, A
 
 
 def predicted(args: argparse.Namespace, method: str) -> tuple[float, float]:
-    """Seconds and bytes by ``plan``; none for methods of others"""
+    """The seconds and bytes that ``plan`` predicts; none for methods of others"""
     config = LlamaConfig(
         **SHAPES[args.shape],
         num_hidden_layers=args.layers,

@@ -56,10 +56,10 @@ def plan(
     """
     Predict what a run will do to MODEL, and what it takes.
 
-    Its configuration is enough, unless channels are to leave: which can is seen in runs
-    of the model itself, which is then loaded. Counts the operations of products and
-    factorisations and divides them by half of a device's published peak: a lower bound
-    that no GPU has confirmed yet.
+    The configuration is enough, unless channels are to leave: then the model is loaded,
+    because only its runs show which channels can. The time is the number of operations
+    in products and factorisations, divided by half of a device's published peak. It is
+    a lower bound, which no GPU has confirmed yet.
     """
     with errors_as_messages():
         if device not in DEVICES:

@@ -45,7 +45,7 @@ class StageShape:
     :param rows: m of each operator
     :param wave: when its turn comes
     :param block: number of the block of the layer that it is in
-    :param returned: whether the block returns what its only operator puts out
+    :param returned: whether the block returns the output of its only operator
     :param share: of the tokens that reach it; below 1 for an expert of a mixture
     :param routed: whether they are given a choice of the tokens, as an expert is
     :param names: of the operators, inside the layer
@@ -236,7 +236,7 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
-    """Those with operators."""
+    """The decoder layers with operators"""
     operators = find_operators(model, ["Linear"], [])
     targets = layer_targets(model, operators)
     layers = group_by_layer(model, operators, targets)
@@ -260,7 +260,7 @@ def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> Laye
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # which is 0, as of a tensor on the meta device
+        # the pointer is 0, as for a tensor on the meta device
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.enter_context(patch_attr(LinearExperts2D, "forward", _evenly_routed))
         for operator in layer.operators:
@@ -334,8 +334,8 @@ def _block(blocks: list[list[Operator]], operator: Operator) -> int:
 
 
 def _shares(model: PreTrainedModel) -> dict[torch.nn.Module, float]:
-    """Of the tokens, for each operator of an expert; all, where the configuration does
-    not say how many experts a token has."""
+    """The share of the tokens for each expert's operators; all of them, if the
+    configuration does not say how many experts a token has"""
     config = model.config.get_text_config()
     return {
         operator: min(1.0, chosen / experts.num_experts)

@@ -147,7 +147,7 @@ def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _size(path: Path) -> int:
-    """In bytes, once it is decompressed."""
+    """The size in bytes, once it is decompressed"""
     with _opened(path) as file:
         return file.seek(0, io.SEEK_END)
 
@@ -183,7 +183,7 @@ def _unreadable(source: str, error: Exception) -> ValueError:
 
 
 def _json_fault(path: Path) -> str | None:
-    """``datasets`` counts records from the start of a block: look for the line."""
+    """The line of a fault. ``datasets`` counts records from the start of a block."""
     try:
         text = read_plain_text(str(path))
     except ValueError:

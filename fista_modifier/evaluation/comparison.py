@@ -140,7 +140,7 @@ class Measurement:
 
 
 def _zeros(model: PreTrainedModel) -> float:
-    """Share of zeros in the operators that are pruned."""
+    """The share of zeros in the operators that are pruned"""
     weights = [
         operator.module.weight for operator in find_operators(model, TARGETS, IGNORE)
     ]

@@ -126,7 +126,7 @@ def prune_by_magnitude(
     pattern: SparsityPattern,
 ) -> pipeline.PruningRun:
     """
-    Keep each operator's largest weights; the data are not looked at.
+    Keep each operator's largest weights. The data are not used.
 
     :param model: changed in place
     :param tokenizer: not used

@@ -82,7 +82,7 @@ class Results:
 def digest(content: object) -> str:
     """
     :param content: data whose ``repr`` is all of it
-    :return: what tells it from other data
+    :return: a digest, which differs for other data
     """
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 

@@ -121,7 +121,7 @@ def names_matched(
 
 
 def _check_adapters(model: torch.nn.Module) -> None:
-    """Of PEFT: what is pruned below them is not what runs once they are merged."""
+    """Refuse adapters of PEFT: once they are merged, other weights run."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError(
             f"the {type(model).__name__} has adapters: merge them first, "
@@ -133,8 +133,8 @@ def _without_shared(
     model: PreTrainedModel, operators: list[Operator]
 ) -> list[Operator]:
     """
-    What runs at several places of a model has no one input, and to prune it for the
-    first would change the dense model behind it.
+    The operators that run at one place of the model only. Others have no single input,
+    and to prune them for the first would change the dense model behind it.
     """
     modules = Counter(id(one) for _, one in model.named_modules(remove_duplicate=False))
     with disable_onloading():
@@ -155,7 +155,7 @@ def _without_shared(
 
 
 def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
-    """Also if they are offloaded, and each access gives another tensor."""
+    """Whether two modules share a weight, also if each access gives another tensor"""
     with disable_onloading():
         weight = getattr(one, "weight", None)
         return weight is not None and weight is getattr(other, "weight", None)

@@ -1,4 +1,4 @@
-"""What the toolkit's tracer does to a model's masks and to memory, mended."""
+"""Repairs of what the toolkit's tracer does to a model's masks and to memory."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         return True
 
     def _of_report(self) -> dict[str, Any]:
-        """What a kind of pruning has to say beside its operators"""
+        """Fields of the report that a kind of pruning adds"""
         return {}
 
     def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:

@@ -1,4 +1,4 @@
-"""The recipe's face of FISTAPruner: fields, no mathematics."""
+"""FISTAPruner in recipes: the fields of its modifier."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class PatternFields:
         return entries, defaults
 
     def _entries(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-        """What ``patterns`` says of the operators that it matches."""
+        """The entry of ``patterns`` for each operator that it matches"""
         deciding: dict[str, str] = {}
         entries = self.patterns or {}
         for target in entries:
@@ -181,7 +181,7 @@ class PatternFields:
     def _numbered(
         self, layers: Sequence[DecoderLayer], count: int
     ) -> Sequence[DecoderLayer]:
-        """Those that a list of sparsities goes with."""
+        """The layers that the values of a list of sparsities belong to"""
         decoder_layers = [layer for layer in layers if layer.in_sequence]
         to_prune = _decoder_layers(layers)
         for numbered in (to_prune, decoder_layers):
@@ -226,7 +226,7 @@ def _sparse(
     entries: Mapping[str, str],
     defaults: Mapping[str, SparsityPattern | None],
 ) -> dict[str, SparsityPattern]:
-    """Of the operators that do not stay dense"""
+    """The patterns of the operators that do not stay dense"""
     chosen = {
         operator.name: (
             _named(entries[operator.name])
@@ -243,10 +243,10 @@ def _sparse(
 
 
 def _named(name: str) -> SparsityPattern | None:
-    """None is that of an operator that stays dense."""
+    """The pattern of a name; None for "dense" """
     return None if name == DENSE else pattern_of(name)
 
 
 def _decoder_layers(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
-    """Those with operators to prune."""
+    """The decoder layers with operators to prune"""
     return [layer for layer in layers if layer.in_sequence and layer.operators]

@@ -1,4 +1,4 @@
-"""The recipe's face of FASP and SPAP: fields, no mathematics."""
+"""FASP and SPAP in recipes: the fields of their modifiers."""
 
 from __future__ import annotations
 
