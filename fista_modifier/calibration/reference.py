@@ -49,8 +49,8 @@ OfLayers = dict[DecoderLayer, dict[torch.nn.Module, _Outputs]]
 class ReferenceRun:
     """
     The toolkit's sequential pipeline runs a trace of the model, which may leave out a
-    mask or compute it otherwise. So the outputs of the parts of each layer for the first
-    batch are recorded from the model itself, for a few tokens, and compared.
+    mask or compute it otherwise. So the outputs of the parts of each layer for the
+    first batch are recorded from the model itself, for a few tokens, and compared.
 
     Calibration has eager attention, or what computes the same, and no cache. In some
     families a token sees other tokens with other kernels or without a cache. The model
