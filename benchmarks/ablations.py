@@ -143,10 +143,8 @@ def main() -> None:
     args = parser.parse_args()
     results = Results.resume(args.out.with_suffix(".json"), setup(args))
     chosen = [variant for group in args.groups for variant in VARIANTS[group]]
-    for variant in [None, *chosen]:
-        if results.find(variant=variant):
-            continue
-        results.add({"variant": variant} | pruned(args, variant))
+    for row in results.missing({"variant": one} for one in (None, *chosen)):
+        results.add(row | pruned(args, row["variant"]))
         inputs.show(args.out.with_suffix(".md"), table(results))
 
 

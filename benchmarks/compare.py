@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ import peers
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import (
+    DENSE,
     Measurement,
     comparison_table,
+    identities,
     in_own_process,
 )
 from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, recipe
@@ -138,17 +139,12 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     args = parser.parse_args()
     results = Results.resume(args.out.with_suffix(".json"), setup(args))
-    jobs: list[tuple[str, str, int | None]] = [("dense", "-", None)]
-    jobs += [
-        (method, pattern, seed)
-        for seed, pattern, method in product(args.seeds, args.patterns, args.methods)
-    ]
-    for method, pattern, seed in jobs:
-        identity = {"method": method, "pattern": pattern, "seed": seed}
-        if results.find(**identity):
-            continue
-        prune = None if method == "dense" else method_pruner(method, pattern)
-        results.add(identity | measure(args, prune, args.samples, seed or 0))
+    rows = identities(args.methods, args.patterns, args.seeds)
+    for row in results.missing(rows):
+        prune = None
+        if row["method"] != DENSE:
+            prune = method_pruner(row["method"], row["pattern"])
+        results.add(row | measure(args, prune, args.samples, row["seed"] or 0))
         inputs.show(args.out.with_suffix(".md"), comparison_table(results))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "TARGETS",
     "Pruner",
     "pruner",
+    "recipe",
     "warm_starts",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ class Results:
             if all(key in row and row[key] == identity[key] for key in identity):
                 return row
         return None
+
+    def missing(self, identities: Iterable[Row]) -> Iterator[Row]:
+        """
+        :param identities: keys and their values, of rows that are wanted
+        :return: those without a row, each looked for when its turn comes
+        """
+        return (one for one in identities if self.find(**one) is None)
 
     def add(self, row: Row) -> None:
         """

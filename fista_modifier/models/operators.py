@@ -24,6 +24,7 @@ UNCHANGED: Mapping[Operator, Tensor] = MappingProxyType({})
 """no weight, or no bias, is another than the model's own"""
 
 __all__ = [
+    "UNCHANGED",
     "Operator",
     "blocks_of",
     "operators_in",

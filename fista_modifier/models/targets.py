@@ -21,6 +21,7 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
+    "ZEROS",
     "check_prunable",
     "check_quantisable",
     "find_operators",

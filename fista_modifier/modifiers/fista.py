@@ -375,8 +375,8 @@ class FISTAPruningModifier(LayerwiseModifier):
         return replace(self._without_patterns, patterns=patterns)
 
     def _determines_the_result(self) -> dict[str, Any]:
-        fields = super()._determines_the_result()
-        fields["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
-        return (
-            fields if self._solver is None else fields | {"solver": str(self._solver)}
-        )
+        method = super()._determines_the_result()
+        method["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
+        if self._solver is not None:
+            method["solver"] = str(self._solver)
+        return method

@@ -40,7 +40,11 @@ from fista_modifier.structured import (
     Selector,
 )
 
-__all__ = ["FASPPruningModifier", "SPAPPruningModifier"]
+__all__ = [
+    "FASPPruningModifier",
+    "SPAPPruningModifier",
+    "StructuredModifier",
+]
 
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "bias", "none"]

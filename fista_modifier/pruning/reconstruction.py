@@ -30,7 +30,12 @@ from fista_modifier.pruning.procedures import LayerTask
 from fista_modifier.pruning.results import ReconstructionResult
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Reconstruction", "reconstruct", "reconstructed"]
+__all__ = [
+    "MEASURED_EVERY",
+    "Reconstruction",
+    "reconstruct",
+    "reconstructed",
+]
 
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10

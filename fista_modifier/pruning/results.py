@@ -23,6 +23,7 @@ from fista_modifier.structured.patterns import Smaller
 __all__ = [
     "PACKAGES",
     "REPORT_NAME",
+    "SHOWN",
     "Calibration",
     "OperatorResult",
     "PruningReport",

@@ -267,7 +267,10 @@ def _mean(grid: OperatorGrid, kind: str, measure: Measure) -> float:
 def _map(
     grid: OperatorGrid, measure: Measure, highest: float, name: str, title: str
 ) -> str:
-    """Draw kinds over layers. Each cell shows its value under the mouse."""
+    """
+    Draw kinds over layers. Each cell shows its value under the mouse, so it is an
+    artist of its own, which those of a mesh or an image are not.
+    """
     tooltips: dict[str, str] = {}
     extremes: list[tuple[float, str]] = []
     with style():

@@ -7,8 +7,8 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
-    "ENTRIES",
     "COMPUTED",
+    "ENTRIES",
     "add_gram",
     "add_product",
     "row_blocks",

@@ -26,6 +26,7 @@ __all__ = [
     "mask_structure_of",
     "parse_pattern",
     "pattern_of",
+    "project",
     "register",
     "reported_pattern",
 ]

@@ -15,7 +15,12 @@ from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import fill_support, refit_
 from fista_modifier.solver.trials import Trial
 
-__all__ = ["Candidate", "OperatorProblem", "StageProblem"]
+__all__ = [
+    "RESOLUTION",
+    "Candidate",
+    "OperatorProblem",
+    "StageProblem",
+]
 
 REFIT_TOLERANCE = 1e-3
 """a refit ends where a step lowers the squared error by less than this share"""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["ended"]
+__all__ = [
+    "INTERVAL",
+    "ended",
+]
 
 INTERVAL = 5
 """steps between two looks on an accelerator"""
