@@ -39,8 +39,9 @@ class Request:
     :param pattern: "n:m" or a sparsity such as "0.5", for FISTAPruner
     :param recipe: a file, in place of all others
     :param sparsity: share of the decoder layers' parameters that is to leave
-    :param structures: what leaves, if not as by default
-    :param multiple_of: of which the number of channels stays a multiple, likewise
+    :param structures: what leaves; None for the default
+    :param multiple_of: the number of channels stays a multiple of this; None for the
+        default
     :param fields: of the modifier that other options give
     """
 

@@ -75,16 +75,15 @@ MultipleOf = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="for 'fasp' and 'spap': of which an MLP's channels stay a multiple "
-        "(default: 64)",
+        help="for 'fasp' and 'spap': an MLP's number of channels stays a multiple of "
+        "this (default: 64)",
     ),
 ]
 PresetName = Annotated[
     Preset | None,
     typer.Option(
-        help="'best' is more accurate, 'fast' faster; 'paper' is the method as "
-        "published, and all but 'default' that 'fasp' and 'spap' have (default: "
-        "'default')"
+        help="'best' is more accurate, 'fast' is faster, 'paper' is the method as "
+        "published; 'fasp' and 'spap' have 'default' and 'paper' (default: 'default')"
     ),
 ]
 

@@ -98,15 +98,15 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         default=False,
         description=(
             "keep Gram matrices in main memory, as llm-compressor's modifiers do, for "
-            "operators so wide that the device has no room for them; products take "
-            "them block by block, and factorisations are done by the CPU"
+            "operators so wide that the device has no room for them. Products take "
+            "them to the device block by block, and the CPU does the factorisations"
         ),
     )
     activations_dir: str | None = Field(
         default=None,
         description=(
             "folder on a disk in which recorded activations wait instead of in main "
-            "memory; it ends empty, as the files have no names"
+            "memory; the files have no names, so the folder looks empty"
         ),
     )
     resume_dir: str | None = Field(
@@ -119,18 +119,18 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     layers: str | None = Field(
         default=None,
         description=(
-            'numbers of the decoder layers to prune, such as "0-9" or "0-3,30". With a '
-            "resume_dir that they share, processes that prune different layers do the "
-            "work of one model; one more run without layers puts it together"
+            'numbers of the decoder layers to prune, such as "0-9" or "0-3,30". '
+            "Processes with the same resume_dir can prune different layers of one "
+            "model. One more run without layers puts the model together"
         ),
     )
     distribute: Distribution | None = Field(
         default=None,
         description=(
-            'what the ranks of a torch.distributed run share out: "layers" (each '
-            'prunes layers of its own with all data) or "data" (each runs its own '
-            'batches; sums are reduced and operators shared out). "layers" by default, '
-            'but "data" where layers depend on one another'
+            'what the ranks of a torch.distributed run share: "layers" (each prunes '
+            'layers of its own with all data) or "data" (each runs its own batches, '
+            "sums are added up over the ranks, and each rank solves some operators). "
+            'The default is "layers", or "data" if layers depend on one another'
         ),
     )
 

@@ -70,8 +70,8 @@ class FISTAPruningModifier(LayerwiseModifier):
     sparsity: float | list[float] | None = Field(
         default=None,
         description=(
-            "share of zeros in [0, 1); may be left out for n:m. A list has one for "
-            "each decoder layer, where 0 leaves a layer dense"
+            "share of zeros in [0, 1); may be left out for n:m. A list has one share "
+            "for each decoder layer, and 0 leaves a layer dense"
         ),
     )
     mask_structure: str = Field(
@@ -93,7 +93,8 @@ class FISTAPruningModifier(LayerwiseModifier):
         gt=0,
         allow_inf_nan=False,
         description=(
-            "how many times its layer's mean |W_ij|·‖x_j‖ makes a weight an outlier"
+            "a weight is an outlier if its |W_ij|·‖x_j‖ is more than so many times the "
+            "mean of its layer"
         ),
     )
     owl_lmbda: float | None = Field(
@@ -106,8 +107,8 @@ class FISTAPruningModifier(LayerwiseModifier):
         default_factory=dict,
         description=(
             'patterns by targets, in the notation of targets: "n:m", a sparsity, or '
-            '"dense". Of several entries that match an operator the last counts; an '
-            "operator that none matches has the pattern of the fields above"
+            '"dense". If several entries match an operator, the last one counts. If '
+            "none does, the operator has the pattern of the fields above"
         ),
     )
     preset: Preset = Field(
@@ -116,9 +117,9 @@ class FISTAPruningModifier(LayerwiseModifier):
             'values of the fields below that the recipe leaves out. "default": '
             "columns scaled, support found by ADMM, kept entries refitted, and "
             'layers reconstructed (docs/method.md). "best" is the most '
-            'accurate, for half as much time again: "full" error correction and '
-            'two epochs of reconstruction. "fast" ends with ADMM and its refit, '
-            'of less damping, and trains no layer. "paper" is Algorithm 1 as '
+            'accurate and takes half as much time again: it has "full" error '
+            'correction and two epochs of reconstruction. "fast" ends with ADMM and a '
+            'refit of less damping, and trains no layer. "paper" is Algorithm 1 as '
             "published"
         ),
     )
@@ -132,11 +133,18 @@ class FISTAPruningModifier(LayerwiseModifier):
     )
     error_correction: ErrorCorrection | None = Field(
         default=None,
-        description=('"none", "intra" or "full", see above'),
+        description=(
+            "what the inputs X* of an operator follow, and so whose errors it makes up "
+            'for: "none" (X* = X, nobody\'s), "intra" (the operators pruned before in '
+            'its layer) or "full" (all operators pruned before)'
+        ),
     )
     warm_start: WarmStart | None = Field(
         default=None,
-        description=('W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"'),
+        description=(
+            'what the solver starts from (W₀*): "dense", "magnitude", "wanda", '
+            '"sparsegpt" or "admm"'
+        ),
     )
     admm_steps: int | None = Field(
         default=None,
@@ -179,7 +187,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         ge=0,
         description=(
             "T, consecutive values of λ without improvement that end the "
-            "search; 0 for no search, the result is then the warm start"
+            "search; with 0 there is no search, and the result is the warm start"
         ),
     )
     epsilon: float | None = Field(
@@ -228,7 +236,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         gt=0,
         allow_inf_nan=False,
         description=(
-            "highest learning rate of this, as a share of an operator's mean "
+            "highest learning rate of this training, as a share of an operator's mean "
             "kept |W_ij|"
         ),
     )

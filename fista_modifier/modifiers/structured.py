@@ -75,8 +75,8 @@ class StructuredModifier(LayerwiseModifier):
         default=64,
         ge=1,
         description=(
-            "of which the number of an MLP's channels stays a multiple, for tiles of "
-            "GPU kernels and tensor parallelism"
+            "the number of an MLP's channels stays a multiple of this, for tiles of "
+            "GPU kernels and for tensor parallelism"
         ),
     )
     preset: Literal["default", "paper"] = Field(
@@ -90,8 +90,8 @@ class StructuredModifier(LayerwiseModifier):
         default=None,
         description=(
             'what the inputs X* of an operator follow: "none" (they are the dense '
-            'model\'s), "intra" (what was pruned before in the layer) or "full" (in '
-            "all layers before)"
+            'model\'s), "intra" (what was pruned before in the layer) or "full" (what '
+            "was pruned before in all layers)"
         ),
     )
     selector: SelectorName | None = Field(
@@ -104,8 +104,8 @@ class StructuredModifier(LayerwiseModifier):
     restorer: RestorerName | None = Field(
         default=None,
         description=(
-            'what makes up for those that leave: "least_squares", "bias" (FLAP\'s, '
-            'where there is a bias) or "none"'
+            'what makes up for the channels that leave: "least_squares", "bias" '
+            '(FLAP\'s method, which needs a bias) or "none"'
         ),
     )
     dampening_frac: float | None = Field(
@@ -132,7 +132,8 @@ class StructuredModifier(LayerwiseModifier):
         gt=0,
         allow_inf_nan=False,
         description=(
-            "highest learning rate of this, as a share of an operator's mean |W_ij|"
+            "highest learning rate of this training, as a share of an operator's mean "
+            "|W_ij|"
         ),
     )
 

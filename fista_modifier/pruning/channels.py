@@ -96,7 +96,7 @@ def plan_channels(
     :param batches: calibration data, of which a few tokens show who reads what
     :param structures: what leaves
     :param sparsity: share of the decoder layers' parameters that is to leave
-    :param multiple_of: of which the number of an MLP's channels stays a multiple
+    :param multiple_of: the number of an MLP's channels stays a multiple of this
     :return: the plan
     :raises ValueError: if channels cannot leave the model, with the reason, or so few
         are left that there is no multiple of them
