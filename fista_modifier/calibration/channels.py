@@ -43,14 +43,14 @@ class Members(NamedTuple):
 @dataclass(frozen=True)
 class ChannelGroup:
     """
-    Channels inside a layer of which any number can leave the model, each with all of
-    its rows and columns, without a change for the others: nothing but the consumers
-    reads them.
+    Channels inside a layer. Any number of them can leave the model, each with all of
+    its rows and columns, without a change for the others, because only the consumers
+    read them.
 
-    :param kind: "channels" if they alone make what the consumers read, as in an MLP;
-        "values" if other rows (queries and keys) do too, and expect heads of a size:
-        these can be zeroed, and not cut; "heads" if each channel is a whole head for
-        keys and values with its queries
+    :param kind: "channels" if the consumers read nothing else, as in an MLP; "values"
+        if other rows (queries and keys) reach the consumers too and expect heads of one
+        size, so that the channels can be set to zero, and not cut; "heads" if each
+        channel is a whole head for keys and values with its queries
     :param producers: operators with the channels' output rows, and biases
     :param consumers: operators with the channels' input columns
     """

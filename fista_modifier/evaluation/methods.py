@@ -63,7 +63,7 @@ def warm_starts() -> str:
 def pruner(method: str, pattern: SparsityPattern) -> Pruner:
     """
     Every method prunes the same operators and has its own defaults otherwise. SparseGPT
-    and Wanda are llm-compressor's.
+    and Wanda are the toolkit's.
 
     :param method: one of ``METHODS`` but "dense"
     :param pattern: the sparsity
@@ -112,7 +112,7 @@ def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
         fields["mask_structure"] = str(pattern)
         fields["preset"] = FISTA_METHODS[method]
         return FISTAPruningModifier(**fields | changes)
-    # llm-compressor's own modifiers count the pruned weights of a group
+    # the toolkit's own modifiers count the pruned weights of a group
     peer = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
     n, m = pattern.group or (0, 0)
     fields["mask_structure"] = f"{m - n}:{m}"

@@ -58,7 +58,7 @@ class FISTAPruningModifier(LayerwiseModifier):
           ignore: ["re:.*lm_head"]
     ```
 
-    Layers are independent, but for what ``error_correction`` sets X* to be:
+    Layers are independent, unless ``error_correction`` is "full". It says what X* is:
 
     - ``none``: X* = X, the operator's input in the dense model
     - ``intra`` (the paper's): the layer's input is the dense model's; inside the layer,

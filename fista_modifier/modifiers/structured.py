@@ -322,9 +322,9 @@ class FASPPruningModifier(StructuredModifier):
 
 class SPAPPruningModifier(StructuredModifier):
     """
-    Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): a share
-    z ∈ [0, 1] of each channel is kept, of least error, and a growing penalty makes z
-    binary.
+    Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): the error
+    is minimised over the share z ∈ [0, 1] of each channel that is kept, and a growing
+    penalty makes z binary.
 
     Sample yaml:
 
