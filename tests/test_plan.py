@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from command_line import invoke
 from families import checkpoint, tiny_model
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from runs import run
 from transformers import AutoConfig, PreTrainedModel
 
@@ -245,6 +246,16 @@ def test_channels_that_cannot_leave_are_refused_as_by_the_run() -> None:
     with pytest.raises(ValueError) as refused:
         run(tiny_model("opt"), modifier)
     assert str(planned.value) == str(refused.value)
+
+
+def test_groups_that_are_to_be_quantised_divide_the_new_width() -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 512}
+    modifiers = [
+        FASPPruningModifier(sparsity=0.3, multiple_of=64, ignore=IGNORE),
+        QuantizationModifier(scheme="W4A16", ignore=IGNORE),
+    ]
+    with pytest.raises(ValueError, match="in groups of 128: set multiple_of: 128"):
+        foreseen(modifiers, tiny_model("llama", **wide))
 
 
 def test_channels_leave_before_zeros_are_made() -> None:

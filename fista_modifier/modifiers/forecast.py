@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -171,6 +172,10 @@ def _of_channels(
     linearize(model.eval())
     layers, _ = modifier.find_layers(model)
     procedure = modifier.foreseen(model, layers, _batches(model, seq_len), recipe)
+    for other in recipe:
+        if isinstance(other, QuantizationMixin):
+            other.initialize_quantization(model)
+    modifier.check_quantisable()
     chosen = {layer.name for layer in modifier.chosen_layers(layers)}
     consumers = [
         plan.consumer.operator.name

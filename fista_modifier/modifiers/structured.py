@@ -276,12 +276,21 @@ class StructuredModifier(LayerwiseModifier):
                     "with all structures, and prune to a pattern afterwards"
                 )
 
+    def check_quantisable(self) -> None:
+        """
+        To be called when all modifiers of the recipe are initialised.
+
+        :raises ValueError: if an operator is to be quantised in groups of columns into
+            which its new columns cannot be divided
+        """
+        for groups in self._plan.groups.values():
+            for plan in groups:
+                operator, indices = plan.consumer
+                check_quantisable(operator, plan.keep * indices.shape[1])
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._undone_on_error():
-            for groups in self._plan.groups.values():
-                for plan in groups:  # by now it is known what is to be quantised
-                    operator, indices = plan.consumer
-                    check_quantisable(operator, plan.keep * indices.shape[1])
+            self.check_quantisable()
         super().on_calibration_start(state, event, **kwargs)
 
     def _of_report(self) -> dict[str, Any]:
