@@ -1,5 +1,5 @@
 """
-What each part of the method is worth: one field of the recipe changed at a time.
+The worth of each part of the method. One field of the recipe changes at a time.
 
 Every variant sees the same calibration tokens, apart from those that change their
 number. To save time, only every third decoder layer is pruned (--every). Results are
@@ -124,12 +124,12 @@ def table(results: Results) -> str:
 
 
 def _ratio(one: float | None, other: float | None) -> str:
-    """Nothing for a time that was taken beside other work"""
+    """A ratio of times; empty if one was taken beside other work"""
     return f"{one / other:.2f}" if one and other else ""
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
-    """What results must share to stand in this table."""
+    """The settings that all results of this table share"""
     own = {key: getattr(args, key) for key in ("pattern", "seed", "every")}
     return common_setup(args) | own
 
@@ -143,10 +143,8 @@ def main() -> None:
     args = parser.parse_args()
     results = Results.resume(args.out.with_suffix(".json"), setup(args))
     chosen = [variant for group in args.groups for variant in VARIANTS[group]]
-    for variant in [None, *chosen]:
-        if results.find(variant=variant):
-            continue
-        results.add({"variant": variant} | pruned(args, variant))
+    for row in results.missing({"variant": one} for one in (None, *chosen)):
+        results.add(row | pruned(args, row["variant"]))
         inputs.show(args.out.with_suffix(".md"), table(results))
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ import peers
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import (
+    DENSE,
     Measurement,
     comparison_table,
+    identities,
     in_own_process,
 )
 from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, recipe
@@ -57,7 +58,7 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
 def method_pruner(method: str, pattern: str) -> Pruner:
-    """The package's methods and those that only the benchmarks have."""
+    """A method of the package, or one that only the benchmarks have"""
     if method not in VARIANTS:
         return pruner(method, pattern_of(pattern))
     base, fields = VARIANTS[method]
@@ -90,7 +91,7 @@ def prune_by_fields(
 def common_arguments(
     documentation: str, samples: int, eval_tokens: int | None
 ) -> argparse.ArgumentParser:
-    """Those of every benchmark, and on what models are evaluated."""
+    """The options of every benchmark, and the text that models are evaluated on"""
     parser = inputs.arguments(documentation, samples)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--eval-seq-len", type=int, default=512)
@@ -99,7 +100,7 @@ def common_arguments(
 
 
 def common_setup(args: argparse.Namespace) -> dict[str, Any]:
-    """What results must share to stand in one table."""
+    """The settings that all results of one table share"""
     keys = ("samples", "seq_len", "eval_seq_len", "eval_tokens")
     return {key: getattr(args, key) for key in keys} | {
         "model": Path(args.model).name,
@@ -110,13 +111,13 @@ def common_setup(args: argparse.Namespace) -> dict[str, Any]:
 def measure(
     args: argparse.Namespace, prune: Pruner | None, samples: int, seed: int
 ) -> Row:
-    """In a process of its own; without a pruner it only evaluates."""
+    """Prune and measure in a process of its own. Without a pruner, only measure."""
     calibration = inputs.calibration(args, samples, seed)
     return in_own_process(measurement(args).run, prune, calibration)
 
 
 def measurement(args: argparse.Namespace) -> Measurement:
-    """Of the texts that all benchmarks evaluate on."""
+    """The measurement on the texts that all benchmarks evaluate on"""
     texts = load_texts(args.text)
     return Measurement(
         args.model, texts, args.eval_seq_len, args.eval_tokens, "float32"
@@ -124,7 +125,7 @@ def measurement(args: argparse.Namespace) -> Measurement:
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
-    """The same, and the machine, as there are times and memory in the table."""
+    """The same, and the machine, because the table has times and memory"""
     return common_setup(args) | {
         "cpus": os.cpu_count(),
         "versions": package_versions(*PACKAGES),
@@ -138,17 +139,12 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     args = parser.parse_args()
     results = Results.resume(args.out.with_suffix(".json"), setup(args))
-    jobs: list[tuple[str, str, int | None]] = [("dense", "-", None)]
-    jobs += [
-        (method, pattern, seed)
-        for seed, pattern, method in product(args.seeds, args.patterns, args.methods)
-    ]
-    for method, pattern, seed in jobs:
-        identity = {"method": method, "pattern": pattern, "seed": seed}
-        if results.find(**identity):
-            continue
-        prune = None if method == "dense" else method_pruner(method, pattern)
-        results.add(identity | measure(args, prune, args.samples, seed or 0))
+    rows = identities(args.methods, args.patterns, args.seeds)
+    for row in results.missing(rows):
+        prune = None
+        if row["method"] != DENSE:
+            prune = method_pruner(row["method"], row["pattern"])
+        results.add(row | measure(args, prune, args.samples, row["seed"] or 0))
         inputs.show(args.out.with_suffix(".md"), comparison_table(results))
 
 

@@ -26,23 +26,30 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import fista_modifier.pruning.corrected
 import fista_modifier.pruning.reconstruction
-import fista_modifier.pruning.sparse
+import fista_modifier.pruning.structured
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
-from fista_modifier.cost import layer_cost, shape_of
+from fista_modifier.cost import LayerShape, layer_cost, shape_of
 from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.pruning.corrected import CorrectedProcedure
 from fista_modifier.pruning.presets import PRESETS
+from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.solver import FISTAPruner
 
 PHASES = {
     "replays and sums": [
-        (fista_modifier.pruning.sparse, "wave_statistics"),
+        (fista_modifier.pruning.corrected, "wave_statistics"),
         (LayerInputs, "of_block"),
         (PrunedStream, "advance"),
     ],
-    "solver": [(FISTAPruner, "prune")],
+    "solver": [
+        (FISTAPruner, "prune"),
+        (fista_modifier.pruning.structured, "prune_channels"),
+    ],
     "reconstruction": [(fista_modifier.pruning.reconstruction, "reconstruct")],
 }
 # what torch's counter does not know by itself
@@ -62,7 +69,9 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=UNKNOWN)
 
 
-def counted(model: Any, tokenizer: Any, data: Dataset, preset: str) -> dict[str, float]:
+def counted(
+    model: Any, tokenizer: Any, data: Dataset, modifier: LayerwiseModifier
+) -> dict[str, float]:
     """Operations of a run, by phase; the toolkit's pass is what is left."""
     found: Counter[str] = Counter()
 
@@ -76,9 +85,6 @@ def counted(model: Any, tokenizer: Any, data: Dataset, preset: str) -> dict[str,
 
         return run
 
-    modifier = FISTAPruningModifier(
-        mask_structure="2:4", preset=preset, ignore=["re:.*lm_head"]
-    )
     with ExitStack() as stack:
         for phase, functions in PHASES.items():
             for owner, name in functions:
@@ -90,17 +96,19 @@ def counted(model: Any, tokenizer: Any, data: Dataset, preset: str) -> dict[str,
     return dict(found)
 
 
-def predicted(config: Any, samples: int, seq_len: int, preset: str) -> dict[str, float]:
+def predicted(
+    config: Any, shape: LayerShape, samples: int, procedure: CorrectedProcedure
+) -> dict[str, float]:
     """The same by the formulas, and the output embedding, which is in no layer."""
-    shape = shape_of(config, seq_len)
-    procedure = PRESETS[preset]
     cost = layer_cost(shape, samples, procedure)
-    inverses = layer_cost(
-        replace(shape, stages=tuple(replace(one, rows=()) for one in shape.stages)),
-        samples,
-        replace(procedure, solver=replace(procedure.solver, patience=0)),
-    ).refits
-    head = 2 * samples * seq_len * shape.hidden * config.vocab_size
+    inverses = 0.0
+    if isinstance(procedure, SparseProcedure):
+        inverses = layer_cost(
+            replace(shape, stages=tuple(replace(one, rows=()) for one in shape.stages)),
+            samples,
+            replace(procedure, solver=replace(procedure.options, patience=0)),
+        ).refits
+    head = 2 * samples * shape.seq_len * shape.hidden * config.vocab_size
     layers = shape.layers
     return {
         "recording": layers * cost.recording + head,
@@ -130,8 +138,12 @@ def main() -> None:
     pages = []
     for preset in ("default", "fast"):
         model = inputs.first_layers(args.model, args.layers)
-        measured = counted(model, tokenizer, data, preset)
-        expected = predicted(model.config, args.samples, args.seq_len, preset)
+        modifier = FISTAPruningModifier(
+            mask_structure="2:4", preset=preset, ignore=["re:.*lm_head"]
+        )
+        measured = counted(model, tokenizer, data, modifier)
+        shape = shape_of(model.config, args.seq_len)
+        expected = predicted(model.config, shape, args.samples, PRESETS[preset])
         pages.append(f"`preset: {preset}`\n\n{table(measured, expected)}")
     inputs.show(args.out, "\n".join(pages))
 

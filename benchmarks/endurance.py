@@ -1,5 +1,5 @@
 """
-Two hundred prunes of a tiny model in one process: what grows?
+This script prunes a tiny model two hundred times in one process and shows what grows.
 
     python benchmarks/endurance.py --out benchmarks/results/endurance.md
 """

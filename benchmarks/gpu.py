@@ -36,8 +36,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import fista_modifier.pruning.corrected
 import fista_modifier.pruning.reconstruction
-import fista_modifier.pruning.sparse
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
@@ -67,7 +67,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best", "fista-paper")
 PHASES = {
-    "sums": [(fista_modifier.pruning.sparse, "wave_statistics")],
+    "sums": [(fista_modifier.pruning.corrected, "wave_statistics")],
     "blocks' inputs": [(LayerInputs, "of_block"), (PrunedStream, "advance")],
     "solver": [(FISTAPruner, "__init__"), (FISTAPruner, "prune")],
     "reconstruction": [(fista_modifier.pruning.reconstruction, "reconstruct")],
@@ -149,7 +149,7 @@ def agree(args: argparse.Namespace) -> None:
 
 
 def random_model(shape: str, layers: int) -> PreTrainedModel:
-    """In bfloat16 in main memory, where the toolkit takes layers from."""
+    """A model in bfloat16 in main memory, where the toolkit takes layers from"""
     config = LlamaConfig(
         **SHAPES[shape], num_hidden_layers=layers, max_position_embeddings=8192
     )
@@ -179,7 +179,7 @@ def random_tokens(args: argparse.Namespace, vocabulary: int) -> Dataset:
 
 
 def timed(phase: str, function: Callable[..., Any], found: Counter[str]) -> Any:
-    """Adds up its seconds, all that it gave to the device included"""
+    """A function that adds up its seconds, with all that it gave to the device"""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -231,7 +231,7 @@ def measured(args: argparse.Namespace, method: str, pattern: str) -> dict[str, A
 
 
 def predicted(args: argparse.Namespace, method: str) -> tuple[float, float]:
-    """Seconds and bytes by ``plan``; none for methods of others"""
+    """The seconds and bytes that ``plan`` predicts; none for methods of others"""
     config = LlamaConfig(
         **SHAPES[args.shape],
         num_hidden_layers=args.layers,

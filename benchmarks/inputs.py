@@ -1,6 +1,6 @@
 """
-What the benchmarks have in common: what is pruned, on what it is calibrated, and where
-the table goes.
+What the benchmarks have in common: the model, its calibration data, and the file of
+the table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def calibration(
     seed: int = 0,
     text: str | None = None,
 ) -> Dataset:
-    """The calibration tokens, or others than asked for."""
+    """The calibration tokens that the options ask for, or others"""
     return calibration_dataset(
         text or args.calibration,
         pipeline.load_tokenizer(args.model),
@@ -59,7 +59,7 @@ def calibration(
 
 
 def first_layers(model: str, layers: int) -> PreTrainedModel:
-    """The model with its first layers alone, as all layers take alike."""
+    """The model with its first layers only: all layers take the same time"""
     config = AutoConfig.from_pretrained(model)
     config.num_hidden_layers = layers
     return model_class(config).from_pretrained(

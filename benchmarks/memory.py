@@ -3,10 +3,9 @@ Memory of the presets beside SparseGPT's, with recorded activations in main memo
 on disk.
 
 Only the first layers of the model are pruned, as memory does not grow with their
-number. What is measured is anonymous memory, looked at 20 times a second: pages of
-files, which the system takes back when it needs them, do not count. The allocator is
-told to return what is freed (MALLOC_MMAP_THRESHOLD_); left to itself, glibc keeps a
-varying share.
+number. The script measures anonymous memory, 20 times a second. Pages of files, which
+the system takes back when it needs them, do not count. The allocator is told to return
+what is freed (MALLOC_MMAP_THRESHOLD_), because by itself glibc keeps a varying share.
 
     python benchmarks/memory.py --model DIR --calibration FILE.txt --layers 2 \\
         --samples 64 --seq-len 512 --out benchmarks/results/memory.md

@@ -1,11 +1,11 @@
 """
-What each part of the solver is worth, operator by operator: in every third decoder
+The worth of each part of the solver, operator by operator, in every third decoder
 layer (--every) of a real model, as the default prunes it without reconstruction.
 
-Squared relative output errors ‖W*X* − WX‖² / ‖WX‖² of each solver's W* beside those of
-SparseGPT (llm-compressor's, with its own defaults) on the same Gram matrices: those of
-the layer in which the default has pruned the operators before. And the same on the
-first tokens of another text, which no solver sees.
+The table has squared relative output errors ‖W*X* − WX‖² / ‖WX‖² of each solver's W*
+beside those of SparseGPT (llm-compressor's, with its own defaults) on the same Gram
+matrices: those of the layer in which the default has pruned the operators before. It
+has the same on the first tokens of another text, which no solver sees.
 
     python benchmarks/operators.py --model DIR --calibration FILE.txt --text FILE.txt \\
         --out benchmarks/results/operators.md
@@ -109,7 +109,7 @@ def prune_with(
 
 
 def measure(args: argparse.Namespace, name: str) -> list[Measured]:
-    """Of each operator, all variants on the same statistics, for a pattern."""
+    """Measure all variants for each operator, on the same statistics, for a pattern."""
     pattern = pattern_of(name)
     operators: list[Measured] = []
 
@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace, name: str) -> list[Measured]:
 
 
 def row(variant: str, operators: Sequence[Measured]) -> list[str]:
-    """Errors of SparseGPT as they are, those of others as shares of SparseGPT's."""
+    """The errors of SparseGPT, or those of another method as shares of SparseGPT's"""
     kinds: defaultdict[str, list[Measured]] = defaultdict(list)
     for operator in operators:
         kinds[operator.kind].append(operator)
@@ -160,7 +160,7 @@ def row(variant: str, operators: Sequence[Measured]) -> list[str]:
 
 
 def mean(variant: str, errors: Sequence[dict[str, float]]) -> str:
-    """Over operators: SparseGPT's, or a share of it"""
+    """The mean over operators: SparseGPT's error, or a share of it"""
     reference = fmean(one[REFERENCE] for one in errors)
     if variant == REFERENCE:
         return f"{reference:.4f}"

@@ -101,7 +101,7 @@ class ALPS(Peer):
 
     @staticmethod
     def _growth(changed: int, support: Tensor) -> float | None:
-        """By how much ρ grows; None ends the search for the support."""
+        """The factor by which ρ grows; None ends the search for the support."""
         kept = int(support.sum())
         if changed >= 0.1 * kept:
             return 1.3

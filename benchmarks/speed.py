@@ -1,9 +1,9 @@
 """
 Time of the presets beside SparseGPT's, and of two processes beside one.
 
-Only the first layers of the model are pruned, as all layers take alike. Methods have
-two threads; the default is run with one as well, in one process and in two, which share
-the layers out. Wall time means something only on an idle machine.
+Only the first layers of the model are pruned, because all layers take the same time.
+Methods have two threads. The default also runs with one thread, in one process and in
+two, which share the layers. Wall times are comparable only on an idle machine.
 
     python benchmarks/speed.py --model DIR --calibration FILE.txt --layers 4 \\
         --samples 128 --seq-len 512 --out benchmarks/results/speed.md
@@ -48,7 +48,7 @@ def prune(args: argparse.Namespace, method: str, **fields: Any) -> tuple[float, 
 def run(
     args: argparse.Namespace, method: str, rank: int, size: int, threads: int
 ) -> None:
-    """One rank's part, and what the first of them took in ``args.found``."""
+    """Run one rank's part. The first rank writes its time to ``args.found``."""
     torch.set_num_threads(threads)
     if size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}

@@ -1,7 +1,7 @@
 """
-Channels that leave the MLPs: how selectors, restorers and the training of layers
-compare, on the same calibration tokens. Perplexities' excess over that of the dense
-model (of its logarithm) as a share of that of Wanda's score without restoration.
+Channels leave the MLPs: selectors, restorers and the training of layers are compared
+on the same calibration tokens. The table has how far the ln perplexity is above the
+dense model's, as a share of that of Wanda's score without restoration.
 
     python benchmarks/structured.py --model DIR --calibration FILE.txt \\
         --text FILE.txt FILE.txt --out benchmarks/results/structured

@@ -46,7 +46,7 @@ def describe(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """The message; with the type where it alone says little, as that of a KeyError."""
+    """The message, with the type if it says little alone, as that of a KeyError"""
     text = str(error).strip()
     if listing := LISTING.match(text):
         return f"{listing[1]} could not be run on the calibration data"
@@ -57,7 +57,7 @@ def _text(error: BaseException) -> str:
 
 
 def _first_line(text: str) -> str:
-    """What follows it are hints of other libraries, for other programs."""
+    """The first line. Later lines are hints of other libraries, for other programs."""
     return text.partition("\n")[0]
 
 

@@ -117,7 +117,7 @@ def prune(
     batch_size: int = 1,
 ) -> PruningRun:
     """
-    Apply a recipe with llm-compressor's ``oneshot``, on all of a calibration set and
+    Apply a recipe with the toolkit's ``oneshot``, on all of a calibration set and
     in its order, so that the same call gives the same weights. Of several ranks each
     takes its part of the set.
 

@@ -138,7 +138,7 @@ def test_without_a_network_the_way_out_is_named():
     )
     last = finished.stderr.strip().splitlines()[-1]
     assert last.startswith("ConnectionError: the data set allenai/c4 could not be")
-    assert "--dataset FILE.txt" in last
+    assert "such as FILE.txt" in last
 
 
 @pytest.mark.parametrize("longest, expected", [(1024, 1024), (8192, 2048)])

@@ -104,8 +104,8 @@ def adapted(words: list[str]) -> list[str]:
     if words[0] == "prune":
         halves = {"0-39": "0", "40-79": "1"}
         words = [halves.get(word, word) for word in words] + ["--overwrite"]
-        if "--method" in words:  # the model is narrower than 64
-            words += ["--multiple-of", "4"]
+    if "--method" in words:  # the model is narrower than 64
+        words += ["--multiple-of", "4"]
     if words[0] == "compare":  # each method takes a process of its own
         words = without(words, "--pattern")
         words += [

@@ -33,8 +33,8 @@ ROUNDING = 1e-4
 
 def same_output(one: Tensor, other: Tensor) -> bool:
     """
-    :param one: what a module put out
-    :param other: what it put out in another run
+    :param one: an output of a module
+    :param other: its output in another run
     :return: whether they differ by no more than kernels do, in the dtype of ``other``
     """
     tolerance = max(ROUNDING, torch.finfo(other.dtype).eps)
@@ -49,8 +49,9 @@ class FusedAttention:
     the same up to rounding, but not in every model: transformers leaves out soft caps
     of the scores, and puts in a causal mask where there is none. So the first batch of
     the first layer of each class is run both ways, and only if the outputs agree is
-    eager left. What is compared is the first part of the layer that differs at all,
-    attention itself: beside the residual stream, a change of it may look like rounding.
+    the eager one left. The outputs of the first part of the layer that differs at all
+    are compared, which is attention itself. Once they are added to the residual stream,
+    a change of them may look like rounding.
 
     The choice holds while a layer of the class runs, and not between layers, where
     masks are made: those of a text model come after its vision tower.
@@ -141,7 +142,7 @@ class FusedAttention:
 def _attention_implementation(
     model: PreTrainedModel, layer: torch.nn.Module, implementation: str
 ) -> Iterator[None]:
-    """Of a layer, and of what else has the same configuration"""
+    """Sets it for a layer, and for all parts with the same configuration."""
     with ExitStack() as stack:
         for config in configs_of(layer) or [model.config]:
             stack.enter_context(

@@ -94,7 +94,7 @@ class CalibrationBatches:
         return RealTokens(own, self._mask("attention_mask"))
 
     def _mask(self, name: MaskName) -> Tensor | None:
-        """Of the batch that runs now, unless all of it is true"""
+        """The mask of the batch that runs now; None if all of it is true"""
         batch = active_session().state.current_batch_idx
         if not 0 <= batch < len(self._masks):
             return None
@@ -124,8 +124,8 @@ class CalibrationBatches:
             self._warned.add(mask_name)
             logger.warning(
                 f"A layer is called with hidden states of shape "
-                f"{tuple(hidden_states.shape)}, to which the data's {mask_name} of "
-                f"shape {tuple(real.shape)} does not belong: its padding counts like "
-                "tokens. Calibrate with batch_size 1 to have none"
+                f"{tuple(hidden_states.shape)}, and the data's {mask_name} has the "
+                f"shape {tuple(real.shape)}: its padding counts like tokens. Calibrate "
+                "with batch_size 1 to have none"
             )
         return None

@@ -43,14 +43,14 @@ class Members(NamedTuple):
 @dataclass(frozen=True)
 class ChannelGroup:
     """
-    Channels inside a layer of which any number can leave the model, each with all of
-    its rows and columns, without a change for the others: nothing but the consumers
-    reads them.
+    Channels inside a layer. Any number of them can leave the model, each with all of
+    its rows and columns, without a change for the others, because only the consumers
+    read them.
 
-    :param kind: "channels" if they alone make what the consumers read, as in an MLP;
-        "values" if other rows (queries and keys) do too, and expect heads of a size:
-        these can be zeroed, and not cut; "heads" if each channel is a whole head for
-        keys and values with its queries
+    :param kind: "channels" if the consumers read nothing else, as in an MLP; "values"
+        if other rows (queries and keys) reach the consumers too and expect heads of one
+        size, so that the channels can be set to zero, and not cut; "heads" if each
+        channel is a whole head for keys and values with its queries
     :param producers: operators with the channels' output rows, and biases
     :param consumers: operators with the channels' input columns
     """
@@ -102,7 +102,7 @@ def find_groups(
     """
     Probe the layer. Guesses are made from what each input depends on, and only those
     are returned that hold in further runs: where channels are NaN, all of their
-    columns are NaN, no other column is, and nothing that the layer returns.
+    columns are NaN, no other column is NaN, and nothing that the layer returns is NaN.
 
     A few tokens of one call are enough, unless they do not reach all operators.
 
@@ -135,7 +135,7 @@ def find_groups(
 
 
 def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
-    """With few tokens, unless the layer takes none but the whole call."""
+    """A probe with few tokens, or with the whole call if the layer takes no less."""
     try:
         return Probe(shortened(call), operators)
     except Exception:  # noqa: BLE001 - whatever a layer says to arguments cut short
@@ -143,7 +143,7 @@ def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
 
 
 def _within(group: ChannelGroup, others: Iterable[ChannelGroup]) -> bool:
-    """Whether one of the others has all of its operators, or more"""
+    """Whether one of the others has all operators of a group, or more"""
     return any(
         group.kind == other.kind and group.operators <= other.operators
         for other in others
@@ -184,7 +184,7 @@ class _Search:
         return self._found
 
     def _edges(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns, an entry each for every edge"""
+        """The row and the column of each edge"""
         edges = [self._values()]
         for consumers in _apart(self._before):
             edges += self._lone_columns(consumers)
@@ -196,7 +196,7 @@ class _Search:
     def _lone_columns(
         self, consumers: list[Operator]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of rows that reach one column of a consumer, that column"""
+        """The rows that reach one column of a consumer only, and that column of each"""
         columns = [self._probe.columns_of(one).nonzero()[:, 0] for one in consumers]
         codes = Codes(max(map(len, columns)))
         shown = []
@@ -211,7 +211,7 @@ class _Search:
             yield rows[places >= 0], some[places[places >= 0]]
 
     def _values(self) -> tuple[Tensor, Tensor]:
-        """Of columns that one row changes when all is zero beside it, that row"""
+        """The columns that one row changes if all else is zero, and that row of each"""
         rows = (~self._probe.returned).nonzero()[:, 0]
         if not len(rows):
             return rows, rows
@@ -223,7 +223,7 @@ class _Search:
         return rows[places[columns]], columns
 
     def _components(self, rows: Tensor, columns: Tensor) -> list[ChannelGroup]:
-        """Connected components; those with members in the same places are a group"""
+        """Connected components, grouped by the places that they have members in"""
         probe = self._probe
         label_of_row = torch.arange(len(probe.returned))
         label_of_column = torch.full((sum(probe.column_counts),), len(label_of_row))
@@ -269,7 +269,7 @@ class _Search:
         return groups
 
     def _group(self, kind: Kind, members: dict[int, Tensor]) -> ChannelGroup:
-        """By the places that members are in"""
+        """The group of these members, by the number of the place that they are in"""
         operators = self._probe.operators
         half = len(operators)
         producers = [
@@ -285,7 +285,7 @@ class _Search:
         return ChannelGroup(kind, tuple(producers), tuple(consumers))
 
     def _proved(self, groups: list[ChannelGroup]) -> list[ChannelGroup]:
-        """Those that hold; all are tried together, and if that fails one by one."""
+        """The groups that hold. If they do not hold together, each is tried alone."""
         if not groups or self._fault(groups) is None:
             return groups
         proved = []
@@ -298,7 +298,7 @@ class _Search:
         return proved
 
     def _fault(self, groups: list[ChannelGroup]) -> str | None:
-        """Why some of these groups do not hold, if so"""
+        """Why some of these groups do not hold; None if all do"""
         probe = self._probe
         sizes = [group.size for group in groups]
         for bit in Codes(sum(sizes)).bits:
@@ -328,7 +328,8 @@ class _Search:
 
     def _find_heads(self, tried: list[Tensor]) -> None:
         """
-        Components of all that reaches a consumer's columns, where these are mixed.
+        Find heads where other rows reach a consumer's columns too. A head is a
+        connected component of all rows that reach them.
 
         :param tried: rows of the groups of single channels
         """
@@ -360,7 +361,7 @@ class _Search:
                     self._add(group)
 
     def _component(self, columns: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """All allowed rows, and columns, that hang together with some columns"""
+        """All allowed rows and all columns that are connected with some columns"""
         while True:
             rows = self._probe.rows_before(columns) & allowed
             reached = self._probe.columns_behind(rows)[0] | columns
@@ -385,7 +386,7 @@ class _Search:
         return torch.zeros_like(shared) if everything else shared
 
     def _add(self, group: ChannelGroup) -> None:
-        """Unless something would be left of its channels."""
+        """Add a group, unless something would be left of its channels."""
         if group.kind != "channels" and self._leaves_something(group):
             self._refuse(group, "they are not zero where their rows are")
             return
@@ -400,7 +401,7 @@ class _Search:
         return bool((left & self._columns(group)).any())
 
     def _own_entries(self, group: ChannelGroup) -> list[str]:
-        """What else depends on which of the channels are looked at"""
+        """Parameters and arguments that would have to be cut with the channels"""
         half = torch.arange(group.size) % 2 == 0
         some = self._probe.others_before(self._columns(group, half))
         every = self._probe.others_before(self._columns(group))
@@ -414,7 +415,7 @@ class _Search:
             self._found.reasons.setdefault(operator, []).append(sentence)
 
     def _explain(self) -> None:
-        """Say something of each operator that is in no group."""
+        """Give a reason for each operator that is in no group."""
         probe, reasons = self._probe, self._found.reasons
         known = {one for group in self._found.groups for one in group.operators}
         for place, operator in enumerate(probe.operators):
@@ -429,14 +430,14 @@ class _Search:
             if operator in self._before:
                 why = f"Each input of {operator.name} depends on several channels."
             elif bool(returned.any()):
-                why = f"The layer returns what {operator.name} puts out."
+                why = f"The layer returns the output of {operator.name}."
             elif readers:
                 why = (
                     f"Each channel of {operator.name} reaches several inputs of "
                     f"{', '.join(readers)}."
                 )
             else:
-                why = f"No operator reads what {operator.name} puts out."
+                why = f"No operator reads the output of {operator.name}."
             reasons[operator] = [why]
 
     def _rows(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
@@ -463,14 +464,14 @@ class _Search:
 
 
 def _first(mask: Tensor) -> Tensor:
-    """A mask of its first entry"""
+    """The mask of the first entry of a mask"""
     only = torch.zeros_like(mask)
     only[mask.nonzero()[0]] = True
     return only
 
 
 def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
-    """Consumers in lists within which no two depend on the same row"""
+    """Lists of consumers. Within a list, no two depend on the same row."""
     remaining = dict(before)
     while remaining:
         chosen: list[Operator] = []
@@ -485,8 +486,9 @@ def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
 
 def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
     """
-    Whether a layer without some channels computes what it computes when these are not
-    read: the channels are cut or, of "values", are zero. The layer is then as before.
+    Whether a layer without some channels computes the same as if nobody read them. For
+    this check the channels are cut, or set to zero if they are "values". Afterwards the
+    layer is as it was before.
 
     :param group: of the layer
     :param call: of the layer

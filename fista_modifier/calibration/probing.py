@@ -1,4 +1,4 @@
-"""Runs of a layer whose operators put out chosen values, to see what reads them."""
+"""Runs of a layer whose operators return chosen values, to see what reads them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TOKENS = 3
 
 class Codes:
     """
-    A code of bits for each of n things, of which none contains another (Sperner). What
-    depends on one thing shows that thing's code; what depends on several shows more
-    than a code, and is recognised by it.
+    A code of bits for each of n things. No code contains another (Sperner). If a value
+    depends on one thing, it shows that thing's code. If it depends on several, it shows
+    more bits than any code has.
 
     :param size: n
     """
@@ -49,7 +49,7 @@ class Codes:
     def decode(self, shown: Tensor) -> Tensor:
         """
         :param shown: bool length×…, the bits that something shows
-        :return: whose code that is, -1 if nobody's
+        :return: the thing whose code that is, -1 if there is none
         """
         powers = 1 << torch.arange(self.length)
         keys = (shown.long() * powers[:, None]).sum(0)
@@ -88,7 +88,7 @@ class _Reading:
     One run of the layer.
 
     :param inputs: of each operator, one for each of its calls
-    :param outputs: that each operator was made to put out
+    :param outputs: that each operator was made to return
     :param returned: by the layer, or left by it in what it was given
     :param others: what else the layer computes with: parameters, buffers, arguments
     """
@@ -101,11 +101,11 @@ class _Reading:
 
 class Probe:
     """
-    A layer in which operators do not multiply by their weights, but put out constants,
-    so that what reaches an operator's input has passed no other operator. NaN shows
-    the way: it survives all arithmetic, also a product with zero. Forwards it marks
-    all inputs that an output reaches, and backwards, as a gradient, all outputs that
-    an input depends on. No weight of an operator is read.
+    A layer in which operators do not multiply by their weights but return constants. So
+    nothing that reaches an operator's input has passed another operator. A NaN shows
+    what depends on what, because it survives all arithmetic, also a product with zero.
+    Forwards it marks all inputs that an output reaches. Backwards, as a gradient, it
+    marks all outputs that an input depends on. No weight of an operator is read.
 
     All rows of all operators are one vector, and all columns another: masks of them
     say what is marked.
@@ -171,15 +171,15 @@ class Probe:
     def columns_left(self, rows: Tensor) -> Tensor:
         """
         :param rows: mask
-        :return: mask of the columns that are not zero if these rows are and no others
+        :return: mask of the columns that are not zero if only these rows are zero
         """
         return self._per_column(self._outputs(rows, 1.0, 0.0), lambda one: one != 0)
 
     def columns_changed(self, masks: Tensor) -> Tensor:
         """
-        Beside zeros alone, ones reach what they are added to or scaled into, and not
-        what they are multiplied with: of attention, the values show, and not the
-        queries and keys.
+        If all other rows are zero, ones reach the sums that they enter, but not the
+        products with other rows. So the values of attention show, and queries and keys
+        do not.
 
         :param masks: of rows, several
         :return: for each mask, which columns change if these rows are one and all
@@ -197,7 +197,7 @@ class Probe:
         return torch.stack(changed)
 
     def _marked(self, columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs, and gradients of them that are NaN in some columns"""
+        """The inputs, and gradients for them that are NaN in some columns"""
         inputs, gradients = [], []
         masks = torch.split(columns, self.column_counts)
         for operator, mask in zip(self.operators, masks, strict=True):
@@ -227,7 +227,7 @@ class Probe:
         return torch.cat(masks)
 
     def _outputs(self, rows: Tensor, base: float, value: float) -> _Reading:
-        """A run in which some rows put out another value than all others."""
+        """Outputs in which some rows have another value than all others"""
         masks = dict(
             zip(self.operators, torch.split(rows, self.row_counts), strict=True)
         )
@@ -283,14 +283,14 @@ class Probe:
         return reading
 
     def _names(self) -> list[str]:
-        """What the layer calls the argument that each leaf is in"""
+        """The name of the argument that each leaf is in"""
         call = self._call
         parameters = [*inspect.signature(call.layer.forward).parameters]
         named = [*zip(parameters, call.args, strict=False), *call.kwargs.items()]
         return [name for name, value in named for _ in tree_leaves(value)]
 
     def _is_attention(self, value: Tensor) -> bool:
-        """Whether it is weights of tokens, which a model only shows to its user"""
+        """Whether a value is attention's weights, which a layer returns for show"""
         given = [self._call.hidden_states, *self._call.context]
         return value.ndim > 3 and value.shape[-1] in {one.shape[-2] for one in given}
 
@@ -303,7 +303,7 @@ def _constant(
     value: float,
     traced: bool,
 ) -> Any:
-    """The forward of an operator that notes its input and puts out constants."""
+    """The forward of an operator that notes its input and returns constants."""
     rows, _ = operator.shape
 
     def forward(states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -314,7 +314,7 @@ def _constant(
         if states.numel():  # an expert may be called without a token
             reading.inputs.setdefault(operator, []).append(states.clone())
             reading.outputs.setdefault(operator, []).append(output)
-        # the layer may write to what an operator puts out
+        # the layer may write to the output of an operator
         return output.clone()
 
     return forward
@@ -378,7 +378,7 @@ def _gradients(
 
 
 def _filled(like: Tensor, mask: Tensor, base: float, value: float) -> Tensor:
-    """Two values along the last dimension"""
+    """A tensor with one of two values for each entry of the last dimension"""
     row = torch.where(mask, value, base).to(like)
     return row.expand_as(like).clone()
 

@@ -100,7 +100,7 @@ class Recording:
     def _remember_block(
         self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """The order of execution need not be that in which blocks are registered."""
+        """Blocks need not run in the order in which they are registered."""
         if self._entered and self._first is None:
             self._first = block
         self._entered = False
@@ -110,7 +110,7 @@ class Recording:
     def _append_to(
         self, outputs: list[Tensor], *, copied: bool = False
     ) -> Callable[..., None]:
-        """Copied if what comes next may add to it in place, as in Falcon's layers."""
+        """Append a copy if later modules may add to it in place, as Falcon's do."""
 
         def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
             tensor = first_tensor(output)
@@ -164,8 +164,8 @@ class Recording:
     def take_outputs(self, stage: Stage) -> list[Tensor] | None:
         """
         :param stage: a stage of the layer
-        :return: what its operator put out, one tensor a batch, if that was recorded; it
-            is not kept any longer
+        :return: the outputs of its operator, one tensor a batch, if they were recorded;
+            they are not kept any longer
         """
         block = self._around(stage, self._block_outputs) if stage.returned else None
         if block is None:
@@ -187,6 +187,6 @@ class Recording:
 
 
 def _gathered(outputs: list[Tensor], ranks: Ranks, to: int) -> list[Tensor]:
-    """Those of all ranks, on one of them."""
+    """The tensors of all ranks, on one of them"""
     parts = ranks.gather([output.cpu() for output in outputs], to)
     return outputs if parts is None else list(chain(*parts))

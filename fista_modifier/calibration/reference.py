@@ -1,4 +1,4 @@
-"""One batch through the model itself, to hold the pipeline's runs against."""
+"""One batch through the model itself, to compare the pipeline's runs with."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Outputs(NamedTuple):
 
     :param size: number of tokens, padding included
     :param chosen: those that are kept, evenly spread over batch and sequence
-    :param rows: what was put out for them, float32 on the CPU
+    :param rows: the outputs for them, float32 on the CPU
     """
 
     size: int
@@ -49,12 +49,13 @@ OfLayers = dict[DecoderLayer, dict[torch.nn.Module, _Outputs]]
 class ReferenceRun:
     """
     The toolkit's sequential pipeline runs a trace of the model, which may leave out a
-    mask or compute it otherwise. What the parts of each layer put out for the first
-    batch is therefore recorded from the model itself, for a few tokens, and compared.
+    mask or compute it otherwise. So the outputs of the parts of each layer for the
+    first batch are recorded from the model itself, for a few tokens, and compared.
 
     Calibration has eager attention, or what computes the same, and no cache. In some
-    families other tokens are seen with other kernels, or without a cache, so that the
-    model that the user loaded is not the one that is pruned for: this is compared, too.
+    families a token sees other tokens with other kernels or without a cache. The model
+    would then be pruned for another model than the user loaded. So the outputs of that
+    model are compared, too.
 
     :param model: the model being calibrated, as the user loaded it
     :param layers: its decoder layers
@@ -92,7 +93,7 @@ class ReferenceRun:
             error, part = self._difference(layer, as_loaded.get(layer, {}), real)
             if part:
                 logger.warning(
-                    f"{layer.name} ({part}) puts out something else with eager "
+                    f"{layer.name} ({part}) computes something else with eager "
                     "attention and no cache, as in calibration, than in the model as "
                     "it was loaded "
                     f"(relative difference {error:.2g}): transformers' masks for "
@@ -139,7 +140,7 @@ class ReferenceRun:
         :param layer: a decoder layer
         :param first: its first batch in the pipeline
         :param real: which tokens of it are not padding, None for all
-        :raises RuntimeError: if a part of the layer puts out something else there
+        :raises RuntimeError: if a part of the layer computes something else there
         """
         expected = self._outputs.get(layer)
         if not expected:
@@ -164,7 +165,7 @@ class ReferenceRun:
         seen: dict[torch.nn.Module, _Outputs],
         real: Tensor | None,
     ) -> tuple[float, str]:
-        """Of the first part of a layer that differs, and its class"""
+        """The difference of the first part of a layer that differs, and its class"""
         for child, outputs in self._outputs.get(layer, {}).items():
             error = _difference(seen.get(child), outputs, real)
             if not error <= self._tolerance:

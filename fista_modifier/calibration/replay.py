@@ -296,8 +296,8 @@ def inputs_of(
 def outputs_of_parts(call: LayerCall) -> list[Tensor]:
     """
     :param call: of a layer
-    :return: what each of its children puts out, in the order in which they run, and the
-        layer itself
+    :return: the output of each of its children, in the order in which they run, and of
+        the layer itself
     """
     seen: list[Tensor] = []
 

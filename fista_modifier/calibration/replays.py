@@ -28,7 +28,7 @@ class Replays:
     :param weights: out×in, in the model's dtype, of the operators that are pruned
         already: those of the runs for X*
     :param differ: whether X* may differ from X; otherwise one run shows both
-    :param outputs: what the only operator puts out in the dense model, one tensor a
+    :param outputs: those of the only operator in the dense model, one tensor a
         batch, from which drift is summed in place of X; None if X must be run
     :param biases: of the operators that have got another bias
     """

@@ -196,7 +196,7 @@ def _watch(
 
 
 def _is_choice(value: Tensor, call: LayerCall) -> bool:
-    """Whether an operator's input is of some tokens of those that the layer is given"""
+    """Whether an operator is given only some of the tokens that the layer is given"""
     # a layer may be given several hidden states of each token, and context
     width = value.shape[-1]
     whole = {call.tokens, call.hidden_states.shape[:-1].numel()} | {

@@ -74,7 +74,7 @@ def wave_statistics(
 
 
 class _OtherTokens(Exception):
-    """Says which operator is given others."""
+    """Warns of operators that are given other tokens."""
 
 
 def _accumulated(
@@ -85,7 +85,7 @@ def _accumulated(
     on_batch: Callable[[], object],
     offload: bool,
 ) -> list[GramStatistics]:
-    """Those of this rank's batches"""
+    """The sums over this rank's batches"""
     gathered = [_empty(stage, offload) for stage in wave]
     for batch, real in enumerate(real_tokens):
         with replaced_weights(replays.weights, replays.biases):
@@ -110,7 +110,7 @@ def _accumulated(
 
 
 def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
-    """Those of all ranks' tokens, on each rank."""
+    """Make each rank's sums those over the tokens of all ranks."""
     for matrix in statistics.sums():
         ranks.sum(matrix)
     statistics.tokens = sum(ranks.all(statistics.tokens))

@@ -65,8 +65,8 @@ def model_card(
     name: str, report: PruningReport, perplexities: Mapping[str, float]
 ) -> ModelCard:
     """
-    What the card says of local files is their name, not where they lie; and only what
-    has an id on the hub is linked as base model or data set.
+    The card names local files without their folders. It links only models and data sets
+    that have an id on the hub.
 
     :param name: of the checkpoint
     :param report: what was done to it
@@ -131,7 +131,7 @@ def _as_stored(report: PruningReport) -> Sequence[OperatorResult]:
 
 
 def _short(method: str) -> str:
-    """Without the reference"""
+    """The name of a method, without its reference"""
     return method.partition(" ")[0]
 
 

@@ -57,7 +57,7 @@ def disagreements(
     :param model: may be without weights
     :param missing: names that the model has and the files have not
     :param unknown: names that the files have and the model has not
-    :return: a sentence for each, but for what transformers leaves out knowingly
+    :return: a sentence for each, except for those that transformers leaves out
     """
     found = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unknown))
     model._adjust_missing_and_unexpected_keys(found)

@@ -78,7 +78,7 @@ class _OnSave:
 
 
 def _state(model: PreTrainedModel) -> _OnSave | None:
-    """One that the toolkit's wrapper around ``save_pretrained`` has, too"""
+    """The state that the toolkit's wrapper around ``save_pretrained`` shares"""
     return getattr(model.save_pretrained, "on_save", None)
 
 

@@ -43,11 +43,11 @@ def _check_packable(weight: Tensor, packed_format: str) -> None:
 
 def pack(weight: Tensor, packed_format: PackedFormat) -> dict[str, Tensor]:
     """
-    The layouts of compressed-tensors up to 0.14, which has since dropped them. The kept
-    values in the order of the rows, and a bit for each entry, the lowest first, each
-    row filled up to whole bytes. 2:4 keeps two values of every four, even if one is
-    zero, so that ``compressed`` is a matrix; the other format has the index of each
-    row's first value.
+    The layouts of compressed-tensors up to 0.14, which has since dropped them. They
+    have the kept values in the order of the rows, and a bit for each entry, the lowest
+    first. Each row of bits is filled up to whole bytes. 2:4 keeps two values of every
+    four, even if one is zero, so that ``compressed`` is a matrix; the other format has
+    the index of each row's first value.
 
     :param weight: m×n
     :param packed_format: which of the two

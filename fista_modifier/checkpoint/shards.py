@@ -99,7 +99,7 @@ def read(
 
 
 def _tensor(files: dict[str, Path], here: Path, opened: Any, name: str) -> Tensor:
-    """A tensor of the file that is open, or of another."""
+    """A tensor of the open file, or of another file"""
     if files[name] == here:
         return cast(Tensor, opened.get_tensor(name))
     with safe_open(files[name], "pt") as elsewhere:
@@ -136,7 +136,7 @@ def rewrite(
 
 @contextmanager
 def as_value_error(message: str) -> Iterator[None]:
-    """Whatever a malformed file makes its reader raise, as one kind of error."""
+    """Turn all errors that a malformed file causes in its reader into one kind."""
     try:
         yield
     except Exception as error:

@@ -141,7 +141,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         if len(shared) > 1:
             other, value = first_of.setdefault(id(parameters[name]), (name, tensor))
             if value.dtype != tensor.dtype or not torch.equal(value, tensor):
-                problems.append(f"{name} differs from {other}, to which it is tied")
+                problems.append(f"{name} and {other} are tied, and differ")
         for weight in [name, *(one for one in shared if one not in present)]:
             operator = weight.removesuffix(".weight")
             if operator == weight or operator not in expected:
@@ -194,7 +194,7 @@ def _verify_loaded(
 
 
 def _described(folder: Path, tensors: int) -> PretrainedConfig:
-    """What config.json says, unless it makes no sense."""
+    """The configuration in config.json, or a reason why it makes no sense"""
     file = folder / "config.json"
     with as_value_error(f"{file} describes no model"):
         _check_depth(json.loads(file.read_text(encoding="utf-8")), tensors)
@@ -250,7 +250,7 @@ def _check_depth(config: dict[str, Any], tensors: int) -> None:
 def _expectations(
     folder: Path, model: PreTrainedModel, pattern: SparsityPattern | None
 ) -> dict[str, _Expectation]:
-    """What each pruned operator must be like."""
+    """The pattern and the zeros that each pruned operator must have"""
     if pattern is not None:
         return {
             operator.name: _Expectation(pattern)
@@ -285,7 +285,7 @@ def _sharing(parameters: dict[str, Tensor]) -> dict[int, list[str]]:
 
 
 def _dense_name(name: str) -> str:
-    """Of the weight that a packed part belongs to."""
+    """The name of the weight that a packed part belongs to"""
     found = parts_of(name)
     return f"{found[0]}.weight" if found else name
 

@@ -22,7 +22,7 @@ console = Console()
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """An error is a message and exit status 1; a traceback is for the debug log."""
+    """Make an error a message and exit status 1. The debug log has the traceback."""
     try:
         yield
     except Exception as error:

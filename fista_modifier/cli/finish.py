@@ -1,4 +1,4 @@
-"""How every run of the command line ends: a checkpoint, verified and told about."""
+"""The end of every run of the command line: write, verify and print the result."""
 
 from __future__ import annotations
 

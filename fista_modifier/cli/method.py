@@ -1,4 +1,4 @@
-"""What ``fista-prune prune`` is asked to do: a pattern, smaller sizes, or a recipe."""
+"""What ``prune`` and ``plan`` are asked: a pattern, smaller sizes, or a recipe."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Request:
     :param pattern: "n:m" or a sparsity such as "0.5", for FISTAPruner
     :param recipe: a file, in place of all others
     :param sparsity: share of the decoder layers' parameters that is to leave
-    :param structures: what leaves, if not as by default
-    :param multiple_of: of which the number of channels stays a multiple, likewise
+    :param structures: what leaves; None for the default
+    :param multiple_of: the number of channels stays a multiple of this; None for the
+        default
     :param fields: of the modifier that other options give
     """
 
@@ -51,6 +52,12 @@ class Request:
     structures: Sequence[str] | None = None
     multiple_of: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        """whether nothing says what is to become of the model"""
+        named = (self.pattern, self.recipe, *self._sizes.values())
+        return self.method == "fista" and all(value is None for value in named)
 
     def modifiers(self) -> list[Modifier]:
         """

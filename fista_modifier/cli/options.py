@@ -7,16 +7,26 @@ from typing import Annotated, Literal
 
 import typer
 
+from fista_modifier.cli.method import Method
+from fista_modifier.pruning.presets import Preset
+
 __all__ = [
     "BatchSize",
     "CalibrationText",
     "DtypeName",
     "LoadDtype",
+    "MethodName",
     "ModelName",
+    "MultipleOf",
+    "PatternName",
+    "PresetName",
+    "RecipeFile",
+    "RemovedShare",
     "ResultsFile",
     "Samples",
     "Seed",
     "SequenceLength",
+    "Structures",
     "TableFile",
     "TextColumn",
     "TokenLimit",
@@ -28,6 +38,54 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 ModelName = Annotated[str, typer.Argument(help="folder of a checkpoint, or hub id")]
 LoadDtype = Annotated[DtypeName, typer.Option(help="dtype to load the weights in")]
 BatchSize = Annotated[int, typer.Option(min=1, help="sequences in a forward pass")]
+
+# of the commands that say what is to be done to a model
+PatternName = Annotated[
+    str | None,
+    typer.Option(help="'2:4' keeps 2 of every 4 weights; '0.5' zeroes any half"),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
+]
+MethodName = Annotated[
+    Method,
+    typer.Option(
+        help="'fista' sets weights to zero, as --pattern says; 'fasp' and 'spap' "
+        "take channels out of the model, which becomes smaller"
+    ),
+]
+RemovedShare = Annotated[
+    float | None,
+    typer.Option(
+        "--sparsity",
+        help="for 'fasp' and 'spap': share of the decoder layers' parameters that "
+        "is to leave, such as 0.2",
+    ),
+]
+Structures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--structure",
+        help="for 'fasp' and 'spap': what leaves, 'mlp' (channels of MLPs) or "
+        "'heads' (whole ones); twice for both (default: 'mlp')",
+    ),
+]
+MultipleOf = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="for 'fasp' and 'spap': an MLP's number of channels stays a multiple of "
+        "this (default: 64)",
+    ),
+]
+PresetName = Annotated[
+    Preset | None,
+    typer.Option(
+        help="'best' is more accurate, 'fast' is faster, 'paper' is the method as "
+        "published; 'fasp' and 'spap' have 'default' and 'paper' (default: 'default')"
+    ),
+]
 
 # of the commands that calibrate
 CalibrationText = Annotated[

@@ -1,4 +1,4 @@
-"""``fista-prune plan``: what pruning a model takes."""
+"""``fista-prune plan``: what a run will do to a model, and what it takes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,45 @@ from typing import Annotated
 import typer
 
 from fista_modifier.cli.console import console, errors_as_messages
-from fista_modifier.cli.options import Samples, SequenceLength
-from fista_modifier.cli.tables import cost_table, memory_sentence
+from fista_modifier.cli.method import Request
+from fista_modifier.cli.options import (
+    MethodName,
+    MultipleOf,
+    PatternName,
+    PresetName,
+    RecipeFile,
+    RemovedShare,
+    Samples,
+    SequenceLength,
+    Structures,
+)
+from fista_modifier.cli.tables import (
+    channel_table,
+    cost_table,
+    memory_sentence,
+    pattern_table,
+)
 from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import max_sequence_length
-from fista_modifier.models.loading import load_config
-from fista_modifier.pruning.presets import PRESETS, Preset
+from fista_modifier.models.loading import load_config, load_model
+from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.forecast import forecasts
+from fista_modifier.pruning.presets import PRESETS
 
 __all__ = ["plan"]
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="folder with a config.json, or hub id")],
+    pattern: PatternName = None,
+    recipe: RecipeFile = None,
+    method: MethodName = "fista",
+    sparsity: RemovedShare = None,
+    structure: Structures = None,
+    multiple_of: MultipleOf = None,
     samples: Samples = 128,
     seq_len: SequenceLength = None,
-    preset: Annotated[
-        Preset, typer.Option(help="of the modifier's fields")
-    ] = "default",
+    preset: PresetName = None,
     device: Annotated[
         str, typer.Option(help=f"that prunes: {', '.join(DEVICES)}")
     ] = "a100-80gb",
@@ -32,17 +54,44 @@ def plan(
     ] = 1,
 ) -> None:
     """
-    Predict what pruning MODEL takes, from its configuration alone.
+    Predict what a run will do to MODEL, and what it takes.
 
-    Counts the operations of products and factorisations and divides them by half of a
-    device's published peak: a lower bound that no GPU has confirmed yet.
+    The configuration is enough, unless channels are to leave: then the model is loaded,
+    because only its runs show which channels can. The time is the number of operations
+    in products and factorisations, divided by half of a device's published peak. It is
+    a lower bound, which no GPU has confirmed yet.
     """
     with errors_as_messages():
         if device not in DEVICES:
             raise ValueError(f"device '{device}' is none of {', '.join(DEVICES)}")
+        fields = {} if preset is None else {"preset": preset}
+        request = Request(
+            method, pattern, recipe, sparsity, structure, multiple_of, fields
+        )
         config = load_config(model)
-        shape = shape_of(config, seq_len or max_sequence_length(config))
-        procedure = PRESETS[preset]
+        length = seq_len or max_sequence_length(config)
         chosen = DEVICES[device]
-        console.print(cost_table(shape, samples, procedure, chosen, devices))
-        console.print(memory_sentence(shape, samples, procedure, chosen))
+        if request.is_open:
+            shape, procedure = shape_of(config, length), PRESETS[preset or "default"]
+            console.print(cost_table(shape, samples, procedure, chosen, devices))
+            console.print(memory_sentence(shape, samples, procedure, chosen))
+            return
+        modifiers = request.modifiers()
+        for forecast in forecasts(modifiers, config, length, lambda: load_model(model)):
+            console.print(
+                pattern_table(forecast)
+                if forecast.plan is None
+                else channel_table(forecast.plan)
+            )
+            work = forecast.shape, samples, forecast.procedure, chosen
+            offload = forecast.modifier.offload_hessians
+            console.print(cost_table(*work, devices))
+            console.print(
+                memory_sentence(*work, forecast.kept, offload_hessians=offload)
+            )
+        if others := [
+            type(one).__name__
+            for one in modifiers
+            if not isinstance(one, LayerwiseModifier)
+        ]:
+            console.print(f"What {', '.join(others)} will take is not predicted.")

@@ -15,15 +15,22 @@ from fista_modifier import pipeline
 from fista_modifier.checkpoint.storage import StorageFormat
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.finish import finish
-from fista_modifier.cli.method import Method, Request
+from fista_modifier.cli.method import Request
 from fista_modifier.cli.options import (
     BatchSize,
     CalibrationText,
     DtypeName,
+    MethodName,
     ModelName,
+    MultipleOf,
+    PatternName,
+    PresetName,
+    RecipeFile,
+    RemovedShare,
     Samples,
     Seed,
     SequenceLength,
+    Structures,
     TextColumn,
 )
 from fista_modifier.data import max_sequence_length
@@ -33,7 +40,6 @@ from fista_modifier.models.loading import load_model, load_tokenizer
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.corrected import ErrorCorrection
-from fista_modifier.pruning.presets import Preset
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.solver import WarmStart
 
@@ -45,57 +51,19 @@ def prune(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder for the pruned checkpoint")
     ],
-    pattern: Annotated[
-        str | None,
-        typer.Option(help="'2:4' keeps 2 of every 4 weights; '0.5' zeroes any half"),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="llm-compressor recipe (YAML), in place of --pattern"),
-    ] = None,
-    method: Annotated[
-        Method,
-        typer.Option(
-            help="'fista' sets weights to zero, as --pattern says; 'fasp' and 'spap' "
-            "take channels out of the model, which becomes smaller"
-        ),
-    ] = "fista",
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help="for 'fasp' and 'spap': share of the decoder layers' parameters that "
-            "is to leave, such as 0.2"
-        ),
-    ] = None,
-    structure: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="for 'fasp' and 'spap': what leaves, 'mlp' (channels of MLPs) or "
-            "'heads' (whole ones); twice for both (default: 'mlp')"
-        ),
-    ] = None,
-    multiple_of: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="for 'fasp' and 'spap': of which an MLP's channels stay a multiple "
-            "(default: 64)",
-        ),
-    ] = None,
+    pattern: PatternName = None,
+    recipe: RecipeFile = None,
+    method: MethodName = "fista",
+    sparsity: RemovedShare = None,
+    structure: Structures = None,
+    multiple_of: MultipleOf = None,
     dataset: CalibrationText = "allenai/c4",
     text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     seed: Seed = 0,
     batch_size: BatchSize = 1,
-    preset: Annotated[
-        Preset | None,
-        typer.Option(
-            help="'best' is more accurate, 'fast' faster; 'paper' is the method as "
-            "published, and all but 'default' that 'fasp' and 'spap' have (default: "
-            "'default')"
-        ),
-    ] = None,
+    preset: PresetName = None,
     error_correction: Annotated[
         ErrorCorrection | None,
         typer.Option(

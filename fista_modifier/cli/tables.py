@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from fista_modifier.calibration.channels import Members
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
 from fista_modifier.cost import (
+    KEPT,
     Device,
     LayerShape,
     layer_cost,
@@ -21,18 +25,22 @@ from fista_modifier.cost import (
 )
 from fista_modifier.evaluation.formatting import with_error
 from fista_modifier.evaluation.perplexity import Perplexity
+from fista_modifier.modifiers.forecast import Forecast
+from fista_modifier.pruning.channels import ChannelPlan
+from fista_modifier.pruning.corrected import CorrectedProcedure
 from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
     ReconstructionResult,
 )
-from fista_modifier.pruning.sparse import SparseProcedure
 
 __all__ = [
+    "channel_table",
     "cost_table",
-    "memory_sentence",
     "layer_table",
+    "memory_sentence",
     "operator_table",
+    "pattern_table",
     "perplexity_table",
     "removal_sentence",
     "removal_table",
@@ -116,10 +124,10 @@ def removal_sentence(report: PruningReport) -> str:
     :return: how many, and what its configuration says now
     """
     assert report.removed_share is not None
-    sizes = ", ".join(f"{name} {value}" for name, value in report.sizes.items())
     return (
         f"{100 * report.removed_share:.2f} % of the decoder layers' parameters have "
-        f"left the model; its configuration now has {escape(sizes)}."
+        f"left the model; its configuration now has "
+        f"{escape(_listed(report.sizes))}."
     )
 
 
@@ -189,10 +197,87 @@ def verification_table(verification: Verification) -> Table:
     return table
 
 
+def pattern_table(forecast: Forecast) -> Table:
+    """
+    :param forecast: of a modifier that sets weights to zero
+    :return: one line for each pattern, and a total
+    """
+    table = Table(title="Patterns")
+    table.add_column("pattern")
+    for heading in ("operators", "weights", "share", "zeros"):
+        table.add_column(heading, justify="right")
+    total = sum(pattern.weights for pattern in forecast.patterns)
+    for pattern in forecast.patterns:
+        name, about = pattern.name, ""
+        if pattern.by_data:
+            name, about = f"found from the calibration data, around {name}", "about "
+        table.add_row(
+            escape(name),
+            str(pattern.operators),
+            f"{pattern.weights / 1e6:.2f} M",
+            f"{100 * pattern.weights / total:.1f} %",
+            f"{about}{100 * pattern.zeros / pattern.weights:.2f} %",
+        )
+    table.add_section()
+    about = "about " if any(one.by_data for one in forecast.patterns) else ""
+    table.add_row(
+        "all",
+        str(sum(pattern.operators for pattern in forecast.patterns)),
+        f"{total / 1e6:.2f} M",
+        "100.0 %",
+        f"{about}{100 * forecast.sparsity:.2f} %",
+    )
+    table.caption = (
+        f"these operators hold {100 * forecast.share_of_layers:.1f} % of the decoder "
+        "layers' weights"
+    )
+    return table
+
+
+def channel_table(plan: ChannelPlan) -> Table:
+    """
+    :param plan: of the channels that leave
+    :return: one line for each kind of group and number of channels
+    """
+    table = Table(title="Channels that leave")
+    table.add_column("of")
+    table.add_column("read by")
+    for heading in ("groups", "before", "after"):
+        table.add_column(heading, justify="right")
+    counts = Counter(
+        (
+            f"{', '.join(_kinds(one.group.producers))}: {one.group.kind}",
+            ", ".join(_kinds(one.group.consumers)),
+            one.group.size,
+            one.keep,
+        )
+        for plans in plan.groups.values()
+        for one in plans
+    )
+    for (producers, consumers, before, after), count in counts.items():
+        table.add_row(
+            escape(producers), escape(consumers), str(count), str(before), str(after)
+        )
+    sizes = {".".join(path): value for path, value in plan.changes}
+    table.caption = escape(
+        f"{100 * plan.removed:.2f} % of the decoder layers' parameters leave the "
+        f"model; its configuration then has {_listed(sizes)}"
+    )
+    return table
+
+
+def _kinds(members: Sequence[Members]) -> list[str]:
+    return [operator.name.rpartition(".")[2] for operator, _ in members]
+
+
+def _listed(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sizes.items())
+
+
 def cost_table(
     shape: LayerShape,
     samples: int,
-    procedure: SparseProcedure,
+    procedure: CorrectedProcedure,
     device: Device,
     devices: int,
 ) -> Table:
@@ -230,18 +315,28 @@ def cost_table(
 
 
 def memory_sentence(
-    shape: LayerShape, samples: int, procedure: SparseProcedure, device: Device
+    shape: LayerShape,
+    samples: int,
+    procedure: CorrectedProcedure,
+    device: Device,
+    kept: float = KEPT,
+    *,
+    offload_hessians: bool = False,
 ) -> str:
     """
     :param shape: of the model's layers
     :param samples: calibration sequences
     :param procedure: what is done to a layer
     :param device: that prunes
+    :param kept: share of the weights that pruning leaves
+    :param offload_hessians: the modifier's field
     :return: the predicted memory, and whether it is there
     """
-    on_device = peak_device_memory(shape, procedure)
+    on_device = peak_device_memory(
+        shape, procedure, offload_hessians=offload_hessians, kept=kept
+    )
     fits = "which fits" if on_device < device.memory else "which does [bold]not[/] fit"
-    less = peak_device_memory(shape, procedure, offload_hessians=True)
+    less = peak_device_memory(shape, procedure, offload_hessians=True, kept=kept)
     if on_device >= device.memory > less:
         fits += f" ({less / 1e9:.1f} GB with offload_hessians: true, which does)"
     return (

@@ -7,6 +7,7 @@ Use the names below. The folder may import ``pruning``, ``calibration``, ``model
 
 from fista_modifier.cost.devices import DEVICES, Device, seconds
 from fista_modifier.cost.memory import (
+    KEPT,
     peak_device_memory,
     peak_host_memory,
     reconstruction_memory,
@@ -17,6 +18,7 @@ from fista_modifier.cost.shape import LayerShape, StageShape, shape_of
 
 __all__ = [
     "DEVICES",
+    "KEPT",
     "Cost",
     "Device",
     "LayerShape",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fista_modifier.cost.operations import Cost
 from fista_modifier.cost.shape import LayerShape
-from fista_modifier.pruning.sparse import SparseProcedure
+from fista_modifier.pruning.corrected import CorrectedProcedure
 
 __all__ = ["DEVICES", "Device", "seconds"]
 
@@ -37,7 +37,7 @@ DEVICES = {
 def seconds(
     cost: Cost,
     shape: LayerShape,
-    procedure: SparseProcedure,
+    procedure: CorrectedProcedure,
     device: Device,
     devices: int = 1,
 ) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from fista_modifier.cost.shape import LayerShape, StageShape
-from fista_modifier.pruning.sparse import SparseProcedure
-from fista_modifier.solver.blocks import BLOCK, ENTRIES
+from fista_modifier.cost.solvers import entries_of
+from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
 
 __all__ = [
+    "KEPT",
     "peak_device_memory",
     "peak_host_memory",
     "reconstruction_memory",
@@ -17,7 +18,7 @@ __all__ = [
 
 FLOAT32 = 4
 KEPT = 0.5
-"""share of the weights that pruning leaves"""
+"""share of the weights that pruning leaves, where nothing else is known of it"""
 ACTIVATION = 5
 """bytes that a training step keeps for each token and each in and out feature of an
 operator, as measured on layers of a small LLaMA: 5.1 in float32, 4.7 in bfloat16"""
@@ -25,86 +26,75 @@ operator, as measured on layers of a small LLaMA: 5.1 in float32, 4.7 in bfloat1
 
 def peak_device_memory(
     shape: LayerShape,
-    procedure: SparseProcedure,
+    procedure: CorrectedProcedure,
     weight_bytes: int = 2,
     *,
     offload_hessians: bool = False,
+    kept: float = KEPT,
 ) -> float:
     """
     :param shape: of the model's layers
     :param procedure: what is done to a layer
     :param weight_bytes: of a stored weight
     :param offload_hessians: the modifier's field
+    :param kept: share of the weights that pruning leaves
     :return: bytes on the device: one layer and its pruned copy, and the most that a
         stage needs while it is solved, beside the sums of the others of its wave, or
         the reconstruction of the layer with batches of one sequence
     """
-    full = procedure.chains_layers
+    correction = procedure.error_correction
+    solved = [stage for _, stage in shape.solved]
     entries = []
-    for wave in {stage.wave for stage in shape.stages}:
-        stages = [stage for stage in shape.stages if stage.wave == wave]
-        sums = [_sums(shape, stage, full, offload_hessians) for stage in stages]
+    for wave in {stage.wave for stage in solved}:
+        stages = [stage for stage in solved if stage.wave == wave]
+        sums = [_sums(shape, stage, correction, offload_hessians) for stage in stages]
         solver = max(
-            _solver(stage, own, offload_hessians)
+            entries_of(stage, procedure, own, offload_hessians)
             for stage, own in zip(stages, sums, strict=True)
         )
         entries.append(math.fsum(sums) + solver)
     most = FLOAT32 * max(entries)
     if procedure.reconstructs:
-        most = max(most, reconstruction_memory(shape, weight_bytes))
+        most = max(most, reconstruction_memory(shape, weight_bytes, kept))
     return 2 * weight_bytes * shape.weights + most
 
 
-def _sums(shape: LayerShape, stage: StageShape, full: bool, offload: bool) -> float:
+def _sums(
+    shape: LayerShape, stage: StageShape, correction: ErrorCorrection, offload: bool
+) -> float:
     """Entries of G and of the drift's sums"""
     square = 0 if offload else stage.columns**2
-    if not shape.drifts(stage, full):
+    if not shape.drifts(stage, correction):
         return square
     return square + (stage.weights if stage.narrow else 2 * square)
 
 
-def _solver(stage: StageShape, sums: float, offload: bool) -> float:
-    """Entries of all that the widest operator of a stage is solved with beside these"""
-    weight = max(stage.rows) * stage.columns
-    block = min(weight, ENTRIES)
-    # W, its target, the best weight and a candidate, the supports of both; what an
-    # iteration has at work, or what an error or a cast takes
-    searching = 4.5 * weight + max(5 * block, 2 * weight)
-    if offload:  # a block of G
-        return searching + stage.columns * min(stage.columns, BLOCK)
-    square = stage.columns**2
-    # W, its target, what ADMM iterates, and either a step or finding a support
-    starting = square + 4 * weight + max(2 * block, 0.75 * weight)
-    if len(stage.rows) > 1:  # the inverse waits for the next operator
-        searching += square
-    scaling = sums + stage.narrow * weight
-    return max(scaling, 2 * square, starting, searching)
-
-
-def reconstruction_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
+def reconstruction_memory(
+    shape: LayerShape, weight_bytes: int = 2, kept: float = KEPT
+) -> float:
     """
     :param shape: of the model's layers
     :param weight_bytes: of a stored weight
-    :return: bytes on the device for the reconstruction of a layer, half of which is
-        kept: its weights in their own dtype, the kept ones in float32, Adam's two
-        moments of these and where they are, the largest gradient, whole and what of it
-        is for kept weights, with their places in 64 bits and their new values, and the
-        activations of a sequence
+    :param kept: share of the weights that pruning leaves
+    :return: bytes on the device for the reconstruction of a layer: its weights in their
+        own dtype, the kept ones in float32, Adam's two moments of these and where they
+        are; the largest gradient, whole and what of it is for kept weights, with their
+        places in 64 bits and their new values; and the activations of a sequence
     """
-    trained = (weight_bytes + 4 * FLOAT32 * KEPT) * shape.weights
+    trained = (weight_bytes + 4 * FLOAT32 * kept) * shape.weights
     largest = max(max(stage.rows) * stage.columns for stage in shape.stages)
     features = math.fsum(
         stage.share * (len(stage.rows) * stage.columns + sum(stage.rows))
         for stage in shape.stages
     )
-    gradient = (weight_bytes + (weight_bytes + 3 * FLOAT32) * KEPT) * largest
+    gradient = (weight_bytes + (weight_bytes + 3 * FLOAT32) * kept) * largest
     return trained + gradient + ACTIVATION * features * shape.seq_len
 
 
 def recorded_memory(
     shape: LayerShape,
     samples: int,
-    procedure: SparseProcedure,
+    procedure: CorrectedProcedure,
     activation_bytes: int = 2,
 ) -> float:
     """
@@ -124,7 +114,10 @@ def recorded_memory(
 
 
 def peak_host_memory(
-    shape: LayerShape, samples: int, procedure: SparseProcedure, weight_bytes: int = 2
+    shape: LayerShape,
+    samples: int,
+    procedure: CorrectedProcedure,
+    weight_bytes: int = 2,
 ) -> float:
     """
     :param shape: of the model's layers

@@ -1,6 +1,6 @@
 """
 Operations in matrix products and factorisations, two for a multiplication and an
-addition; what is done elementwise is left out.
+addition. What is done elementwise is left out.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from collections import defaultdict
 from dataclasses import astuple, dataclass
 
 from fista_modifier.cost.shape import LayerShape, StageShape
+from fista_modifier.cost.solvers import work_of
+from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
 from fista_modifier.pruning.reconstruction import MEASURED_EVERY
-from fista_modifier.pruning.sparse import SparseProcedure
-from fista_modifier.solver import SolverOptions
+from fista_modifier.solver.blocks import COMPUTED
 
 __all__ = ["Cost", "layer_cost"]
 
-SYMMETRIC = 10 / 16
-"""of a product with its own transpose that is computed: solver/blocks.py"""
-ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS, LANCZOS = 5, 3, 2, 50
-"""products with an n×n matrix; a refit may take 20 steps, and mostly takes two"""
 CHECKS = 5
 """runs of a layer with one batch: attention both ways, causality, stages"""
 
@@ -34,8 +31,9 @@ class Cost:
     :param gram: sums over the tokens of products of activations (and of these with
         weights)
     :param drift: sums of products with the drift
-    :param search: ADMM and FISTA, all operators
-    :param refits: inverses, refits and errors, all operators
+    :param search: the support by ADMM and FISTA, or the choice of channels, for all
+        operators
+    :param refits: inverses, refits and errors, for all operators
     :param reconstruction: of the layer
     """
 
@@ -56,7 +54,7 @@ class Cost:
 def layer_cost(
     shape: LayerShape,
     samples: int,
-    procedure: SparseProcedure,
+    procedure: CorrectedProcedure,
 ) -> Cost:
     """
     :param shape: of the model's layers
@@ -64,44 +62,52 @@ def layer_cost(
     :param procedure: what is done to a layer
     :return: operations for one layer
     """
-    full = procedure.chains_layers
+    correction = procedure.error_correction
     tokens = samples * shape.seq_len
-    drifting = [stage for stage in shape.stages if shape.drifts(stage, full)]
+    solved = [stage for _, stage in shape.solved]
+    drifting = [stage for stage in solved if shape.drifts(stage, correction)]
+    works = [work_of(stage, procedure) for stage in solved]
     runs = 0.0
     if procedure.reconstructs:
         runs = 3 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
+    carried = procedure.chains_layers * shape.forward
     return Cost(
         recording=samples * shape.toolkit_forward + CHECKS * shape.forward,
-        replays=samples * (_replays(shape, full) + full * shape.forward),
+        replays=samples * (_replays(shape, correction) + carried),
         gram=tokens
         * math.fsum(
-            [stage.share * _gram(stage) for stage in shape.stages]
+            [stage.share * _gram(stage) for stage in solved]
             + [stage.products for stage in drifting if stage.narrow]
         ),
         drift=tokens * math.fsum(stage.share * _drift(stage) for stage in drifting),
-        search=math.fsum(_search(stage, procedure.options) for stage in shape.stages),
-        refits=math.fsum(_refits(stage, procedure.options) for stage in shape.stages),
+        search=math.fsum(work.search for work in works),
+        refits=math.fsum(work.refits for work in works),
         reconstruction=samples * runs * shape.forward,
     )
 
 
-def _replays(shape: LayerShape, full: bool) -> float:
+def _replays(shape: LayerShape, correction: ErrorCorrection) -> float:
     """Dense and partly pruned runs for one sequence: see calibration/replays.py"""
     total = 0.0
     first_block = shape.stages[0].block
-    for block in sorted({stage.block for stage in shape.stages}):
-        numbers: defaultdict[int, list[int]] = defaultdict(list)
-        for number, stage in enumerate(shape.stages):
-            if stage.block == block:
-                numbers[stage.wave].append(number)
-        for here in numbers.values():
-            stage = shape.stages[here[0]]
+    blocks: defaultdict[int, defaultdict[int, list[int]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    solved = dict(shape.solved)
+    for number, stage in solved.items():
+        blocks[stage.block][stage.wave].append(number)
+    for block, waves in sorted(blocks.items()):
+        drifts = False
+        for here in waves.values():
+            stage = solved[here[0]]
             known = len(here) == 1 and stage.recorded
-            only_pruned = known or not shape.drifts(stage, full)
+            drifts |= shape.drifts(stage, correction)
+            only_pruned = known or not shape.drifts(stage, correction)
             total += (1 if only_pruned else 2) * _before(shape, max(here), block)
-        if block != first_block and not shape.routed(block):
+        if drifts and block != first_block and not shape.routed(block):
             # the pruned layer once, as far as the block
-            total += _before(shape, min(min(here) for here in numbers.values()))
+            inside = [stage.block for stage in shape.stages]
+            total += _before(shape, inside.index(block))
     return total
 
 
@@ -116,7 +122,7 @@ def _before(shape: LayerShape, stop: int, block: int | None = None) -> float:
 
 def _gram(stage: StageShape) -> float:
     """G, for one token that reaches the stage"""
-    return 2 * SYMMETRIC * stage.columns**2
+    return 2 * COMPUTED * stage.columns**2
 
 
 def _drift(stage: StageShape) -> float:
@@ -124,26 +130,3 @@ def _drift(stage: StageShape) -> float:
     if stage.narrow:
         return 2 * stage.weights
     return _gram(stage) + 2 * stage.columns**2
-
-
-def _product(stage: StageShape) -> float:
-    """All operators of a stage times an n×n matrix"""
-    return 2 * stage.weights * stage.columns
-
-
-def _search(stage: StageShape, options: SolverOptions) -> float:
-    """An estimate: FISTA stops when it has converged"""
-    products = options.max_iterations * options.patience
-    if options.start == "admm":
-        products += options.admm_steps
-    return products * _product(stage)
-
-
-def _refits(stage: StageShape, options: SolverOptions) -> float:
-    """An estimate: refits stop when they have converged"""
-    products = ERRORS + ERRORS_OF_A_TRIAL * options.patience
-    if options.refit:
-        products += REFIT_STEPS * (1 + min(options.patience, 1))
-    inverse = stage.columns**3 if options.start == "admm" else 0
-    lanczos = LANCZOS * 2 * stage.columns**2 if options.patience else 0
-    return products * _product(stage) + inverse + lanczos

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ from fista_modifier.models.layers import (
 )
 from fista_modifier.models.operators import Operator, blocks_of
 from fista_modifier.models.targets import find_operators
+from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.solver.drift import narrows
 
 __all__ = ["LayerShape", "StageShape", "shape_of"]
@@ -44,9 +45,10 @@ class StageShape:
     :param rows: m of each operator
     :param wave: when its turn comes
     :param block: number of the block of the layer that it is in
-    :param returned: whether the block returns what its only operator puts out
+    :param returned: whether the block returns the output of its only operator
     :param share: of the tokens that reach it; below 1 for an expert of a mixture
     :param routed: whether they are given a choice of the tokens, as an expert is
+    :param names: of the operators, inside the layer
     """
 
     columns: int
@@ -56,6 +58,25 @@ class StageShape:
     returned: bool
     share: float = 1.0
     routed: bool = False
+    names: tuple[str, ...] = ()
+
+    def only(self, names: Collection[str]) -> StageShape | None:
+        """
+        :param names: of operators, inside the layer
+        :return: the stage without all others; None if nothing is left
+        """
+        chosen = [
+            (name, rows)
+            for name, rows in zip(self.names, self.rows, strict=True)
+            if name in names
+        ]
+        if not chosen:
+            return None
+        return replace(
+            self,
+            names=tuple(name for name, _ in chosen),
+            rows=tuple(rows for _, rows in chosen),
+        )
 
     @property
     def weights(self) -> int:
@@ -81,7 +102,7 @@ class StageShape:
 @dataclass(frozen=True)
 class LayerShape:
     """
-    :param layers: how many the model has
+    :param names: of the layers
     :param hidden: features of the hidden state
     :param stages: of one layer, in the order of execution
     :param attention: operations of attention itself, for one sequence
@@ -89,15 +110,51 @@ class LayerShape:
     :param parameters: of the whole model
     :param estimate: why the layer could not be watched, so that stages and attention
         are a coarser estimate, from its operators alone; None if it was watched
+    :param pruned: operators whose inputs are asked for, by their names inside the
+        layer; None if it is all of them
     """
 
-    layers: int
+    names: tuple[str, ...]
     hidden: int
     stages: tuple[StageShape, ...]
     attention: float
     seq_len: int
     parameters: int
     estimate: str | None = None
+    pruned: frozenset[str] | None = None
+
+    def pruning(self, operators: Collection[str]) -> LayerShape:
+        """
+        :param operators: that are pruned, by their names in the model
+        :return: the shape of the layers that have some of them; what is pruned in one
+            of the layers is taken to be pruned in all
+        """
+        inside = {
+            layer: {
+                name.removeprefix(f"{layer}.")
+                for name in operators
+                if name.startswith(f"{layer}.")
+            }
+            for layer in self.names
+        }
+        names = tuple(layer for layer, found in inside.items() if found)
+        return replace(self, names=names, pruned=frozenset().union(*inside.values()))
+
+    @property
+    def layers(self) -> int:
+        """how many there are"""
+        return len(self.names)
+
+    @property
+    def solved(self) -> list[tuple[int, StageShape]]:
+        """what is pruned of each stage, and the number of the stage"""
+        if self.pruned is None:
+            return list(enumerate(self.stages))
+        return [
+            (number, chosen)
+            for number, stage in enumerate(self.stages)
+            if (chosen := stage.only(self.pruned))
+        ]
 
     @property
     def weights(self) -> int:
@@ -122,17 +179,20 @@ class LayerShape:
         """
         return any(stage.routed for stage in self.stages if stage.block == block)
 
-    def drifts(self, stage: StageShape, full: bool) -> bool:
+    def drifts(self, stage: StageShape, correction: ErrorCorrection) -> bool:
         """
         :param stage: of the layer
-        :param full: whether error correction is, or else within a layer
+        :param correction: whose errors operators make up for
         :return: whether its inputs follow from operators that were pruned before
         """
-        if not self.routed(stage.block):
-            return full or stage.wave > 0
+        if correction == "none":
+            return False
+        routed = self.routed(stage.block)
+        if correction == "full" and not routed:
+            return True
         return any(
-            other.block == stage.block and other.wave < stage.wave
-            for other in self.stages
+            other.wave < stage.wave and (other.block == stage.block or not routed)
+            for _, other in self.solved
         )
 
 
@@ -171,11 +231,12 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     alike = layers
     if not config.is_encoder_decoder:  # but for a vision tower
         alike = [layer for layer in layers if _in_one_stack(layer, largest)]
-    return replace(shape, layers=len(alike), parameters=parameters)
+    names = tuple(layer.name for layer in alike)
+    return replace(shape, names=names, parameters=parameters)
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
-    """Those with operators."""
+    """The decoder layers with operators"""
     operators = find_operators(model, ["Linear"], [])
     targets = layer_targets(model, operators)
     layers = group_by_layer(model, operators, targets)
@@ -199,7 +260,7 @@ def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> Laye
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # which is 0, as of a tensor on the meta device
+        # the pointer is 0, as for a tensor on the meta device
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.enter_context(patch_attr(LinearExperts2D, "forward", _evenly_routed))
         for operator in layer.operators:
@@ -210,6 +271,7 @@ def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> Laye
         called = [one for one in layer.operators if one.module in tokens]
         stages = find_stages(called, [call])
     blocks = list(blocks_of(call.layer, layer.operators).values())
+    start = len(layer.name) + 1
     shapes = tuple(
         StageShape(
             columns=stage.operators[0].weight.shape[1],
@@ -219,6 +281,7 @@ def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> Laye
             returned=stage.returned,
             share=tokens[stage.operators[0].module] / estimate.seq_len,
             routed=stage.routed,
+            names=tuple(one.name[start:] for one in stage.operators),
         )
         for stage in stages
     )
@@ -253,10 +316,11 @@ def _estimated(layer: DecoderLayer, model: PreTrainedModel, seq_len: int) -> Lay
                 returned=False,
                 share=share,
                 routed=share < 1,
+                names=(operator.name[len(layer.name) + 1 :],),
             )
         )
     return LayerShape(
-        layers=1,
+        names=(layer.name,),
         hidden=hidden,
         stages=tuple(stages),
         attention=4.0 * seq_len**2 * hidden,
@@ -270,8 +334,8 @@ def _block(blocks: list[list[Operator]], operator: Operator) -> int:
 
 
 def _shares(model: PreTrainedModel) -> dict[torch.nn.Module, float]:
-    """Of the tokens, for each operator of an expert; all, where the configuration does
-    not say how many experts a token has."""
+    """The share of the tokens for each expert's operators; all of them, if the
+    configuration does not say how many experts a token has"""
     config = model.config.get_text_config()
     return {
         operator: min(1.0, chosen / experts.num_experts)

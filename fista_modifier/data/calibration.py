@@ -7,37 +7,40 @@ is cut into contiguous blocks, and a seeded choice of the blocks is the calibrat
 set. So no sample is padded, none overlaps another and short documents are not lost.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from loguru import logger
 from tqdm.auto import tqdm
 
 from fista_modifier.data.chat import RefusedChatError, check_template, render
 from fista_modifier.data.records import (
     Record,
+    hub_records,
     is_local,
     is_plain_text,
     local_records,
     read_plain_text,
 )
 
+__all__ = ["calibration_dataset", "load_text", "max_sequence_length"]
+
 C4 = "allenai/c4"
-"""The paper's calibration corpus; its first shard is read, as in the paper."""
-C4_FIRST_SHARD = {"train": "en/c4-train.00000-of-01024.json.gz"}
+"""the paper's calibration corpus; its first shard is read, as in the paper"""
+C4_FIRST_SHARD = "en/c4-train.00000-of-01024.json.gz"
 
 TEXT_COLUMN = "text"
 CHAT_COLUMNS = ("messages", "conversations")
-# Documents held at a time to shuffle a corpus that is read as a stream.
-SHUFFLE_BUFFER = 4096
-# A tokenizer takes far longer than linear time for some very long strings.
 CHUNK_CHARACTERS = 1 << 16
+"""of a text at a time: for some very long strings a tokenizer takes far longer than
+linear time"""
 
 
 def load_text(
@@ -61,9 +64,9 @@ def load_text(
         of a data set on the hub, optionally with a configuration: ``id:configuration``.
         Hub data sets are streamed.
     :param text_column: the field of a record that holds its text or conversation;
-        ``None`` is "text" or else "messages" or "conversations". A text file has none.
+        None is "text" or else "messages" or "conversations". A text file has none.
     :param split: the split of a data set on the hub or a folder; a local file has none
-    :param seed: shuffles a data set on the hub; ``None`` keeps its order. What is local
+    :param seed: shuffles a data set on the hub; None keeps its order. What is local
         is always read in order.
     :param tokenizer: the model's (Hugging Face), for conversations
     :param keep_empty: whether an empty text is a document, too
@@ -88,25 +91,8 @@ def load_text(
 def _hub_records(source: str, split: str, seed: int | None) -> Iterator[Record]:
     name, _, configuration = source.partition(":")
     is_c4 = name == C4 and not configuration and split == "train"
-    try:
-        records = load_dataset(
-            name,
-            configuration or None,
-            data_files=C4_FIRST_SHARD if is_c4 else None,
-            split=split,
-            streaming=True,
-        )
-        if seed is not None:
-            records = records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        yield from records
-    except (OSError, httpx.HTTPError) as error:
-        if Path(name).is_dir():
-            raise ValueError(f"the folder {name} is no data set: {error}") from error
-        raise ConnectionError(
-            f"the data set {source} could not be downloaded ({error}); check its name "
-            "and the network, or use a local text instead: --dataset FILE.txt or "
-            "--dataset FILE.jsonl"
-        ) from error
+    shard = C4_FIRST_SHARD if is_c4 else None
+    return hub_records(name, configuration or None, split, data_file=shard, seed=seed)
 
 
 def _texts(

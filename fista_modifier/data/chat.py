@@ -16,8 +16,8 @@ ROLES = {
     "bard": "assistant",
 }
 """ShareGPT's names, by which it calls the speakers that templates know"""
-# Some templates tell the model today's date, and no two days would give the same text.
 DATE = "26 Jul 2024"
+"""for templates that tell the model today's date: each day would give another text"""
 
 
 class RefusedChatError(ValueError):

@@ -1,8 +1,8 @@
 """
-Records of local files and folders, read by the ``datasets`` library.
+Records of local files and folders and of the hub, read by the ``datasets`` library.
 
 Files are read as streams, so that nothing is cached and a file that has changed is
-read anew.
+read anew. Data sets of the hub are streams, too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import httpx
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils import logging
 
-__all__ = ["Record", "is_local", "is_plain_text", "local_records", "read_plain_text"]
+__all__ = [
+    "Record",
+    "hub_records",
+    "is_local",
+    "is_plain_text",
+    "local_records",
+    "read_plain_text",
+]
 
 Record = dict[str, Any]
 
@@ -34,6 +42,8 @@ BUILDERS = {
 }
 """of ``datasets``, by the ending of a file's name, which may have .gz after it"""
 PLAIN = ".txt"
+SHUFFLE_BUFFER = 4096
+"""records held at a time to shuffle a data set that is read as a stream"""
 
 
 def is_local(source: str) -> bool:
@@ -106,6 +116,48 @@ def local_records(
     return _checked(source, chain(first, records))
 
 
+def hub_records(
+    name: str,
+    configuration: str | None,
+    split: str,
+    *,
+    data_file: str | None = None,
+    revision: str | None = None,
+    seed: int | None = None,
+) -> Iterator[Record]:
+    """
+    :param name: id of a data set on the hub
+    :param configuration: of the data set
+    :param split: that is read
+    :param data_file: the one file of it that is read; None reads all
+    :param revision: of the data set
+    :param seed: shuffles the records; None keeps their order
+    :return: the records, read as they are asked for
+    :raises ConnectionError: if they cannot be downloaded
+    :raises ValueError: if there is a folder of this name
+    """
+    try:
+        records = load_dataset(
+            name,
+            configuration,
+            data_files={split: data_file} if data_file else None,
+            revision=revision,
+            split=split,
+            streaming=True,
+        )
+        if seed is not None:
+            records = records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        yield from records
+    except (OSError, httpx.HTTPError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"the folder {name} is no data set: {error}") from error
+        raise ConnectionError(
+            f"the data set {name} could not be downloaded ({error}); check its name "
+            "and the network, or name a local file instead, such as FILE.txt or "
+            "FILE.jsonl"
+        ) from error
+
+
 def _ending(path: Path) -> str:
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
@@ -147,7 +199,7 @@ def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _size(path: Path) -> int:
-    """In bytes, once it is decompressed."""
+    """The size in bytes, once it is decompressed"""
     with _opened(path) as file:
         return file.seek(0, io.SEEK_END)
 
@@ -183,7 +235,7 @@ def _unreadable(source: str, error: Exception) -> ValueError:
 
 
 def _json_fault(path: Path) -> str | None:
-    """``datasets`` counts records from the start of a block: look for the line."""
+    """The line of a fault. ``datasets`` counts records from the start of a block."""
     try:
         text = read_plain_text(str(path))
     except ValueError:

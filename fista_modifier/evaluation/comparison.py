@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ParamSpec, TypeVar
@@ -50,11 +51,13 @@ from fista_modifier.pruning.results import PACKAGES, Calibration
 from fista_modifier.solver import SparsityPattern
 
 __all__ = [
+    "DENSE",
     "Comparison",
     "Measurement",
     "check_methods",
     "comparison_table",
     "excess",
+    "identities",
     "in_own_process",
 ]
 
@@ -140,7 +143,7 @@ class Measurement:
 
 
 def _zeros(model: PreTrainedModel) -> float:
-    """Share of zeros in the operators that are pruned."""
+    """The share of zeros in the operators that are pruned"""
     weights = [
         operator.module.weight for operator in find_operators(model, TARGETS, IGNORE)
     ]
@@ -206,20 +209,13 @@ class Comparison:
         tokens = pipeline.calibration_tokens(
             self.calibration, load_tokenizer(self.measurement.model)
         )
-        seed = self.calibration.seed
-        jobs: list[tuple[str, str, int | None]] = [(DENSE, "-", None)]
-        jobs += [
-            (method, pattern, seed)
-            for pattern in patterns
-            for method in METHODS
-            if method in methods and method != DENSE
-        ]
-        for method, pattern, own_seed in tqdm(jobs, desc="Methods", unit="method"):
-            identity = {"method": method, "pattern": pattern, "seed": own_seed}
-            if results.find(**identity):
-                continue
-            prune = None if method == DENSE else pruner(method, patterns[pattern])
-            results.add(identity | in_own_process(self.measurement.run, prune, tokens))
+        chosen = [method for method in METHODS if method in methods]
+        rows = identities(chosen, list(patterns), [self.calibration.seed])
+        for row in results.missing(tqdm(rows, desc="Methods", unit="method")):
+            prune = None
+            if row["method"] != DENSE:
+                prune = pruner(row["method"], patterns[row["pattern"]])
+            results.add(row | in_own_process(self.measurement.run, prune, tokens))
         return results
 
     def _setup(self) -> dict[str, Any]:
@@ -239,6 +235,24 @@ class Comparison:
             "cpus": os.cpu_count(),
             "versions": package_versions(*PACKAGES),
         }
+
+
+def identities(
+    methods: Sequence[str], patterns: Sequence[str], seeds: Sequence[int]
+) -> list[Row]:
+    """
+    :param methods: by their names
+    :param patterns: by the names that the table gives them
+    :param seeds: of the calibration data
+    :return: what tells the rows of a table apart: one for the dense model, and one for
+        each seed, pattern and other method
+    """
+    dense: Row = {"method": DENSE, "pattern": "-", "seed": None}
+    return [dense] + [
+        {"method": method, "pattern": pattern, "seed": seed}
+        for seed, pattern, method in product(seeds, patterns, methods)
+        if method != DENSE
+    ]
 
 
 def check_methods(

@@ -116,7 +116,7 @@ class VLLMEngine:
 
 
 def _mean_loss(output: Any) -> float:
-    """Of a prompt's tokens but the first, which nothing precedes."""
+    """The mean loss of a prompt's tokens, except the first, which nothing precedes"""
     tokens, candidates = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
     scores: list[float] = [
         logprobs[token].logprob

@@ -80,7 +80,7 @@ class Evaluation:
         return results
 
     def _setup(self) -> dict[str, Any]:
-        """What rows must share to stand in one table."""
+        """The settings that all rows of one table share"""
         packages = ["vllm"] if self.backend == "vllm" else []
         return {
             "backend": self.backend,
@@ -91,7 +91,7 @@ class Evaluation:
         }
 
     def _blocks(self, model: str) -> dict[str, Tensor]:
-        """The texts as the model's tokens: before any model runs, as it may fail."""
+        """The texts as the model's tokens. It may fail, so it comes before any run."""
         config = load_config(model)
         if self.texts:
             check_predicts_text(config)
@@ -203,14 +203,14 @@ def evaluation_table(results: Results) -> str:
 
 
 def _tasks(results: Results) -> list[tuple[str, int | None]]:
-    """Each with the limit of its examples: with another it is another column."""
+    """The tasks, each with its limit of examples: each limit has its own column"""
     return _distinct(
         (row["task"], row["limit"]) for row in results.rows if "task" in row
     )
 
 
 def _metric(results: Results, task: str) -> str:
-    """The one that the table shows: accuracy, or a task's first without it."""
+    """The metric that the table shows: accuracy or, without it, the first one"""
     row = results.find(task=task)
     assert row is not None
     return "acc" if "acc" in row["metrics"] else next(iter(row["metrics"]))
@@ -221,7 +221,7 @@ def _distinct(things: Iterable[T]) -> list[T]:
 
 
 def _mean(scores: Sequence[dict[str, Any]]) -> str:
-    """Tasks are independent samples: their squared standard errors add up."""
+    """The mean over tasks, which are independent: squared standard errors add up"""
     errors = [score["stderr"] for score in scores]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     return with_error(fmean(score["value"] for score in scores), stderr)

@@ -25,6 +25,7 @@ __all__ = [
     "TARGETS",
     "Pruner",
     "pruner",
+    "recipe",
     "warm_starts",
 ]
 
@@ -62,7 +63,7 @@ def warm_starts() -> str:
 def pruner(method: str, pattern: SparsityPattern) -> Pruner:
     """
     Every method prunes the same operators and has its own defaults otherwise. SparseGPT
-    and Wanda are llm-compressor's.
+    and Wanda are the toolkit's.
 
     :param method: one of ``METHODS`` but "dense"
     :param pattern: the sparsity
@@ -111,7 +112,7 @@ def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
         fields["mask_structure"] = str(pattern)
         fields["preset"] = FISTA_METHODS[method]
         return FISTAPruningModifier(**fields | changes)
-    # llm-compressor's own modifiers count the pruned weights of a group
+    # the toolkit's own modifiers count the pruned weights of a group
     peer = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
     n, m = pattern.group or (0, 0)
     fields["mask_structure"] = f"{m - n}:{m}"
@@ -126,7 +127,7 @@ def prune_by_magnitude(
     pattern: SparsityPattern,
 ) -> pipeline.PruningRun:
     """
-    Keep each operator's largest weights; the data are not looked at.
+    Keep each operator's largest weights. The data are not used.
 
     :param model: changed in place
     :param tokenizer: not used

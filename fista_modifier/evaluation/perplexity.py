@@ -29,8 +29,10 @@ from tqdm.auto import tqdm
 
 from fista_modifier.models.limits import check_length, check_tokens
 
-# Positions whose logits are held in float32 at a time.
+__all__ = ["Perplexity", "block_losses", "perplexity", "token_blocks"]
+
 CHUNK_POSITIONS = 512
+"""positions whose logits are held in float32 at a time"""
 
 
 @dataclass(frozen=True)

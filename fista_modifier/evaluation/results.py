@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ class Results:
                 return row
         return None
 
+    def missing(self, identities: Iterable[Row]) -> Iterator[Row]:
+        """
+        :param identities: keys and their values, of rows that are wanted
+        :return: those without a row, each looked for when its turn comes
+        """
+        return (one for one in identities if self.find(**one) is None)
+
     def add(self, row: Row) -> None:
         """
         :param row: plain JSON; saved at once
@@ -82,7 +90,7 @@ class Results:
 def digest(content: object) -> str:
     """
     :param content: data whose ``repr`` is all of it
-    :return: what tells it from other data
+    :return: a digest, which differs for other data
     """
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 

@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import httpx
-from datasets import load_dataset
-
 from fista_modifier.data import load_text
-from fista_modifier.data.records import is_local
+from fista_modifier.data.records import hub_records, is_local
 
 __all__ = ["PAPER_TEXTS", "Corpus", "Text", "load_texts"]
 
@@ -81,21 +78,14 @@ class Corpus:
         :return: the text
         :raises ConnectionError: if it cannot be downloaded
         """
-        try:
-            records = load_dataset(
-                self.path,
-                self.configuration,
-                data_files={self.split: self.data_file} if self.data_file else None,
-                revision=self.revision,
-                split=self.split,
-                streaming=True,
-            )
-            documents = [row[self.column] for row in islice(records, self.documents)]
-        except (OSError, httpx.HTTPError) as error:
-            raise ConnectionError(
-                f"the text {name} ({self.path}) could not be downloaded ({error}); "
-                "check the network, or use a local text: --text FILE.txt"
-            ) from error
+        records = hub_records(
+            self.path,
+            self.configuration,
+            self.split,
+            data_file=self.data_file,
+            revision=self.revision,
+        )
+        documents = [row[self.column] for row in islice(records, self.documents)]
         return Text(name, self.separator.join(documents), self.max_blocks)
 
 
@@ -118,7 +108,7 @@ PAPER_TEXTS = {
         max_blocks=256,
     ),
 }
-"""The paper's texts by their short names."""
+"""the paper's texts by their short names"""
 
 
 def load_texts(sources: Sequence[str]) -> list[Text]:

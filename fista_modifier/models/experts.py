@@ -191,7 +191,7 @@ def _can_be_fused(experts: LinearExperts2D) -> bool:
 
 
 def _drop_weights(module: torch.nn.Module) -> None:
-    """Also from where they are offloaded to."""
+    """Forget the weights of a module, also where they are offloaded to."""
     for part in module.modules():
         with disable_onloading():
             names = [name for name, _ in part.named_parameters(recurse=False)]

@@ -91,7 +91,7 @@ def layer_targets(
 def _share_inside(
     model: PreTrainedModel, operators: Sequence[Operator], targets: list[str]
 ) -> float:
-    """Of the operators, how many lie within the modules that the targets match"""
+    """The share of the operators that lie within modules that the targets match"""
     prefixes = tuple(f"{name}." for name, _ in match_named_modules(model, targets))
     inside = sum(operator.name.startswith(prefixes) for operator in operators)
     return inside / len(operators)

@@ -41,7 +41,7 @@ def check_vocabulary(model: PreTrainedModel, data: object) -> None:
 
 
 def _token_ids(data: object) -> Iterator[Tensor]:
-    """Those of each row."""
+    """The token ids of each row"""
     if isinstance(data, Dataset) and "input_ids" in data.column_names:
         for row in data.select_columns("input_ids"):
             yield torch.as_tensor(row["input_ids"]).flatten()
@@ -94,7 +94,7 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def _positions(model: PreTrainedModel, maximum: int) -> int | None:
-    """How many a table in the language model has; None if there is no table."""
+    """The number of positions in the model's table; None if there is no table"""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in POSITIONS and isinstance(
             module, torch.nn.Embedding
@@ -110,7 +110,7 @@ def _positions(model: PreTrainedModel, maximum: int) -> int | None:
 
 
 def _stand_ins(config: dict[str, Any]) -> set[int]:
-    """Ids that a model replaces before it looks them up, of images and the like."""
+    """Ids that stand for images and the like, and that a model replaces by these"""
     found = set()
     for name, value in config.items():
         if isinstance(value, dict):

@@ -24,6 +24,7 @@ UNCHANGED: Mapping[Operator, Tensor] = MappingProxyType({})
 """no weight, or no bias, is another than the model's own"""
 
 __all__ = [
+    "UNCHANGED",
     "Operator",
     "blocks_of",
     "operators_in",
@@ -95,7 +96,7 @@ class Operator:
 
 
 def _set_sizes(module: torch.nn.Linear | Conv1D, sizes: Sequence[int]) -> None:
-    """Out and in features, which GPT-2's Conv1D shapes its output by"""
+    """Set out and in features. GPT-2's Conv1D shapes its output by them."""
     if isinstance(module, Conv1D):
         module.nf, module.nx = sizes
     else:

@@ -72,7 +72,7 @@ def apply_changes(config: PretrainedConfig, changes: Sequence[ConfigChange]) -> 
 def _candidates(
     config: PretrainedConfig, sizes: Mapping[int, int]
 ) -> Iterator[tuple[ConfigChange, ...]]:
-    """Likely ones first: one value for each size, then several, then missing ones."""
+    """Likely changes first: one value for each size, then several, then missing ones"""
     places = {old: list(_places(config, old)) for old in sizes}
     singles = [
         [(path, sizes[old]) for path in found] for old, found in places.items() if found

@@ -21,6 +21,7 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
+    "ZEROS",
     "check_prunable",
     "check_quantisable",
     "find_operators",
@@ -122,7 +123,7 @@ def names_matched(
 
 
 def _check_adapters(model: torch.nn.Module) -> None:
-    """Of PEFT: what is pruned below them is not what runs once they are merged."""
+    """Refuse adapters of PEFT: once they are merged, other weights run."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError(
             f"the {type(model).__name__} has adapters: merge them first, "
@@ -139,8 +140,8 @@ def _without_shared(
     model: PreTrainedModel, operators: list[Operator]
 ) -> list[Operator]:
     """
-    What runs at several places of a model has no one input, and to prune it for the
-    first would change the dense model behind it.
+    The operators that run at one place of the model only. Others have no single input,
+    and to prune them for the first would change the dense model behind it.
     """
     modules = Counter(id(one) for _, one in model.named_modules(remove_duplicate=False))
     with disable_onloading():
@@ -161,7 +162,7 @@ def _without_shared(
 
 
 def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
-    """Also if they are offloaded, and each access gives another tensor."""
+    """Whether two modules share a weight, also if each access gives another tensor"""
     with disable_onloading():
         weight = getattr(one, "weight", None)
         return weight is not None and weight is getattr(other, "weight", None)
@@ -198,7 +199,8 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
     :param operator: an operator about to be pruned
     :param pattern: sparsity asked for
     :raises ValueError: if it is or is about to be quantised, if its width does not suit
-        the pattern, or its weight is not floating point or not finite
+        the pattern, or its weight is not floating point or not finite (which a weight
+        on the meta device does not tell)
     """
     if is_module_quantized(operator.module):
         raise ValueError(
@@ -216,7 +218,7 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
         pattern.check_columns(weight.shape[1])
     except ValueError as error:
         raise ValueError(f"{operator.name}: {error}") from None
-    if not bool(weight.isfinite().all()):
+    if not (weight.is_meta or bool(weight.isfinite().all())):
         raise ValueError(
             f"the weight of {operator.name} contains NaN or infinity; the checkpoint "
             "is damaged, or it was loaded in a dtype that cannot hold it"

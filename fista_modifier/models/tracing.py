@@ -1,4 +1,4 @@
-"""What the toolkit's tracer does to a model's masks and to memory, mended."""
+"""Repairs of what the toolkit's tracer does to a model's masks and to memory."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def traces_forgotten() -> Iterator[None]:
     """
-    Let go of the model when it was traced. llm-compressor 0.14 names the functions that
-    its tracer wraps in a table of torch.fx, which keeps them, and all that they refer
-    to, for as long as the process lives: each run of ``oneshot()`` its whole model.
+    Let go of the model after it was traced. The tracer of llm-compressor 0.14 puts the
+    functions that it wraps into a table of torch.fx. The table keeps them, and all that
+    they refer to, as long as the process lives. So each run of ``oneshot()`` would keep
+    its whole model.
     """
     table = torch.fx._symbolic_trace._wrapped_fns_to_patch
     before = set(table)

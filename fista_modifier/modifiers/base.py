@@ -18,6 +18,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.checkpoint.on_save import describe_on_save
@@ -97,15 +98,15 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         default=False,
         description=(
             "keep Gram matrices in main memory, as llm-compressor's modifiers do, for "
-            "operators so wide that the device has no room for them; products take "
-            "them block by block, and factorisations are done by the CPU"
+            "operators so wide that the device has no room for them. Products take "
+            "them to the device block by block, and the CPU does the factorisations"
         ),
     )
     activations_dir: str | None = Field(
         default=None,
         description=(
             "folder on a disk in which recorded activations wait instead of in main "
-            "memory; it ends empty, as the files have no names"
+            "memory; the files have no names, so the folder looks empty"
         ),
     )
     resume_dir: str | None = Field(
@@ -118,18 +119,18 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     layers: str | None = Field(
         default=None,
         description=(
-            'numbers of the decoder layers to prune, such as "0-9" or "0-3,30". With a '
-            "resume_dir that they share, processes that prune different layers do the "
-            "work of one model; one more run without layers puts it together"
+            'numbers of the decoder layers to prune, such as "0-9" or "0-3,30". '
+            "Processes with the same resume_dir can prune different layers of one "
+            "model. One more run without layers puts the model together"
         ),
     )
     distribute: Distribution | None = Field(
         default=None,
         description=(
-            'what the ranks of a torch.distributed run share out: "layers" (each '
-            'prunes layers of its own with all data) or "data" (each runs its own '
-            'batches; sums are reduced and operators shared out). "layers" by default, '
-            'but "data" where layers depend on one another'
+            'what the ranks of a torch.distributed run share: "layers" (each prunes '
+            'layers of its own with all data) or "data" (each runs its own batches, '
+            "sums are added up over the ranks, and each rank solves some operators). "
+            'The default is "layers", or "data" if layers depend on one another'
         ),
     )
 
@@ -174,6 +175,31 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         """names of layers that are left to other runs: see ``layers``"""
         return self._schedule.unfinished if self._schedule else []
 
+    def find_layers(
+        self, model: PreTrainedModel, given: str | list[str] | None = None
+    ) -> tuple[list[DecoderLayer], list[str]]:
+        """
+        :param model: that is to be pruned, maybe on the meta device
+        :param given: what the user gave to ``oneshot()`` as sequential targets
+        :return: the layers of the model, with the operators that targets and ignore
+            leave; and the toolkit's sequential targets
+        :raises ValueError: if targets match nothing, or no layers are found
+        """
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        operators = find_operators(model, targets, self.ignore)
+        layer_types = layer_targets(model, operators, given)
+        return group_by_layer(model, operators, layer_types), layer_types
+
+    def chosen_layers(self, layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
+        """
+        :param layers: of the model
+        :return: those that this run prunes
+        :raises ValueError: if the model does not have the ``layers``
+        """
+        if self.layers is None:
+            return list(layers)
+        return chosen_layers(layers, self.layers)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
         Find the operators and refuse what cannot be pruned, before any long work.
@@ -194,18 +220,15 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         storage = ActivationStorage(_folder(self.activations_dir))
         if storage.folder is not None:
             storage.folder.mkdir(parents=True, exist_ok=True)
-        targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        operators = find_operators(model, targets, self.ignore)
         given = kwargs.get("sequential_targets")
-        layer_types = layer_targets(model, operators, given)
-        layers = group_by_layer(model, operators, layer_types)
+        layers, layer_types = self.find_layers(model, given)
         procedure = self.procedure(state, layers)
         warn_of_other_weights(layers)
         by_default: Distribution = "data" if procedure.chains_layers else "layers"
         self._schedule = Schedule(
             model,
             layers,
-            layers if self.layers is None else chosen_layers(layers, self.layers),
+            self.chosen_layers(layers),
             procedure,
             Resources(
                 self.offload_hessians,
@@ -290,7 +313,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         return True
 
     def _of_report(self) -> dict[str, Any]:
-        """What a kind of pruning has to say beside its operators"""
+        """Fields of the report that a kind of pruning adds"""
         return {}
 
     def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:

@@ -1,4 +1,4 @@
-"""The recipe's face of FISTAPruner: fields, no mathematics."""
+"""FISTAPruner in recipes: the fields of its modifier."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr, field_validator, model_validator
+from transformers import PreTrainedModel
 
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
@@ -18,7 +19,12 @@ from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.pruning.sparse import SparseProcedure
-from fista_modifier.solver import SolverFactory, SolverOptions, WarmStart
+from fista_modifier.solver import (
+    SolverFactory,
+    SolverOptions,
+    SparsityPattern,
+    WarmStart,
+)
 from fista_modifier.solver.patterns import mask_structure_of
 
 __all__ = ["FISTAPruningModifier"]
@@ -52,7 +58,7 @@ class FISTAPruningModifier(LayerwiseModifier):
           ignore: ["re:.*lm_head"]
     ```
 
-    Layers are independent, but for what ``error_correction`` sets X* to be:
+    Layers are independent, unless ``error_correction`` is "full". It says what X* is:
 
     - ``none``: X* = X, the operator's input in the dense model
     - ``intra`` (the paper's): the layer's input is the dense model's; inside the layer,
@@ -64,8 +70,8 @@ class FISTAPruningModifier(LayerwiseModifier):
     sparsity: float | list[float] | None = Field(
         default=None,
         description=(
-            "share of zeros in [0, 1); may be left out for n:m. A list has one for "
-            "each decoder layer, where 0 leaves a layer dense"
+            "share of zeros in [0, 1); may be left out for n:m. A list has one share "
+            "for each decoder layer, and 0 leaves a layer dense"
         ),
     )
     mask_structure: str = Field(
@@ -87,7 +93,8 @@ class FISTAPruningModifier(LayerwiseModifier):
         gt=0,
         allow_inf_nan=False,
         description=(
-            "how many times its layer's mean |W_ij|·‖x_j‖ makes a weight an outlier"
+            "a weight is an outlier if its |W_ij|·‖x_j‖ is more than so many times the "
+            "mean of its layer"
         ),
     )
     owl_lmbda: float | None = Field(
@@ -100,8 +107,8 @@ class FISTAPruningModifier(LayerwiseModifier):
         default_factory=dict,
         description=(
             'patterns by targets, in the notation of targets: "n:m", a sparsity, or '
-            '"dense". Of several entries that match an operator the last counts; an '
-            "operator that none matches has the pattern of the fields above"
+            '"dense". If several entries match an operator, the last one counts. If '
+            "none does, the operator has the pattern of the fields above"
         ),
     )
     preset: Preset = Field(
@@ -110,9 +117,9 @@ class FISTAPruningModifier(LayerwiseModifier):
             'values of the fields below that the recipe leaves out. "default": '
             "columns scaled, support found by ADMM, kept entries refitted, and "
             'layers reconstructed (docs/method.md). "best" is the most '
-            'accurate, for half as much time again: "full" error correction and '
-            'two epochs of reconstruction. "fast" ends with ADMM and its refit, '
-            'of less damping, and trains no layer. "paper" is Algorithm 1 as '
+            'accurate and takes half as much time again: it has "full" error '
+            'correction and two epochs of reconstruction. "fast" ends with ADMM and a '
+            'refit of less damping, and trains no layer. "paper" is Algorithm 1 as '
             "published"
         ),
     )
@@ -126,11 +133,18 @@ class FISTAPruningModifier(LayerwiseModifier):
     )
     error_correction: ErrorCorrection | None = Field(
         default=None,
-        description=('"none", "intra" or "full", see above'),
+        description=(
+            "what the inputs X* of an operator follow, and so whose errors it makes up "
+            'for: "none" (X* = X, nobody\'s), "intra" (the operators pruned before in '
+            'its layer) or "full" (all operators pruned before)'
+        ),
     )
     warm_start: WarmStart | None = Field(
         default=None,
-        description=('W₀*: "dense", "magnitude", "wanda", "sparsegpt" or "admm"'),
+        description=(
+            'what the solver starts from (W₀*): "dense", "magnitude", "wanda", '
+            '"sparsegpt" or "admm"'
+        ),
     )
     admm_steps: int | None = Field(
         default=None,
@@ -173,7 +187,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         ge=0,
         description=(
             "T, consecutive values of λ without improvement that end the "
-            "search; 0 for no search, the result is then the warm start"
+            "search; with 0 there is no search, and the result is the warm start"
         ),
     )
     epsilon: float | None = Field(
@@ -222,7 +236,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         gt=0,
         allow_inf_nan=False,
         description=(
-            "highest learning rate of this, as a share of an operator's mean "
+            "highest learning rate of this training, as a share of an operator's mean "
             "kept |W_ij|"
         ),
     )
@@ -335,18 +349,42 @@ class FISTAPruningModifier(LayerwiseModifier):
         patterns = self._patterns.of_operators(
             state.model, layers, state.data.calib, current_ranks()
         )
+        procedure = self._with_patterns(patterns, layers)
+        if not self.preserve_sparsity_mask:
+            warn_of_zeros(
+                [operator for layer in layers for operator in layer.operators]
+            )
+        return procedure
+
+    def foreseen(
+        self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
+    ) -> tuple[SparseProcedure, set[str]]:
+        """
+        What can be known before there are data and weights.
+
+        :param model: that is to be pruned, maybe on the meta device
+        :param layers: of the model, with the operators that targets and ignore leave;
+            those that stay dense are taken away
+        :return: what is to be done to each layer, and the names of the operators whose
+            sparsity the data will change: it is their mean here
+        :raises ValueError: as for :meth:`procedure`, apart from weights and data
+        """
+        by_data = self._patterns.chosen_by_data(model, layers)
+        patterns = self._patterns.before_data(model, layers)
+        return self._with_patterns(patterns, layers), by_data
+
+    def _with_patterns(
+        self, patterns: dict[str, SparsityPattern], layers: Sequence[DecoderLayer]
+    ) -> SparseProcedure:
         for layer in layers:
             layer.operators = [one for one in layer.operators if one.name in patterns]
-        operators = [operator for layer in layers for operator in layer.operators]
-        for operator in operators:
-            check_prunable(operator, patterns[operator.name])
-        if not self.preserve_sparsity_mask:
-            warn_of_zeros(operators)
+            for operator in layer.operators:
+                check_prunable(operator, patterns[operator.name])
         return replace(self._without_patterns, patterns=patterns)
 
     def _determines_the_result(self) -> dict[str, Any]:
-        fields = super()._determines_the_result()
-        fields["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
-        return (
-            fields if self._solver is None else fields | {"solver": str(self._solver)}
-        )
+        method = super()._determines_the_result()
+        method["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
+        if self._solver is not None:
+            method["solver"] = str(self._solver)
+        return method

@@ -109,7 +109,7 @@ def quantize_kept(
 
 
 def _groups(quant_args: QuantizationArgs, columns: int, device: torch.device) -> Tensor:
-    """The group that each column's scale is of, n."""
+    """The group of each column, n"""
     size = columns
     if quant_args.strategy == QuantizationStrategy.BLOCK:
         size = quant_args.block_structure[1]

@@ -74,6 +74,31 @@ class PatternFields:
                 f"mask_structure '{self.mask_structure}' fixes one: leave out either"
             )
 
+    def before_data(
+        self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
+    ) -> dict[str, SparsityPattern]:
+        """
+        :param model: that is to be pruned; its weights are not looked at
+        :param layers: with the operators that targets and ignore leave
+        :return: what :meth:`of_operators` returns; where OWL chooses, the mean of its
+            sparsities
+        :raises ValueError: as there, apart from what OWL finds in the data
+        """
+        return _sparse(layers, *self._fields_for(model, layers))
+
+    def chosen_by_data(
+        self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
+    ) -> set[str]:
+        """
+        :param model: that is to be pruned
+        :param layers: with the operators that targets and ignore leave
+        :return: names of the operators whose sparsity OWL chooses
+        """
+        if self.owl is None:
+            return set()
+        names = {operator.name for layer in layers for operator in layer.operators}
+        return names - set(self._entries(model, sorted(names)))
+
     def of_operators(
         self,
         model: PreTrainedModel,
@@ -92,6 +117,15 @@ class PatternFields:
             operator has no pattern, if there are more or fewer sparsities than layers,
             or if all operators stay dense
         """
+        entries, defaults = self._fields_for(model, layers)
+        if self.owl is not None:
+            defaults = self._by_owl(self.owl, model, layers, data, ranks)
+        return _sparse(layers, entries, defaults)
+
+    def _fields_for(
+        self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
+    ) -> tuple[dict[str, str], dict[str, SparsityPattern | None]]:
+        """Entries of ``patterns``, by operators, and default patterns, by layers"""
         names = [operator.name for layer in layers for operator in layer.operators]
         entries = self._entries(model, names)
         defaults = self._defaults(layers)
@@ -102,24 +136,10 @@ class PatternFields:
             if operator.name not in entries and layer.name not in defaults
         ]:
             raise ValueError(self._without_pattern(missing[0]))
-        if self.owl is not None:
-            defaults = self._by_owl(self.owl, model, layers, data, ranks)
-        chosen = {
-            operator.name: (
-                _named(entries[operator.name])
-                if operator.name in entries
-                else defaults[layer.name]
-            )
-            for layer in layers
-            for operator in layer.operators
-        }
-        sparse = {name: pattern for name, pattern in chosen.items() if pattern}
-        if not sparse:
-            raise ValueError("patterns and sparsity leave all operators dense")
-        return sparse
+        return entries, defaults
 
     def _entries(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-        """What ``patterns`` says of the operators that it matches."""
+        """The entry of ``patterns`` for each operator that it matches"""
         deciding: dict[str, str] = {}
         entries = self.patterns or {}
         for target in entries:
@@ -161,7 +181,7 @@ class PatternFields:
     def _numbered(
         self, layers: Sequence[DecoderLayer], count: int
     ) -> Sequence[DecoderLayer]:
-        """Those that a list of sparsities goes with."""
+        """The layers that the values of a list of sparsities belong to"""
         decoder_layers = [layer for layer in layers if layer.in_sequence]
         to_prune = _decoder_layers(layers)
         for numbered in (to_prune, decoder_layers):
@@ -201,11 +221,32 @@ class PatternFields:
         )
 
 
+def _sparse(
+    layers: Sequence[DecoderLayer],
+    entries: Mapping[str, str],
+    defaults: Mapping[str, SparsityPattern | None],
+) -> dict[str, SparsityPattern]:
+    """The patterns of the operators that do not stay dense"""
+    chosen = {
+        operator.name: (
+            _named(entries[operator.name])
+            if operator.name in entries
+            else defaults[layer.name]
+        )
+        for layer in layers
+        for operator in layer.operators
+    }
+    sparse = {name: pattern for name, pattern in chosen.items() if pattern}
+    if not sparse:
+        raise ValueError("patterns and sparsity leave all operators dense")
+    return sparse
+
+
 def _named(name: str) -> SparsityPattern | None:
-    """None is that of an operator that stays dense."""
+    """The pattern of a name; None for "dense" """
     return None if name == DENSE else pattern_of(name)
 
 
 def _decoder_layers(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
-    """Those with operators to prune."""
+    """The decoder layers with operators to prune"""
     return [layer for layer in layers if layer.in_sequence and layer.operators]

@@ -1,13 +1,15 @@
-"""The recipe's face of FASP and SPAP: fields, no mathematics."""
+"""FASP and SPAP in recipes: the fields of their modifiers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
+from transformers import PreTrainedModel
 
 from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
@@ -38,7 +40,11 @@ from fista_modifier.structured import (
     Selector,
 )
 
-__all__ = ["FASPPruningModifier", "SPAPPruningModifier"]
+__all__ = [
+    "FASPPruningModifier",
+    "SPAPPruningModifier",
+    "StructuredModifier",
+]
 
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "bias", "none"]
@@ -69,8 +75,8 @@ class StructuredModifier(LayerwiseModifier):
         default=64,
         ge=1,
         description=(
-            "of which the number of an MLP's channels stays a multiple, for tiles of "
-            "GPU kernels and tensor parallelism"
+            "the number of an MLP's channels stays a multiple of this, for tiles of "
+            "GPU kernels and for tensor parallelism"
         ),
     )
     preset: Literal["default", "paper"] = Field(
@@ -84,8 +90,8 @@ class StructuredModifier(LayerwiseModifier):
         default=None,
         description=(
             'what the inputs X* of an operator follow: "none" (they are the dense '
-            'model\'s), "intra" (what was pruned before in the layer) or "full" (in '
-            "all layers before)"
+            'model\'s), "intra" (what was pruned before in the layer) or "full" (what '
+            "was pruned before in all layers)"
         ),
     )
     selector: SelectorName | None = Field(
@@ -98,8 +104,8 @@ class StructuredModifier(LayerwiseModifier):
     restorer: RestorerName | None = Field(
         default=None,
         description=(
-            'what makes up for those that leave: "least_squares", "bias" (FLAP\'s, '
-            'where there is a bias) or "none"'
+            'what makes up for the channels that leave: "least_squares", "bias" '
+            '(FLAP\'s method, which needs a bias) or "none"'
         ),
     )
     dampening_frac: float | None = Field(
@@ -126,7 +132,8 @@ class StructuredModifier(LayerwiseModifier):
         gt=0,
         allow_inf_nan=False,
         description=(
-            "highest learning rate of this, as a share of an operator's mean |W_ij|"
+            "highest learning rate of this training, as a share of an operator's mean "
+            "|W_ij|"
         ),
     )
 
@@ -205,7 +212,33 @@ class StructuredModifier(LayerwiseModifier):
         :return: what is done to each layer
         :raises ValueError: if channels cannot leave the model, or too many would
         """
-        self._check_is_first()
+        self._check_is_first(active_session().lifecycle.recipe.modifiers)
+        return self._planned(state.model, layers, state.data.calib)
+
+    def foreseen(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        batches: Iterable[dict[str, Any]],
+        modifiers: Iterable[Modifier],
+    ) -> StructuredProcedure:
+        """
+        :param model: dense, with its weights
+        :param layers: of the model, with the operators that may be changed
+        :param batches: any tokens
+        :param modifiers: of the recipe, this one among them
+        :return: what is done to each layer
+        :raises ValueError: as for :meth:`procedure`
+        """
+        self._check_is_first(modifiers)
+        return self._planned(model, layers, batches)
+
+    def _planned(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[DecoderLayer],
+        batches: Iterable[dict[str, Any]],
+    ) -> StructuredProcedure:
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
@@ -219,18 +252,18 @@ class StructuredModifier(LayerwiseModifier):
             if not layer.in_sequence:  # no channels leave what is in no decoder layer
                 layer.operators = []
         self._plan = plan_channels(
-            state.model,
+            model,
             layers,
-            state.data.calib,
+            batches,
             self.structures,
             self.sparsity,
             self.multiple_of,
         )
         return replace(self._without_plan, plan=self._plan)
 
-    def _check_is_first(self) -> None:
+    def _check_is_first(self, modifiers: Iterable[Modifier]) -> None:
         """A recipe is initialised as a whole, before any of its modifiers runs."""
-        for other in active_session().lifecycle.recipe.modifiers:
+        for other in modifiers:
             if other is self:
                 return
             kind = type(other)
@@ -243,12 +276,21 @@ class StructuredModifier(LayerwiseModifier):
                     "with all structures, and prune to a pattern afterwards"
                 )
 
+    def check_quantisable(self) -> None:
+        """
+        To be called when all modifiers of the recipe are initialised.
+
+        :raises ValueError: if an operator is to be quantised in groups of columns into
+            which its new columns cannot be divided
+        """
+        for groups in self._plan.groups.values():
+            for plan in groups:
+                operator, indices = plan.consumer
+                check_quantisable(operator, plan.keep * indices.shape[1])
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._undone_on_error():
-            for groups in self._plan.groups.values():
-                for plan in groups:  # by now it is known what is to be quantised
-                    operator, indices = plan.consumer
-                    check_quantisable(operator, plan.keep * indices.shape[1])
+            self.check_quantisable()
         super().on_calibration_start(state, event, **kwargs)
 
     def _of_report(self) -> dict[str, Any]:
@@ -289,9 +331,9 @@ class FASPPruningModifier(StructuredModifier):
 
 class SPAPPruningModifier(StructuredModifier):
     """
-    Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): a share
-    z ∈ [0, 1] of each channel is kept, of least error, and a growing penalty makes z
-    binary.
+    Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): the error
+    is minimised over the share z ∈ [0, 1] of each channel that is kept, and a growing
+    penalty makes z binary.
 
     Sample yaml:
 

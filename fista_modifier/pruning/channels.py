@@ -88,15 +88,15 @@ def plan_channels(
 ) -> ChannelPlan:
     """
     All layers keep equally many channels, since no loader takes layers of different
-    sizes. Of each structure about the same share leaves; channels of MLPs, of which
-    there are many, make up for what whole heads leave over.
+    sizes. About the same share of each structure leaves. Heads are few, so the many
+    channels of MLPs make up for the rest of their share.
 
     :param model: dense
     :param layers: of the model, with the operators that may be changed
     :param batches: calibration data, of which a few tokens show who reads what
     :param structures: what leaves
     :param sparsity: share of the decoder layers' parameters that is to leave
-    :param multiple_of: of which the number of an MLP's channels stays a multiple
+    :param multiple_of: the number of an MLP's channels stays a multiple of this
     :return: the plan
     :raises ValueError: if channels cannot leave the model, with the reason, or so few
         are left that there is no multiple of them
@@ -189,7 +189,7 @@ def _multiple(size: int, share: float, multiple_of: int) -> int:
 
 
 def _sizes(plans: Mapping[str, Sequence[GroupPlan]]) -> dict[int, int]:
-    """What old sizes become, in the terms of a configuration."""
+    """The new size for each old size that a configuration may have"""
     sizes = {}
     for of_layer in plans.values():
         for plan in of_layer:
@@ -203,7 +203,7 @@ def _sizes(plans: Mapping[str, Sequence[GroupPlan]]) -> dict[int, int]:
 
 
 def _shapes(plans: Iterable[GroupPlan]) -> Iterator[tuple[str, torch.Size]]:
-    """Of the parameters that become smaller, as they are stored."""
+    """The stored shapes of the parameters that become smaller, by their names"""
     smaller: defaultdict[Operator, list[int]] = defaultdict(lambda: [0, 0])
     for plan in plans:
         leaving = plan.group.size - plan.keep
@@ -227,8 +227,8 @@ def _groups(
     batches: Iterable[dict[str, Any]],
 ) -> dict[DecoderLayer, tuple[list[ChannelGroup], str]]:
     """
-    Of each decoder layer with operators to prune, and reasons for what is in none.
-    Layers of the same parts have the same groups, so that one of them is probed.
+    The groups of each decoder layer with operators to prune, and reasons for operators
+    in none. Layers of the same parts have the same groups, so only one is probed.
     """
     decoder = [layer for layer in layers if layer.in_sequence and layer.operators]
     kinds = {layer: _kind(layer) for layer in decoder}
@@ -266,7 +266,7 @@ def _calls(
     layers: Sequence[DecoderLayer],
     batches: Iterable[dict[str, Any]],
 ) -> dict[DecoderLayer, LayerInputs]:
-    """What layers are called with in the first batches, as far as the last of them."""
+    """The calls of layers in the first batches, which run as far as the last layer"""
     inputs = {layer: LayerInputs(layer.module) for layer in layers}
 
     def stop(*_: Any) -> None:
@@ -313,7 +313,7 @@ def _probed(
 def _problem(
     group: ChannelGroup, targets: set[Operator], call: LayerCall
 ) -> str | None:
-    """Why a group cannot be pruned, if so"""
+    """Why a group cannot be pruned; None if it can"""
     names = ", ".join(sorted(operator.name for operator in group.operators))
     if not group.operators <= targets:
         return f"The channels of {names} are not all among targets."

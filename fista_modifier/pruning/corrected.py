@@ -1,4 +1,4 @@
-"""What the procedures of this package share: what X* follows, and training at last."""
+"""What the procedures of this package share: X*, and the training of a layer."""
 
 from __future__ import annotations
 

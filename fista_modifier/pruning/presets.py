@@ -1,4 +1,4 @@
-"""The choices that have a name."""
+"""Presets: procedures that have a name."""
 
 from __future__ import annotations
 

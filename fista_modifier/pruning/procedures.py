@@ -86,8 +86,8 @@ class PrunedLayer:
 
 class Procedure(Protocol):
     """
-    What is done to each layer. Whoever runs it, stores what it returns or tells of it
-    asks nothing about the kind of pruning.
+    What is done to each layer. The code that runs it, stores its results or reports
+    them does not depend on the kind of pruning.
     """
 
     @property

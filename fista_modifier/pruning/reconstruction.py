@@ -1,4 +1,4 @@
-"""A whole decoder layer, once its operators are pruned: their kept weights together."""
+"""The training of all kept weights of a decoder layer whose operators are pruned."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ from fista_modifier.pruning.procedures import LayerTask
 from fista_modifier.pruning.results import ReconstructionResult
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Reconstruction", "reconstruct", "reconstructed"]
+__all__ = [
+    "MEASURED_EVERY",
+    "Reconstruction",
+    "reconstruct",
+    "reconstructed",
+]
 
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
@@ -88,7 +93,7 @@ def reconstructed(
 
 
 def _collected(task: LayerTask) -> tuple[Recording, LayerInputs]:
-    """What all ranks recorded, on rank 0."""
+    """The recordings of all ranks, on rank 0"""
     whole = task.recording.gathered(task.ranks, 0)
     if task.pruned_inputs is None:
         return whole, whole.inputs
@@ -108,21 +113,21 @@ def reconstruct(
 
         min Σ_t ‖o*_t − o_t‖² / ‖o_t‖²   over the non-zero entries of the layer's W*,
 
-    t running over the tokens. What each operator alone cannot know is which part of its
-    error another can make up for, and which the residual stream drowns. Errors are
-    relative to the token because a plain sum of squares is all but that of the few
-    tokens with massive activations. Zeros stay exactly zero, and biases and norms as
-    they are.
+    t running over the tokens. The solver of one operator cannot know which part of its
+    error another operator can make up for, and which part is small beside the residual
+    stream. Errors are relative to each token's output because the few tokens with
+    massive activations make up almost all of a plain sum of squares. Zeros stay exactly
+    zero, and biases and norms as they are.
 
-    Adam with a short warm-up and a cosine decay, one step a batch, in an order that the
-    number of batches fixes; weights and moments are float32 whatever the model's dtype.
-    Products of the steps are rounded to bfloat16 (on a GPU to TensorFloat-32) where
-    that is faster, which is noise of 0.2 % in a gradient that is one batch's.
-    Because a step is a batch, the result depends on the batch size. If the layer's
-    error does not fall (it is measured on every sixteenth batch), the weights are
-    returned as they came. It takes 16 bytes for each kept weight (itself, Adam's two
-    moments and where it is), a copy of the layer's operators in their own dtype, the
-    largest operator's gradient and the activations of one batch.
+    Adam has a short warm-up and a cosine decay. It takes one step a batch, in an order
+    that the number of batches fixes. Weights and moments are float32 whatever the
+    model's dtype. Products of the steps are rounded to bfloat16 (on a GPU to
+    TensorFloat-32) where that is faster. That is noise of 0.2 % in the gradient of one
+    batch. Because a step is a batch, the result depends on the batch size. If the
+    layer's error does not fall (it is measured on every sixteenth batch), the weights
+    are returned as they came. It takes 16 bytes for each kept weight (itself, Adam's
+    two moments and where it is), a copy of the layer's operators in their own dtype,
+    the largest operator's gradient and the activations of one batch.
 
     :param recording: of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
@@ -194,7 +199,7 @@ def _errors(
     inputs: LayerInputs,
     batches: Iterable[int],
 ) -> tuple[float, dict[str, float]]:
-    """That of the layer, and of each operator that all tokens reach, once."""
+    """The errors of the layer and of each operator that all tokens reach, once each"""
     of_layer: list[Tensor] = []
     squared: defaultdict[str, float] = defaultdict(float)
     power: defaultdict[str, float] = defaultdict(float)
@@ -221,8 +226,8 @@ def _outputs(
     operators: Iterable[Operator], call: LayerCall, real: RealTokens
 ) -> tuple[dict[Operator, Tensor], Tensor]:
     """
-    Real tokens × out features, float32, of each operator that all tokens reach once,
-    and the layer's output
+    The outputs of each operator that all tokens reach once, and of the layer, real
+    tokens × out features, float32
     """
     outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
     partly: set[Operator] = set()
@@ -335,5 +340,5 @@ class _KeptWeights:
         weight.view(-1).scatter_(0, self._kept[operator].long(), master.to(weight))
 
     def _entries(self, weight: Tensor, operator: Operator) -> Tensor:
-        """Those that are kept, float32."""
+        """The kept entries, float32"""
         return weight.reshape(-1).index_select(0, self._kept[operator]).float()

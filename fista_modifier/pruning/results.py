@@ -1,5 +1,5 @@
 """
-What became of each operator, of each layer and of a model, and the report of it.
+Results of each operator, of each layer and of a model, and the report of them.
 
 Nothing here needs the toolkit: a report can be read where that cannot be installed.
 """
@@ -23,6 +23,7 @@ from fista_modifier.structured.patterns import Smaller
 __all__ = [
     "PACKAGES",
     "REPORT_NAME",
+    "SHOWN",
     "Calibration",
     "OperatorResult",
     "PruningReport",
@@ -270,7 +271,7 @@ class PruningReport:
 
 
 def _removed(first: float | None, then: float | None) -> float | None:
-    """The second share is one of what the first left."""
+    """The share that both take. The second is a share of what the first has left."""
     if first is None or then is None:
         return then if first is None else first
     return 1 - (1 - first) * (1 - then)

@@ -137,7 +137,7 @@ class Resumption:
 
     def check_data(self) -> None:
         """
-        To be called when the first layer has run, and again as often as one likes.
+        To be called when the first layer has run. Further calls do no harm.
 
         :raises ValueError: if the calibration data are not those of the layers on disk,
             or those of one rank are those of another

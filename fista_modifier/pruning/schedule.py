@@ -1,4 +1,4 @@
-"""Which layer is pruned when, while the toolkit's pipeline goes by."""
+"""When each layer is pruned and stored, while the toolkit's pipeline runs."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Schedule:
             self._pass_on(layer, {}, {}, recording)
 
     def _prune_in_turn(self, layer: DecoderLayer) -> None:
-        """As soon as each rank has a layer"""
+        """Prune the waiting layers, if each rank has one."""
         reasons = self._ranks.each(lambda: self._passes.reason_to_skip(layer))
         recording = self._passes.take(layer)
         assert recording is not None

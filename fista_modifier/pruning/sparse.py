@@ -91,8 +91,8 @@ class SparseProcedure(CorrectedProcedure):
         ) -> None:
             if tokens and not solution.output_norm:
                 logger.warning(
-                    f"{operator.name} puts out nothing for all {tokens} tokens: any "
-                    "weight has error 0, and what is pruned of it rests on no data"
+                    f"the output of {operator.name} is zero for all {tokens} tokens: "
+                    "any weight has error 0, and what is pruned of it rests on no data"
                 )
             elif tokens and not solution.error and _changed(operator, solution):
                 logger.warning(

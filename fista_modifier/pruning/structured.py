@@ -55,8 +55,8 @@ class StructuredProcedure(CorrectedProcedure):
     """
     Choose the channels of each group in the order in which their consumers run, give
     the consumers weights that make up for those that leave, train what is left, and cut
-    rows and columns out. Until the cut, a channel that leaves is one that nobody reads:
-    its columns are zero, which is the same function.
+    rows and columns out. Until the cut, the consumers' columns of a channel that leaves
+    are zero. The layer then computes the same as after the cut.
 
     :param plan: groups of each layer, and how many channels stay
     :param selector: chooses the channels
@@ -113,7 +113,7 @@ class StructuredProcedure(CorrectedProcedure):
         weights: dict[Operator, Tensor],
         biases: dict[Operator, Tensor],
     ) -> list[_Chosen]:
-        """Of each group, and the consumers' weights, of the old shapes, and biases."""
+        """The choice for each group. Adds the consumers' weights, of the old shapes."""
         plans = {
             one.consumer.operator: one for one in self.plan.groups[task.layer.name]
         }
@@ -181,7 +181,7 @@ def _means(operator: Operator, statistics: GramStatistics) -> FeatureMeans:
 
 
 def _norms(plan: GroupPlan) -> Tensor:
-    """Of all rows of each channel"""
+    """The norm of all producers' rows of each channel"""
     squares = [
         one.weight.float().square().sum(1)[indices.to(one.weight.device)].sum(1)
         for one, indices in plan.group.producers

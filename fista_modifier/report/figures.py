@@ -165,7 +165,7 @@ def search_paths(grid: OperatorGrid) -> str:
 
 
 def _search(upper: Axes, lower: Axes, operator: OperatorResult) -> None:
-    """One operator's λ above, its trials and the best error so far below."""
+    """Draw one operator's λ above, and its trials and the best error so far below."""
     rounds = range(1, len(operator.search) + 1)
     upper.plot(
         rounds,
@@ -253,7 +253,7 @@ def _plot(axes: Axes, values: Sequence[float], **look: Any) -> None:
 
 
 def _number_layers(axes: Axes, grid: OperatorGrid) -> None:
-    """As many layers named on the x axis as there is room for."""
+    """Name as many layers on the x axis as there is room for."""
     labels = grid.layer_labels
     step = math.ceil(len(labels) / (8 if max(map(len, labels)) <= 3 else 2))
     axes.set_xticks(range(0, len(labels), step), labels[::step])
@@ -267,7 +267,10 @@ def _mean(grid: OperatorGrid, kind: str, measure: Measure) -> float:
 def _map(
     grid: OperatorGrid, measure: Measure, highest: float, name: str, title: str
 ) -> str:
-    """Kinds over layers; each cell says its value to the mouse."""
+    """
+    Draw kinds over layers. Each cell shows its value under the mouse, so it is an
+    artist of its own, which those of a mesh or an image are not.
+    """
     tooltips: dict[str, str] = {}
     extremes: list[tuple[float, str]] = []
     with style():
@@ -308,7 +311,7 @@ def _map(
 
 
 def _scale(axes: Axes, highest: float, steps: int = 40) -> None:
-    """What the colours of a map mean."""
+    """Draw what the colours of a map mean."""
     for step in range(steps):
         colour = heat((step + 0.5) / steps)
         # higher than its step, so that the page does not shine through the seams

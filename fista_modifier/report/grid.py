@@ -75,8 +75,9 @@ class OperatorGrid:
 
 def _place(name: str) -> tuple[str, str]:
     """
-    Layer and kind by the first number in a name, as in every model with a list of
-    layers. Later numbers, those of experts, are left out of the kind.
+    The layer and the kind of an operator. The first number in its name is that of the
+    layer, as in every model with a list of layers. Later numbers, those of experts, are
+    left out of the kind.
     """
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)

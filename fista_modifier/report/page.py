@@ -99,7 +99,7 @@ def _percent(share: float, digits: int = 1) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """For people: the two largest units."""
+    """A duration in its two largest units"""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,6 +1,9 @@
 """
-Matplotlib's figures as parts of a page: they take the page's colours, so that the one
+Matplotlib's figures as parts of a page: they take the page's colours, so that one
 drawing suits light and dark, and say what they show to those who cannot see it.
+
+Matplotlib's own settings keep text as text and ids stable. It has none for variables of
+CSS, tooltips, or the names of a figure and what it shows: these are put into its SVG.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
-Zeros in one operator: the solver knows tensors and no models.
+Zeros in one operator: the solver works on tensors and knows no models.
 
-Use the names below; other methods may also use the modules. The folder needs no
+Use the names below. Other methods may also use the modules. The folder needs no
 toolkit. It may import nothing else of the package but the modules at the root.
 """
 

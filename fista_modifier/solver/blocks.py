@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_gram", "add_product", "row_blocks", "times"]
+__all__ = [
+    "BLOCK",
+    "COMPUTED",
+    "ENTRIES",
+    "add_gram",
+    "add_product",
+    "row_blocks",
+    "times",
+]
 
 BLOCK = 8192
 """columns of a matrix that are on the device of a product at once"""
 ENTRIES = 2**25
 """of a weight that an iteration has at work at once: 134 MB in float32"""
+SIDE = 4
+"""blocks in a row of a symmetric sum"""
+COMPUTED = (SIDE + 1) / (2 * SIDE)
+"""share of a symmetric sum that is computed: the blocks on and above the diagonal"""
 
 
 def row_blocks(weight: Tensor) -> list[slice]:
@@ -63,13 +75,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def add_gram(gram: Tensor, tokens: Tensor) -> None:
     """
     Add XᵀX of tokens×n to a symmetric sum: only blocks on and above the diagonal are
-    computed (10/16 of the work with four blocks a side), the others are their copies.
+    computed (:data:`COMPUTED` of the work), the others are their copies.
 
     :param gram: float32 n×n, updated in place, maybe on another device
     :param tokens: Xᵀ, float32 tokens×n
     """
     features = gram.shape[0]
-    width = -(-features // 4)
+    width = -(-features // SIDE)
     for start in range(0, features, width):
         end = min(start + width, features)
         add_product(gram[start:end, start:], tokens[:, start:end], tokens[:, start:])

@@ -34,7 +34,7 @@ class PrunedWeight:
 
     @property
     def relative_error(self) -> float:
-        """error / ‖WX‖_F; 0 where the operator puts nothing out"""
+        """error / ‖WX‖_F; 0 where the operator's output is zero"""
         return self.relative(self.error)
 
     @property
@@ -45,7 +45,7 @@ class PrunedWeight:
     def relative(self, error: float) -> float:
         """
         :param error: such as that of a trial
-        :return: error / ‖WX‖_F; 0 where the operator puts nothing out
+        :return: error / ‖WX‖_F; 0 where the operator's output is zero
         """
         return error / self.output_norm if self.output_norm else 0.0
 

@@ -26,6 +26,7 @@ __all__ = [
     "mask_structure_of",
     "parse_pattern",
     "pattern_of",
+    "project",
     "register",
     "reported_pattern",
 ]
@@ -289,7 +290,7 @@ def _smallest(values: Tensor, rank: int) -> Tensor:
 class Within:
     """
     A pattern on the support of a weight that is sparse already: its zeros stay. It
-    belongs to one weight and goes by the name, and else, of the pattern asked for.
+    belongs to one weight. Its name and all else are those of the pattern asked for.
 
     :param pattern: sparsity asked for
     :param allowed: bool m×n, the entries that may be non-zero

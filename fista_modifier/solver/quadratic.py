@@ -11,7 +11,10 @@ from torch import Tensor
 from fista_modifier.solver.blocks import times
 from fista_modifier.solver.gram import GramStatistics
 
-__all__ = ["Quadratic", "unit_of"]
+__all__ = ["LANCZOS_STEPS", "Quadratic", "unit_of"]
+
+LANCZOS_STEPS = 50
+"""products with G for its largest eigenvalue"""
 
 
 class Quadratic:
@@ -89,7 +92,9 @@ def unit_of(diagonal: Tensor) -> float:
     return 4.0 ** (math.frexp(float(diagonal.amax()))[1] // 2)
 
 
-def largest_eigenvalue(gram: Tensor, damping: Tensor, iterations: int = 50) -> float:
+def largest_eigenvalue(
+    gram: Tensor, damping: Tensor, iterations: int = LANCZOS_STEPS
+) -> float:
     """
     λ_max of G + diag(δ), positive semidefinite, by Lanczos' iteration: the largest Ritz
     value θ of the Krylov space of a random vector. (Power iteration with as many

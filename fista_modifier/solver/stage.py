@@ -15,7 +15,12 @@ from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import fill_support, refit_
 from fista_modifier.solver.trials import Trial
 
-__all__ = ["Candidate", "OperatorProblem", "StageProblem"]
+__all__ = [
+    "RESOLUTION",
+    "Candidate",
+    "OperatorProblem",
+    "StageProblem",
+]
 
 REFIT_TOLERANCE = 1e-3
 """a refit ends where a step lowers the squared error by less than this share"""
@@ -123,7 +128,7 @@ class OperatorProblem:
     def cast(self, weight: Tensor) -> Candidate:
         """
         :param weight: V in scaled columns, m×n
-        :return: what it is worth once it was stored in the dtype of the operator
+        :return: the weight as the dtype of the operator stores it, with its error
         """
         stored = self.stage.unscaled(weight).to(self._like.dtype).to(torch.float32)
         stored = self.stage.scaled(stored)
@@ -152,7 +157,7 @@ class OperatorProblem:
     def filled(self, best: Candidate) -> Candidate:
         """
         :param best: with the pattern
-        :return: the same, with the non-zeros put to use that the pattern leaves to it
+        :return: the same, with as many non-zeros as the pattern allows
         """
         # damping would have the last entries move towards W, at the cost of the error
         undamped = LayerObjective(

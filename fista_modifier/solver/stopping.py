@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["ended"]
+__all__ = [
+    "INTERVAL",
+    "ended",
+]
 
 INTERVAL = 5
 """steps between two looks on an accelerator"""
@@ -12,9 +15,9 @@ INTERVAL = 5
 
 def ended(done: Tensor, step: int) -> bool:
     """
-    To read a flag, the host waits for all that it has given to the device. On a CPU
-    that is nothing; on an accelerator every fifth step looks, and the steps between
-    the end and the next look must leave the result as it is.
+    Reading a flag makes the host wait for all work that it has given to the device. On
+    a CPU that costs nothing. On an accelerator only every fifth step reads it, and the
+    steps between the end and the next reading must leave the result as it is.
 
     :param done: whether the iteration has converged, a boolean scalar
     :param step: number of the step just done, from 1

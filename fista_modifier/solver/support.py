@@ -54,7 +54,7 @@ def _refit_(
     iterations: int,
     tolerance: float,
 ) -> None:
-    """For some rows"""
+    """The same for some rows"""
     quadratic = objective.quadratic
     diagonal = quadratic.diagonal
     # as numbers: a product with booleans takes 16 times as long on a CPU

@@ -29,10 +29,10 @@ def lambda_unit(objective: LayerObjective) -> float:
 @dataclass
 class LambdaBisection:
     """
-    Bisection of the interval [λ₀, M], starting at its lower end. λ is a scale, over
-    which the sparsity s(λ) spreads through many decades, so the midpoint is geometric.
-    Where the paper halves [0, M] arithmetically, λ = 1e-5 would be followed by M/2,
-    M/4, M/8, at each of which everything is zero.
+    Bisection of the interval [λ₀, M], starting at its lower end. Useful values of λ
+    differ by powers of ten, so the midpoint is geometric. The paper halves [0, M]
+    arithmetically: λ = 1e-5 would be followed by M/2, M/4 and M/8, and at each of these
+    everything is zero.
 
     :param low: λ₀ > 0: below or at the λ sought
     :param high: M: at or above the λ sought

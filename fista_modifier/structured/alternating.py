@@ -3,8 +3,9 @@ Recovery of a pruned MLP as a whole: SPAP's alternating minimisation.
 
 SPAP's abstract (Hu & Yuan 2025) has an alternating minimisation over the parts that the
 MLP splits into. The steps here are ours. With the kept channels only, and a = act(gate
-of x), the MLP puts out D ((U x) ∘ a). It is linear in D given U, and linear in U given
-D and a. So each of the two steps is least squares towards the dense MLP's output y:
+of x), the output of the MLP is D ((U x) ∘ a). It is linear in D given U, and linear in
+U given D and a. So each of the two steps is least squares towards the dense MLP's
+output y:
 
     min over D   Σ ‖D ((U x) ∘ a) − y‖² + δ ‖D − D₀‖²      by a Gram matrix,
     min over U   Σ ‖D ((U x) ∘ a) − y‖² + δ ‖U − U₀‖²      by conjugate gradients.
@@ -205,7 +206,7 @@ def up_given_down(
 
 
 def _adjoint(batch: MLPBatch, outputs: Tensor, down: Tensor) -> Tensor:
-    """What the transpose of U ↦ D ((U x) ∘ a) makes of outputs, c×d."""
+    """The transpose of U ↦ D ((U x) ∘ a), applied to outputs, c×d"""
     return batch.gated(outputs @ down).T @ batch.inputs.float()
 
 

@@ -14,7 +14,7 @@ takes their place:
 
 where V_i and X*_i are the columns and rows of channel i. At a binary z this is the
 damped error of :class:`~fista_modifier.structured.restoration.LeastSquares`. The
-penalty z (1 − z) is weighed by the power that a channel puts out, for this reason: if
+penalty z (1 − z) is weighed by the power of a channel's output, for this reason: if
 each channel stays with probability z_i, independently of the others, the sum at ρ = 1
 is the expected damped error of one V for all choices. A penalty without V would let V
 undo any z > 0, and z would mean nothing: V has to be good without a channel already

@@ -1,4 +1,4 @@
-"""The problem: which channels of a group stay, and what the consumers then put out."""
+"""The problem: which channels of a group stay, and the consumers' outputs then."""
 
 from __future__ import annotations
 

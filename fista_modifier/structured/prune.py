@@ -32,7 +32,7 @@ class PrunedChannels:
 
     @property
     def relative_error(self) -> float:
-        """error / ‖WX‖_F; 0 where the consumers put nothing out"""
+        """error / ‖WX‖_F; 0 where the consumers' output is zero"""
         return self.error / self.output_norm if self.output_norm else 0.0
 
 

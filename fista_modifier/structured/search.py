@@ -12,7 +12,11 @@ from fista_modifier.structured.problem import ChannelProblem
 from fista_modifier.structured.restoration import DAMPENING
 from fista_modifier.structured.selection import Selector
 
-__all__ = ["GreedyElimination", "LocalSearch"]
+__all__ = [
+    "GreedyElimination",
+    "LocalSearch",
+    "table_of",
+]
 
 GAIN = 1e-3
 """a swap must gain more than this share of what its first half costs: rounding"""

@@ -351,9 +351,9 @@ class Toy(torch.nn.Module):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("returned", "The layer returns what gate puts out."),
+        ("returned", "The layer returns the output of gate."),
         ("returned in secret", "something else in the layer reads them"),
-        ("kept", "The layer returns what gate puts out."),
+        ("kept", "The layer returns the output of gate."),
         ("scaled", "scale would have to be cut with them"),
         ("mixed", "reach inputs of other channels"),
     ],

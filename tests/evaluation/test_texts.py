@@ -81,5 +81,5 @@ def test_without_a_network_the_way_out_is_named() -> None:
         text=True,
     )
     last = finished.stderr.strip().splitlines()[-1]
-    assert last.startswith("ConnectionError: the text ptb (ptb-text-only/")
-    assert "--text FILE.txt" in last
+    assert last.startswith("ConnectionError: the data set ptb-text-only/")
+    assert "such as FILE.txt" in last

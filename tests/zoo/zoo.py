@@ -222,9 +222,10 @@ def _kinds(batch: dict[str, Any]) -> list[str]:
 
 HEAD = """# Families
 
-What becomes of tiny models of {count} families in the tests (`tests/zoo`). Each is
-pruned to 2:4, has exactly that pattern, was given all of its data, has the errors that
-plain runs of the model show, and is saved, read back with the same outputs, and
+This page says what happens to tiny models of {count} families in the tests
+(`tests/zoo`). Each model is pruned to 2:4. The tests check that it has exactly that
+pattern, that every operator was given all of its data, and that the errors are those of
+plain runs of the model. Then the model is saved, read back with the same outputs, and
 verified.
 
 "Share" is what the pruned operators hold of all matrices in the model's layers. A

@@ -1,0 +1,187 @@
+"""
+What is solved for the operators of a stage: operations, and entries on the device.
+
+For m×n operators, a product is that of a weight and an n×n matrix, 2 m n² operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fista_modifier.cost.shape import StageShape
+from fista_modifier.pruning.channels import GroupPlan
+from fista_modifier.pruning.corrected import CorrectedProcedure
+from fista_modifier.pruning.sparse import SparseProcedure
+from fista_modifier.pruning.structured import StructuredProcedure
+from fista_modifier.solver import SolverOptions
+from fista_modifier.solver.blocks import BLOCK, ENTRIES
+from fista_modifier.solver.quadratic import LANCZOS_STEPS
+from fista_modifier.structured import (
+    GreedyElimination,
+    LeastSquares,
+    LocalSearch,
+    PenaltyMethod,
+    Selector,
+)
+
+__all__ = ["Work", "entries_of", "work_of"]
+
+ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS = 5, 3, 2
+"""products with an n×n matrix; a refit may take 20 steps, and mostly takes two"""
+ERRORS_OF_CHANNELS = 3
+"""products: of the norm, of the error without restoration and of the error with it"""
+REFITS_OF_A_ROUND = 2
+"""of the penalty method: for the weights, and to judge a step"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    Operations for the operators of a stage.
+
+    :param search: for the support, or for the channels that stay
+    :param refits: for the weights on them, and for the errors
+    """
+
+    search: float
+    refits: float
+
+
+def work_of(stage: StageShape, procedure: CorrectedProcedure) -> Work:
+    """
+    An estimate: iterations end when they have converged. Where their number is not
+    known before the run, the greatest is taken.
+
+    :param stage: what is pruned of it
+    :param procedure: what is done to a layer
+    :return: the operations of its solver
+    :raises TypeError: if the solver is not one of this package
+    """
+    if isinstance(procedure, StructuredProcedure):
+        return _work_on_channels(stage, procedure)
+    options = _options(procedure)
+    return Work(_search(stage, options), _refits(stage, options))
+
+
+def entries_of(
+    stage: StageShape, procedure: CorrectedProcedure, sums: float, offload: bool
+) -> float:
+    """
+    :param stage: what is pruned of it
+    :param procedure: what is done to a layer
+    :param sums: entries of its sums
+    :param offload: whether n×n matrices wait in main memory
+    :return: entries of all that the widest operator of the stage is solved with,
+        beside these sums
+    """
+    if isinstance(procedure, StructuredProcedure):
+        return _entries_of_channels(stage, procedure)
+    return _entries(stage, sums, offload)
+
+
+def _options(procedure: CorrectedProcedure) -> SolverOptions:
+    if isinstance(procedure, SparseProcedure):
+        return procedure.options
+    raise TypeError(f"the cost of {type(procedure).__name__} is not known")
+
+
+def _product(stage: StageShape) -> float:
+    """All operators of a stage times an n×n matrix"""
+    return 2 * stage.weights * stage.columns
+
+
+def _search(stage: StageShape, options: SolverOptions) -> float:
+    products = options.max_iterations * options.patience
+    if options.start == "admm":
+        products += options.admm_steps
+    return products * _product(stage)
+
+
+def _refits(stage: StageShape, options: SolverOptions) -> float:
+    products = ERRORS + ERRORS_OF_A_TRIAL * options.patience
+    if options.refit:
+        products += REFIT_STEPS * (1 + min(options.patience, 1))
+    inverse = stage.columns**3 if options.start == "admm" else 0
+    lanczos = LANCZOS_STEPS * 2 * stage.columns**2 if options.patience else 0
+    return products * _product(stage) + inverse + lanczos
+
+
+def _work_on_channels(stage: StageShape, procedure: StructuredProcedure) -> Work:
+    plans = _plans(procedure)
+    restores = isinstance(procedure.restorer, LeastSquares)
+    search = refits = 0.0
+    for name, rows in zip(stage.names, stage.rows, strict=True):
+        plan = plans[name]
+        search += _choice(procedure.selector, plan, rows, stage.columns)
+        refits += ERRORS_OF_CHANNELS * 2 * rows * stage.columns**2
+        if restores:  # the target, and a factorisation on the columns that stay
+            kept = plan.keep * plan.consumer.indices.shape[1]
+            refits += 2 * rows * stage.columns**2 + _solve(rows, kept)
+    return Work(search, refits)
+
+
+def _choice(selector: Selector, plan: GroupPlan, rows: int, columns: int) -> float:
+    """Of the channels of one consumer; scores are elementwise"""
+    size = plan.consumer.indices.shape[1]
+    # a pivot changes the table of n×n and m×n by a product of rank r
+    pivot = 2 * size * columns * (columns + rows)
+    table = columns**3 + 2 * columns**2 * (columns + rows)
+    match selector:
+        case PenaltyMethod():
+            refit = _solve(rows, columns) + 2 * rows * columns**2
+            return REFITS_OF_A_ROUND * selector.max_rounds * refit
+        case GreedyElimination():
+            return table + (plan.group.size - plan.keep) * pivot
+        case LocalSearch():
+            removed = (plan.group.size - plan.keep) * size
+            trial = 2 * rows * size * removed
+            swap = selector.candidates * trial + 2 * pivot
+            start = _choice(selector.start, plan, rows, columns)
+            return start + table + selector.max_swaps * swap
+    return 0.0
+
+
+def _solve(rows: int, columns: int) -> float:
+    """A Cholesky factor of n×n, and two triangular solutions for each row"""
+    return columns**3 / 3 + 2 * rows * columns**2
+
+
+def _plans(procedure: StructuredProcedure) -> dict[str, GroupPlan]:
+    """By the names of the consumers inside their layer"""
+    return {
+        plan.consumer.operator.name.removeprefix(f"{layer}."): plan
+        for layer, plans in procedure.plan.groups.items()
+        for plan in plans
+    }
+
+
+def _entries(stage: StageShape, sums: float, offload: bool) -> float:
+    weight = max(stage.rows) * stage.columns
+    block = min(weight, ENTRIES)
+    # W, its target, the best weight and a candidate, the supports of both; what an
+    # iteration has at work, or what an error or a cast takes
+    searching = 4.5 * weight + max(5 * block, 2 * weight)
+    if offload:  # a block of G
+        return searching + stage.columns * min(stage.columns, BLOCK)
+    square = stage.columns**2
+    # W, its target, what ADMM iterates, and either a step or finding a support
+    starting = square + 4 * weight + max(2 * block, 0.75 * weight)
+    if len(stage.rows) > 1:  # the inverse waits for the next operator
+        searching += square
+    scaling = sums + stage.narrow * weight
+    return max(scaling, 2 * square, starting, searching)
+
+
+def _entries_of_channels(stage: StageShape, procedure: StructuredProcedure) -> float:
+    """Whole matrices come to the device, also of sums that wait in main memory"""
+    weight = max(stage.rows) * stage.columns
+    square = stage.columns**2
+    match procedure.selector:
+        case PenaltyMethod():  # G in the order of channels, scaled, and its factor
+            matrices = 3 * square
+        case GreedyElimination() | LocalSearch():  # the table, its change, an inverse
+            matrices = 3 * square + 2 * weight
+        case _:  # of the columns that stay, G and its factor
+            matrices = 2 * square
+    # W, its target, a candidate, the difference from W, and its product with G
+    return matrices + 5 * weight
