@@ -49,6 +49,7 @@ class Training:
     :param gradient_checkpointing: whether layers run again in the backward pass, so
         that their activations need not be kept
     :param seed: of the order of the sequences
+    :raises ValueError: if nothing would be trained
     """
 
     epochs: float = 1.0
@@ -56,6 +57,13 @@ class Training:
     batch_size: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.learning_rate <= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"{self.epochs:g} epochs, learning rate {self.learning_rate:g} and "
+                f"batches of {self.batch_size} train nothing: each has to be positive"
+            )
 
     def arguments(self, folder: Path, kept: bool, bf16: bool) -> TrainingArguments:
         """

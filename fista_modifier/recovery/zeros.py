@@ -27,7 +27,6 @@ SHARDED = {
     DistributedType.FSDP,
     DistributedType.DEEPSPEED,
     DistributedType.MEGATRON_LM,
-    DistributedType.XLA,
 }
 """ways to spread a model in which no process has its whole weights"""
 
@@ -65,7 +64,9 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
             weight, own = _weight_of(model, name, mask)
             self._masks[name] = mask.to(weight.device)
             if weight.requires_grad:
-                self._hooks.append(weight.register_hook(_Masked(own.to(weight.device))))
+                masked = _Masked(own.to(weight.device))
+                hook = weight.register_hook(masked)  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
         apply_masks_(model, self._masks)
 
     def on_optimizer_step(
@@ -106,7 +107,7 @@ def check_unsharded(model: Module) -> None:
     spread = AcceleratorState().distributed_type
     if spread not in SHARDED and not any(map(_is_shard, model.parameters())):
         return
-    how = spread.value if spread in SHARDED else "tensor parallelism"
+    how = spread.value if spread in SHARDED else "sharding"
     raise ValueError(
         f"the zeros of a model cannot be kept under {how}, where no process has whole "
         "weights: train it in one process, or in several with the whole model each "
