@@ -331,3 +331,19 @@ def test_what_cannot_be_recovered_is_a_message_and_leaves_nothing(
         (folder / "pruning_report.json").write_text(json.dumps(content))
         refused(fix)
     report.save(folder)
+
+
+def test_mixed_precision_ends_with_the_training(
+    pruned: Callable[..., Path], model: Path
+) -> None:
+    """As where there is an accelerator: bfloat16 would be seen in the divergence."""
+
+    class Mixed(Training):
+        def arguments(self, folder: Path, kept: bool, bf16: bool) -> Any:
+            return super().arguments(folder, kept, True)
+
+    folder = pruned(*TWO_OF_FOUR)
+    after, report = run(folder, model, Mixed(learning_rate=1e-3))
+    held = torch.tensor(held_out(tokens())[1]["input_ids"])
+    expected = divergence(load_model(str(model)), after, held)
+    assert report.recovery[0].divergence == pytest.approx(expected, rel=1e-5)
