@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from loguru import logger
+from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
 from fista_modifier.evaluation.agreement import block_agreement
@@ -26,7 +27,7 @@ from fista_modifier.recovery.distillation import DistillationTrainer
 from fista_modifier.recovery.resume import begin, last_state
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 
-__all__ = ["Training", "held_out", "recover"]
+__all__ = ["Training", "held_out", "recover", "train_operators"]
 
 HELD_OUT = 16
 """one of so many sequences is not trained on"""
@@ -109,10 +110,8 @@ def recover(
     teacher_name: str = "",
 ) -> PruningReport:
     """
-    Train the weights that pruning kept, those of the report's operators and no others,
-    towards the teacher's predictions (ours; the loss is that of Hinton et al., 2015).
-    Zeros stay zeros exactly. Weights are trained in float32, and have the dtypes again
-    that they had. One of sixteen sequences is held out, to see whether it helped.
+    Train the weights that pruning kept: those of the report's operators, and no others.
+    See :func:`train_operators`.
 
     :param model: pruned, as it was loaded; changed in place
     :param teacher: the dense model, with the same vocabulary
@@ -120,20 +119,67 @@ def recover(
     :param report: what was pruned
     :param data: where the tokens are from
     :param training: how to train
+    :param resume: folder that keeps the state of the training
+    :param teacher_name: the teacher's folder or hub id
+    :return: the report, with the recovery and the zeros that are there now
+    :raises ValueError: as for :func:`train_operators`, or if the model has not the
+        report's operators
+    :raises RuntimeError: if the training has diverged
+    """
+    operators = _operators(model, report)
+    sparse = {operator.name for operator in report.sparse}
+    masks = {one.name: one.weight != 0 for one in operators if one.name in sparse}
+    recovery = train_operators(
+        model,
+        teacher,
+        tokens,
+        operators,
+        masks,
+        data,
+        training,
+        resume=resume,
+        teacher_name=teacher_name,
+    )
+    return replace(_recounted(report, operators), recovery=[*report.recovery, recovery])
+
+
+def train_operators(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Dataset,
+    operators: Sequence[Operator],
+    masks: Mapping[str, Tensor],
+    data: Calibration,
+    training: Training,
+    *,
+    resume: Path | None = None,
+    teacher_name: str = "",
+) -> RecoveryResult:
+    """
+    Train some operators of a model towards the teacher's predictions (ours; the loss is
+    that of Hinton et al., 2015). Weights are trained in float32, and have the dtypes
+    again that they had. One of sixteen sequences is held out, to see whether it helped.
+
+    :param model: changed in place
+    :param teacher: the dense model, with the same vocabulary
+    :param tokens: ``input_ids`` and ``attention_mask`` of equal lengths
+    :param operators: of the model, to be trained
+    :param masks: bool out×in of those whose zeros stay zeros, by their names
+    :param data: where the tokens are from
+    :param training: how to train
     :param resume: folder that keeps the state of the training; the same call goes on
         from it. See :func:`fista_modifier.recovery.resume.forget`
     :param teacher_name: the teacher's folder or hub id
-    :return: the report, with the recovery and the zeros that are there now
+    :return: what it came to
     :raises ValueError: if there are fewer than two sequences, the model cannot be run
-        on them, it has not the report's operators, the folder is another run's, or a
-        process has a part of the weights only
+        on them, the folder is another run's, or a process has a part of the weights
+        only
     :raises RuntimeError: if the training has diverged
     """
     started = time.perf_counter()
     train, held = held_out(tokens)
     check_calibration(model, tokens)
     check_calibration(teacher, tokens)
-    operators = _operators(model, report)
     dtypes = {name: value.dtype for name, value in model.named_parameters()}
     blocks = torch.tensor(held["input_ids"])
     with _states(resume) as folder:
@@ -145,10 +191,10 @@ def recover(
             one.to(arguments.device)
         before = block_agreement(model, teacher, blocks, progress=False)
         with _in_float32(model, dtypes), _only(model, operators):
-            steps = _train(model, teacher, train, arguments, report, operators)
+            steps = _train(model, teacher, train, arguments, masks)
     after = block_agreement(model, teacher, blocks, progress=False)
     _judge(before.divergence, after.divergence)
-    recovery = RecoveryResult(
+    return RecoveryResult(
         teacher=teacher_name or teacher.name_or_path,
         calibration=data,
         tokens=sum(map(len, train["input_ids"])),
@@ -161,7 +207,6 @@ def recover(
         divergence=after.divergence,
         seconds=time.perf_counter() - started,
     )
-    return replace(_recounted(report, operators), recovery=[*report.recovery, recovery])
 
 
 def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
@@ -200,16 +245,9 @@ def _train(
     teacher: PreTrainedModel,
     tokens: Dataset,
     arguments: TrainingArguments,
-    report: PruningReport,
-    operators: Sequence[Operator],
+    masks: Mapping[str, Tensor],
 ) -> int:
     """:return: the steps taken"""
-    sparse = {operator.name for operator in report.sparse}
-    masks = {
-        operator.name: operator.weight != 0
-        for operator in operators
-        if operator.name in sparse
-    }
     use_cache = getattr(model.config, "use_cache", None)
     trainer = DistillationTrainer(
         model,
