@@ -183,10 +183,13 @@ def train_operators(
     dtypes = {name: value.dtype for name, value in model.named_parameters()}
     blocks = torch.tensor(held["input_ids"])
     with _states(resume) as folder:
-        if resume is not None:
-            begin(folder, _run(model, tokens, training, data, teacher_name))
         bf16 = torch.bfloat16 in dtypes.values() and torch.accelerator.is_available()
         arguments = training.arguments(folder, resume is not None, bf16)
+        if resume is not None:
+            run = _run(model, tokens, training, data, teacher_name)
+            # a step has the sequences of all of them
+            run["processes"] = {"number": arguments.world_size}
+            begin(folder, run)
         for one in (model, teacher):
             one.to(arguments.device)
         before = block_agreement(model, teacher, blocks, progress=False)
