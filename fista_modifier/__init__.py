@@ -9,6 +9,7 @@ from importlib.util import find_spec
 __all__ = [
     "FASPPruningModifier",
     "FISTAPruningModifier",
+    "KeepZeros",
     "MaskedGPTQModifier",
     "SPAPPruningModifier",
     "__version__",
@@ -34,6 +35,7 @@ if find_spec("llmcompressor") is not None:
         FASPPruningModifier,
         SPAPPruningModifier,
     )
+    from fista_modifier.recovery.zeros import KeepZeros
 
     _modifiers = [
         FISTAPruningModifier,

@@ -98,7 +98,7 @@ def adapted(words: list[str]) -> list[str]:
     if words[0] == "eval":
         words = without(words, "--tasks", "--text")
         words += ["--text", "my-text.txt"]
-    if words[0] in ("prune", "compare"):
+    if words[0] in ("prune", "recover", "compare"):
         words = without(words, "--dataset", "--samples")
         words += SMALL
     if words[0] == "prune":

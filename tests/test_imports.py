@@ -22,6 +22,7 @@ ORDER = [
     ["modifiers", "serving"],
     ["pipeline"],
     ["evaluation"],
+    ["recovery"],
     ["cli"],
 ]
 HEIGHT = {part: height for height, parts in enumerate(ORDER) for part in parts}

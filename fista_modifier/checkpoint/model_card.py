@@ -17,6 +17,7 @@ from fista_modifier.pruning.results import (
     SHOWN,
     OperatorResult,
     PruningReport,
+    RecoveryResult,
 )
 from fista_modifier.solver.patterns import reported_pattern
 
@@ -92,13 +93,14 @@ def model_card(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
-        base=_hub_id(report.model) or Path(report.model).name,
+        base=_shown(report.model),
         dataset=dataset if on_hub else Path(dataset).name,
         names=[_short(method) for method in report.smaller_by],
         patterns=_patterns(sparse),
         sparse=sparse,
         weights=weights,
         errors=[operator.stored_error for operator in _as_stored(report)],
+        recovery=[_told(one) for one in report.recovery],
         perplexities=perplexities,
         report=report,
         report_name=REPORT_NAME,
@@ -113,6 +115,23 @@ def _hub_id(source: str) -> str | None:
     if path.exists() or is_local(source):
         return None
     return source if HUB_ID.fullmatch(source) else None
+
+
+def _shown(source: str) -> str:
+    """Of a local file or folder the name, not where it lies."""
+    return _hub_id(source) or Path(source).name
+
+
+def _told(recovery: RecoveryResult) -> RecoveryResult:
+    """As a card may tell it to others."""
+    data = recovery.calibration
+    local = is_local(data.dataset) or Path(data.dataset).exists()
+    dataset = Path(data.dataset).name if local else data.dataset
+    return replace(
+        recovery,
+        teacher=_shown(recovery.teacher),
+        calibration=replace(data, dataset=dataset),
+    )
 
 
 def _patterns(report: PruningReport) -> list[str]:

@@ -15,6 +15,7 @@ from fista_modifier.cli import (
     evaluate,
     plan,
     prune,
+    recover,
     report,
     unpack,
     verify,
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 # in the order of `fista-prune --help`
 app.command("prune")(prune.prune)
+app.command("recover")(recover.recover)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)
 app.command("unpack")(unpack.unpack)

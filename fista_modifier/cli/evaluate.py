@@ -61,6 +61,13 @@ def evaluate(
     max_tokens: TokenLimit = None,
     batch_size: BatchSize = 1,
     dtype: LoadDtype = "auto",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="the dense model, a folder or a hub id: shows for each text how often "
+            "MODELS predict the same next token, and the mean KL from it"
+        ),
+    ] = None,
     json_file: ResultsFile = None,
     markdown: TableFile = None,
     card: Annotated[
@@ -91,6 +98,7 @@ def evaluate(
             seq_len=seq_len,
             max_tokens=max_tokens,
             batch_size=batch_size,
+            reference=reference,
         )
         results = evaluation.run(models, json_file)
         show(evaluation_table(results), markdown)

@@ -1,9 +1,12 @@
 """
-How good a model still is: perplexity, zero-shot tasks, and methods compared.
+How good a model still is: perplexity, agreement with the dense model, zero-shot tasks,
+and methods compared.
 
-``cli`` and the benchmarks import this folder. It may import everything but ``cli``.
+``recovery``, ``cli`` and the benchmarks import this folder. It may import everything
+but these.
 """
 
+from fista_modifier.evaluation.agreement import Agreement, agreement
 from fista_modifier.evaluation.perplexity import Perplexity, perplexity
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Agreement", "Perplexity", "agreement", "perplexity"]

@@ -20,10 +20,11 @@ import torch
 from compressed_tensors.offload import dispatch_model
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
+from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE, agreement
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import (
     IGNORE,
@@ -63,6 +64,10 @@ __all__ = [
 
 DENSE, REFERENCE = "dense", "sparsegpt"
 STARTS = "error, warm start → solver"
+AGREEMENT = (
+    " Same: share of the next tokens for which the pruned and the dense model hold the "
+    "same for the most likely. KL: mean KL(dense ‖ pruned), in nats per token."
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,7 +110,8 @@ class Measurement:
         """
         :param prune: the method; None leaves the model dense
         :param calibration: its tokens
-        :return: perplexities, and what the pruning took
+        :return: perplexities, and of a pruned model what it has in common with the
+            dense one, and what the pruning took
         """
         tokenizer = load_tokenizer(self.model)
         model = load_model(self.model, self.dtype)
@@ -139,6 +145,25 @@ class Measurement:
             row["perplexity"][text.name] = measured.value
             row["perplexity_stderr"][text.name] = measured.stderr
         row["eval_seconds"] = time.perf_counter() - started
+        return row if prune is None else row | self._agreement(model, tokenizer)
+
+    def _agreement(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Row:
+        """With the dense model, by the texts' names."""
+        dense = load_model(self.model, self.dtype, to_accelerator=True)
+        row: Row = {SHARE: {}, DIVERGENCE: {}}
+        for text in self.texts:
+            found = agreement(
+                model,
+                dense,
+                tokenizer,
+                text.content,
+                seq_len=self.seq_len,
+                max_tokens=text.token_limit(self.seq_len, self.max_tokens),
+            )
+            row[SHARE][text.name] = found.share
+            row[DIVERGENCE][text.name] = found.divergence
         return row
 
 
@@ -301,6 +326,9 @@ def comparison_table(results: Results) -> str:
     texts = list(dense["perplexity"])
     header = ["pattern", "method", "seeds", *texts]
     header += [f"excess, {text}" for text in texts]
+    compared = any(DIVERGENCE in row for row in results.rows)
+    if compared:
+        header += [f"{what}, {text}" for text in texts for what in ("same", "KL")]
     header += ["excess", "its range", STARTS, "time", "peak memory", "zeros"]
     figures = {text: f"{dense['perplexity'][text]:.2f}" for text in texts}
     lines = [{"method": DENSE} | figures]
@@ -324,7 +352,8 @@ def comparison_table(results: Results) -> str:
         unwanted.add(STARTS)
     header = [name for name in header if name not in unwanted]
     cells = [[line.get(name, "") for name in header] for line in lines]
-    return markdown_table(header, cells) + "\n\n" + _caption(results.setup) + "\n"
+    caption = _caption(results.setup) + (AGREEMENT if compared else "")
+    return markdown_table(header, cells) + "\n\n" + caption + "\n"
 
 
 def excess(row: Row, dense: Row, text: str) -> float:
@@ -351,6 +380,12 @@ def _figures(
     for text in texts:
         log = fmean(math.log(row["perplexity"][text]) for row in rows)
         cells[text] = f"{math.exp(log):.2f}"
+    if all(DIVERGENCE in row for row in rows):
+        for text in texts:
+            share = fmean(row[SHARE][text] for row in rows)
+            cells[f"same, {text}"] = f"{100 * share:.2f} %"
+            divergence = fmean(row[DIVERGENCE][text] for row in rows)
+            cells[f"KL, {text}"] = f"{divergence:.4f}"
     pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
     # pruning may improve a poor model: a share of SparseGPT's excess then means nothing
     if pairs and all(

@@ -7,12 +7,14 @@ from importlib.metadata import PackageNotFoundError
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from fista_modifier.evaluation.agreement import Agreement, block_agreement
 from fista_modifier.evaluation.perplexity import block_losses
 from fista_modifier.host import package_versions
 from fista_modifier.models.loading import load_model, load_tokenizer
 
-__all__ = ["Backend", "Engine", "check_installed", "start"]
+__all__ = ["Backend", "Engine", "TransformersEngine", "check_installed", "start"]
 
 Backend = Literal["transformers", "vllm"]
 
@@ -74,6 +76,14 @@ class TransformersEngine:
 
     def losses(self, blocks: Tensor) -> list[float]:
         return block_losses(self._model, blocks, batch_size=self._batch_size)
+
+    def agreement(self, dense: PreTrainedModel, blocks: Tensor) -> Agreement:
+        """
+        :param dense: with the same vocabulary
+        :param blocks: token ids, blocks×seq_len
+        :return: what the models have in common
+        """
+        return block_agreement(self._model, dense, blocks, batch_size=self._batch_size)
 
     @cached_property
     def harness_model(self) -> Any:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from fista_modifier.data import max_sequence_length
-from fista_modifier.evaluation.engines import Backend, Engine, check_installed, start
+from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE
+from fista_modifier.evaluation.engines import (
+    Backend,
+    Engine,
+    TransformersEngine,
+    check_installed,
+    start,
+)
 from fista_modifier.evaluation.formatting import markdown_table, with_error
 from fista_modifier.evaluation.perplexity import Perplexity, token_blocks
 from fista_modifier.evaluation.results import (
@@ -26,7 +35,8 @@ from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.host import package_versions
 from fista_modifier.models.classes import check_predicts_text
-from fista_modifier.models.loading import load_config, load_tokenizer
+from fista_modifier.models.loading import load_config, load_model, load_tokenizer
+from fista_modifier.models.vocabulary import check_same_vocabulary
 
 __all__ = ["Evaluation", "evaluation_table", "perplexities"]
 
@@ -46,6 +56,8 @@ class Evaluation:
         2048
     :param max_tokens: use only so many tokens of each text; None uses all
     :param batch_size: sequences in a forward pass
+    :param reference: the dense model that the others' predictions are compared with;
+        None compares them with nothing
     """
 
     texts: Sequence[Text]
@@ -55,6 +67,7 @@ class Evaluation:
     seq_len: int | None = None
     max_tokens: int | None = None
     batch_size: int = 1
+    reference: str | None = None
 
     def run(self, models: Sequence[str], file: Path | None = None) -> Results:
         """
@@ -65,10 +78,13 @@ class Evaluation:
         :param file: the results are kept there as they come; None keeps none
         :return: a row for each model and text, and for each model and task
         :raises ValueError: if a model is no language model, a text is too short for a
-            block of it, a task has no metric, or the file has results of other settings
+            block of it, a task has no metric, the file has results of other settings,
+            or the reference has other tokens than a model
         :raises FileNotFoundError: if a model does not exist
         :raises RuntimeError: if the backend is not installed
         """
+        for model in models:
+            self._check_reference(model)
         check_installed(self.backend)
         blocks = {model: self._blocks(model) for model in models}
         results = Results.resume(file, self._setup())
@@ -79,10 +95,39 @@ class Evaluation:
                 bar.update()
         return results
 
+    def _check_reference(self, model: str) -> None:
+        if self.reference is None:
+            return
+        if self.backend != "transformers":
+            raise ValueError(
+                "--reference compares whole distributions, which only --backend "
+                "transformers gives"
+            )
+        if not self.texts:
+            raise ValueError("--reference needs a text: --text wikitext2")
+        check_same_vocabulary(
+            load_config(model),
+            load_tokenizer(model),
+            load_config(self.reference),
+            load_tokenizer(self.reference),
+            self.reference,
+        )
+
+    @cached_property
+    def _dense(self) -> PreTrainedModel | None:
+        """The reference, once for all models."""
+        if self.reference is None:
+            return None
+        return load_model(self.reference, self.dtype, to_accelerator=True)
+
     def _setup(self) -> dict[str, Any]:
         """The settings that all rows of one table share"""
         packages = ["vllm"] if self.backend == "vllm" else []
-        return {
+        reference = {}
+        if self.reference is not None:
+            state = state_of_checkpoint(self.reference)
+            reference = {"reference": self.reference, "reference_checkpoint": state}
+        return reference | {
             "backend": self.backend,
             "dtype": self.dtype,
             "seq_len": self.seq_len,
@@ -135,7 +180,8 @@ class Evaluation:
             seq_len = blocks[name].shape[1]
             source = {"text": name, "tokens_digest": samples[name], "seq_len": seq_len}
             measured = Perplexity.of_blocks(losses, seq_len)
-            results.add(origin | source | asdict(measured))
+            compared = self._compared(model, engine, blocks[name])
+            results.add(origin | source | asdict(measured) | compared)
         for name in tasks:
             assert self.suite is not None
             scores = self.suite.score(engine.harness_model, name)
@@ -144,6 +190,14 @@ class Evaluation:
                 | {"task": name, "versions": package_versions("lm-eval")}
                 | scores
             )
+
+    def _compared(self, model: str, engine: Engine, blocks: Tensor) -> Row:
+        """What is to be kept of a comparison with the reference, if there is one."""
+        if self._dense is None or model == self.reference:
+            return {}
+        assert isinstance(engine, TransformersEngine)
+        agreement = engine.agreement(self._dense, blocks)
+        return {SHARE: agreement.share, DIVERGENCE: agreement.divergence}
 
 
 def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
@@ -170,13 +224,22 @@ def evaluation_table(results: Results) -> str:
     """
     :param results: of an evaluation
     :return: Markdown: a row for each model, a column for each text and task, a value
-        with its standard error; the last column is the mean of the tasks, where all
-        have the same limit
+        with its standard error; behind a text what the models have in common with the
+        reference; the last column is the mean of the tasks, where all have the same
+        limit
     """
     models = _distinct(row["model"] for row in results.rows)
     texts = _distinct(row["text"] for row in results.rows if "text" in row)
     tasks = _tasks(results)
-    header = ["model", *(f"{text}, ppl" for text in texts)]
+    compared = [
+        text
+        for text in texts
+        if any(DIVERGENCE in row for row in results.rows if row.get("text") == text)
+    ]
+    header = ["model"]
+    for text in texts:
+        header.append(f"{text}, ppl")
+        header += [f"{text}, same", f"{text}, KL"] if text in compared else []
     metrics = {task: _metric(results, task) for task, _ in tasks}
     limited = len({limit for _, limit in tasks}) > 1
     for task, limit in tasks:
@@ -190,6 +253,7 @@ def evaluation_table(results: Results) -> str:
         for text in texts:
             row = results.find(model=model, text=text)
             cells.append(with_error(row["value"], row["stderr"]) if row else "")
+            cells += _agreement_cells(row or {}) if text in compared else []
         scores = []
         for task, limit in tasks:
             row = results.find(model=model, task=task, limit=limit)
@@ -200,6 +264,12 @@ def evaluation_table(results: Results) -> str:
             cells.append(_mean(scores))
         lines.append(cells)
     return markdown_table(header, lines) + "\n\n" + _caption(results) + "\n"
+
+
+def _agreement_cells(row: Row) -> list[str]:
+    if DIVERGENCE not in row:
+        return ["", ""]
+    return [f"{100 * row[SHARE]:.2f} %", f"{row[DIVERGENCE]:.4f}"]
 
 
 def _tasks(results: Results) -> list[tuple[str, int | None]]:
@@ -237,6 +307,12 @@ def _caption(results: Results) -> str:
         parts.append(
             f"Perplexity (ppl) in contiguous blocks of {tokens} tokens"
             + (f" of the first {limit} tokens." if limit else ".")
+        )
+    if reference := setup.get("reference"):
+        parts.append(
+            f"Same: share of the next tokens for which the model and {reference} hold "
+            f"the same for the most likely. KL: mean KL({reference} ‖ model), in nats "
+            "per token."
         )
     limits = _distinct(limit for _, limit in _tasks(results))
     if limits:

@@ -138,14 +138,19 @@ def block_losses(
     check_length(model, blocks.shape[1])
     losses: list[float] = []
     batches = torch.split(blocks, batch_size)
-    with _inference(model):
+    with inference(model):
         for batch in tqdm(batches, desc="Perplexity", disable=not progress):
             losses += _mean_losses(model, batch).tolist()
     return losses
 
 
 @contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
+    """
+    Within this, a model predicts and keeps nothing for a gradient.
+
+    :param model: any; left in the mode it was in
+    """
     was_training = model.training
     model.eval()
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import ZEROS, find_operators
 
-__all__ = ["apply_masks_", "masks_of"]
+__all__ = ["apply_masks_", "fused_experts", "masks_of", "missing_operator"]
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -20,13 +21,16 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
     :param model: with pruned linear operators
     :return: bool out×in of each operator of which more than 5 % are zeros, by its
-        name: True where an entry is not zero
+        name: True where an entry is not zero. Of a mixture whose experts transformers
+        has fused, also experts×…×… of each such weight, by the weight's name
     :raises ValueError: if the model has none
     """
     masks = {
         operator.name: operator.weight != 0
         for operator in find_operators(model, ["Linear"], [])
     }
+    for name, weight in fused_experts(model).items():
+        masks[name] = weight.data != 0
     sparse = {
         name: mask
         for name, mask in masks.items()
@@ -49,14 +53,40 @@ def apply_masks_(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     :param masks: of :func:`masks_of`
     :raises ValueError: if an operator is missing or has another shape
     """
-    modules = dict(model.named_modules())
+    modules, experts = dict(model.named_modules()), fused_experts(model)
     for name, mask in masks.items():
+        if name in experts and experts[name].shape == mask.shape:
+            with torch.no_grad():
+                experts[name].mul_(mask.to(experts[name].device))
+            continue
         module = modules.get(name)
         operator = Operator(name, module) if module is not None else None
         if operator is None or operator.weight.shape != mask.shape:
-            raise ValueError(
-                f"the masks have a {tuple(mask.shape)} operator '{name}', and the "
-                "model does not: merge its adapters first, or take other masks"
-            )
+            raise missing_operator(name, mask)
         with torch.no_grad():
             operator.save(operator.weight * mask.to(operator.weight.device))
+
+
+def fused_experts(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """
+    :param model: any
+    :return: the weights that hold all experts of a layer, experts×…×…, by their names
+    """
+    return {
+        f"{name}.{inner}": weight
+        for name, module in get_non_linearized_moes(model)
+        for inner, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    }
+
+
+def missing_operator(name: str, mask: Tensor) -> ValueError:
+    """
+    :param name: of an operator that a model was to have
+    :param mask: of its weight
+    :return: the error
+    """
+    return ValueError(
+        f"the masks have a {tuple(mask.shape)} operator '{name}', and the model does "
+        "not: merge its adapters first, or take other masks"
+    )

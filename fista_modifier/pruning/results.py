@@ -28,6 +28,7 @@ __all__ = [
     "OperatorResult",
     "PruningReport",
     "ReconstructionResult",
+    "RecoveryResult",
 ]
 
 REPORT_NAME = "pruning_report.json"
@@ -147,6 +148,39 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class RecoveryResult:
+    """
+    What a training of the whole pruned model, towards the dense one's predictions, came
+    to. Divergences are mean KL(teacher ‖ model) in nats per token, over sequences that
+    were held out.
+
+    :param teacher: the dense model, a folder or a hub id
+    :param calibration: what it was trained on, with what was held out of it
+    :param tokens: that it was trained on, in each epoch
+    :param held_out_tokens: that it was not trained on
+    :param epochs: times that it saw them
+    :param learning_rate: the highest
+    :param batch_size: sequences in a step of one process
+    :param steps: of AdamW
+    :param start_divergence: of the model as pruning left it
+    :param divergence: of the model as it is stored
+    :param seconds: wall time of the process that finished it
+    """
+
+    teacher: str
+    calibration: Calibration
+    tokens: int
+    held_out_tokens: int
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    steps: int
+    start_divergence: float
+    divergence: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PruningReport:
     """
     :param model: what was pruned, a folder or a hub id
@@ -165,6 +199,8 @@ class PruningReport:
         dots between those of nested configurations
     :param smaller_by: the published methods that took channels out, with the choice of
         channels where it is another
+    :param recovery: each training of the whole model after its pruning, in order; the
+        operators' errors are those before it, their zeros those after it
     :param recipe: what was applied, as YAML; reports of older versions have none
     :param versions: of this package and of those that its result depends on
     """
@@ -180,6 +216,7 @@ class PruningReport:
     removed_share: float | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
     smaller_by: Sequence[str] = field(default_factory=list)
+    recovery: Sequence[RecoveryResult] = field(default_factory=list)
     recipe: str = ""
     versions: dict[str, str] = field(
         default_factory=lambda: package_versions(*PACKAGES)
@@ -242,6 +279,7 @@ class PruningReport:
             removed_share=_removed(self.removed_share, later.removed_share),
             sizes=self.sizes | later.sizes,
             smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
+            recovery=[*self.recovery, *later.recovery],
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],

@@ -36,7 +36,9 @@ __all__ = [
     "FinishedLayers",
     "Resumption",
     "TensorDigest",
+    "differences",
     "fingerprint",
+    "shortened",
 ]
 
 RUN_FILE = "run.json"
@@ -237,21 +239,19 @@ class FinishedLayers:
             return
         try:
             stored: Fingerprint = json.loads(file.read_text(encoding="utf-8"))
-            differences = [
+            changes = [
                 difference
                 for section, now in self._run.items()
-                for difference in _differences(section, stored[section], now)
+                for difference in differences(section, stored[section], now)
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error!r}): delete {self.folder} or name another "
                 "resume_dir"
             ) from error
-        if differences:
-            more = len(differences) - SHOWN
-            shown = differences[:SHOWN] + ([f"{more} more"] if more > 0 else [])
+        if changes:
             raise ValueError(
-                f"{self.folder} holds layers of another run: {'; '.join(shown)}. "
+                f"{self.folder} holds layers of another run: {shortened(changes)}. "
                 "Name another resume_dir, or delete this one to start anew"
             )
 
@@ -314,9 +314,24 @@ class FinishedLayers:
             ) from error
 
 
-def _differences(
+def shortened(changes: Sequence[str]) -> str:
+    """
+    :param changes: of :func:`differences`
+    :return: the first few, and how many more there are
+    """
+    more = len(changes) - SHOWN
+    return "; ".join([*changes[:SHOWN], *([f"{more} more"] if more > 0 else [])])
+
+
+def differences(
     section: str, stored: dict[str, Any], now: dict[str, Any]
 ) -> Iterator[str]:
+    """
+    :param section: of a fingerprint
+    :param stored: what it was in the run before
+    :param now: what it is
+    :return: a phrase for each value that is another
+    """
     for name in [*now, *(name for name in stored if name not in now)]:
         if stored.get(name) != now.get(name):
             yield f"{section}: {name} was {stored.get(name)} and is {now.get(name)}"

@@ -11,7 +11,7 @@ from operator_results import operator_result
 
 from fista_modifier import FASPPruningModifier, SPAPPruningModifier
 from fista_modifier.checkpoint.model_card import model_card, write_model_card
-from fista_modifier.pruning.results import Calibration, PruningReport
+from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 
 OPERATOR = operator_result("model.layers.0.self_attn.q_proj", zeros=512)
 REPORT = PruningReport(
@@ -180,3 +180,23 @@ def test_of_a_chain_both_parts_are_said() -> None:
         assert words in card.text
     assert card.data.sparsity == 0.5
     assert {"fasp", "fistapruner", "structured-pruning", "2of4"} <= set(card.data.tags)
+
+
+def test_a_recovery_is_told_with_its_data_and_what_it_came_to() -> None:
+    data = Calibration("/somewhere/text.jsonl", 32, 512, 0)
+    recovery = RecoveryResult(
+        "/models/dense", data, 15872, 511, 2.0, 2e-4, 4, 8, 0.41, 0.22, 60.0
+    )
+    text = model_card("name", replace(REPORT, recovery=[recovery]), {}).text
+    for words in (
+        "FISTAPruner, after training: 50.00 %",
+        "trained towards the predictions of the dense model, while zeros stayed zeros.",
+        "| recovery | towards dense, 15,872 tokens of text.jsonl, 2 epochs, AdamW, "
+        "learning rate 0.0002 |",
+        "| 0.4100 → 0.2200 nats per token, on 511 tokens that were held out |",
+        "operator's output, before recovery |",
+    ):
+        assert words in text
+    assert "somewhere" not in text and "/models" not in text
+    assert "recovery" not in model_card("name", REPORT, {}).text
+    assert "without retraining" in model_card("name", REPORT, {}).text

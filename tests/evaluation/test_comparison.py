@@ -87,6 +87,9 @@ def test_a_comparison_is_kept_and_continued(
     assert magnitude["zeros"] == pytest.approx(0.5)
     assert magnitude["peak_memory_bytes"] > 1e8
     assert f"{magnitude['perplexity']['text']:.2f}" in table.read_text()
+    assert "divergence" not in dense
+    assert f"{magnitude['divergence']['text']:.4f}" in table.read_text()
+    assert f"{100 * magnitude['same_token']['text']:.2f} %" in table.read_text()
 
     refused = invoke(*arguments, "magnitude", "--samples", 5)
     assert refused.exit_code == 1

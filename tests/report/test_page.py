@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fista_modifier.cli import app
-from fista_modifier.pruning.results import PruningReport
+from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.report import render
 from fista_modifier.report.grid import OperatorGrid
 
@@ -166,3 +166,15 @@ def test_a_smaller_model_has_its_share_and_no_sparsity(report: PruningReport) ->
     assert "<dt>sparsity</dt>" not in page
     assert "Channels that leave are chosen without one." in page
     assert "<dt>sparsity</dt>" in render(report)
+
+
+def test_a_recovery_is_beside_the_errors_that_were_before_it(
+    report: PruningReport,
+) -> None:
+    data = Calibration("text.txt", 32, 512, 0)
+    recovery = RecoveryResult(
+        "dense", data, 15872, 511, 2.0, 2e-4, 4, 8, 0.41, 0.22, 60.0
+    )
+    page = render(replace(report, recovery=[recovery]))
+    assert "<dt>recovery</dt><dd>0.2200<small>nats" in page and "0.4100 before" in page
+    assert "recovery" not in render(report)

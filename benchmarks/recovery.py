@@ -1,0 +1,187 @@
+"""
+What recovery adds to pruning at 2:4: SparseGPT and FISTAPruner's presets, each alone
+and recovered, on the tokens of the calibration and on eight times as many. Perplexity,
+agreement with the dense model, and the time of both.
+
+    python benchmarks/recovery.py --model DIR --calibration FILE.txt \\
+        --text FILE.txt FILE.txt --out benchmarks/results/recovery --work FOLDER
+
+The pruned weights wait in the work folder, so that each method prunes once for each
+seed. What OUT.json has already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import inputs
+from compare import common_arguments, common_setup, measurement
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fista_modifier import pipeline
+from fista_modifier.evaluation.comparison import excess
+from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner, pruner
+from fista_modifier.evaluation.results import Results, Row, digest
+from fista_modifier.files import whole
+from fista_modifier.models.loading import load_model
+from fista_modifier.models.masks import masks_of
+from fista_modifier.models.targets import find_operators
+from fista_modifier.pruning.results import Calibration
+from fista_modifier.recovery.recover import Training, train_operators
+from fista_modifier.solver import pattern_of
+
+METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best")
+REFERENCE = "sparsegpt"
+TIMES = (0, 1, 8)
+"""tokens of the recovery, in units of those of the calibration; 0 is none"""
+
+
+class Job(NamedTuple):
+    """A method, and how often the calibration's tokens its recovery sees."""
+
+    method: str
+    times: int
+    seed: int
+
+
+def main() -> None:
+    parser = common_arguments(__doc__ or "", 32, 16384)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--times", type=int, nargs="+", default=TIMES)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    args = parser.parse_args()
+    setup = common_setup(args) | {"epochs": args.epochs}
+    results = Results.resume(args.out.with_suffix(".json"), setup)
+    if not results.find(method="dense"):
+        results.add({"method": "dense"} | measurement(args).run(None, None))
+    for seed, method, times in product(args.seeds, args.methods, args.times):
+        job = Job(method, times, seed)
+        if not results.find(**job._asdict()):
+            results.add(job._asdict() | measured(args, job))
+        inputs.show(args.out.with_suffix(".md"), table(args, results))
+
+
+def measured(args: argparse.Namespace, job: Job) -> Row:
+    args.work.mkdir(parents=True, exist_ok=True)
+    file = args.work / f"{job.method}-{job.seed}-{digest(common_setup(args))}"
+    prune = pruner(job.method, pattern_of("2:4"))
+    calibration = inputs.calibration(args, seed=job.seed)
+    if not job.times:
+        return measurement(args).run(partial(keep, prune=prune, file=file), calibration)
+    if not file.exists():
+        tokenizer = pipeline.load_tokenizer(args.model)
+        dense = load_model(args.model, "float32")
+        keep(dense, tokenizer, calibration, prune=prune, file=file)
+    more = inputs.calibration(args, job.times * args.samples, job.seed)
+    training = Training(epochs=args.epochs, seed=job.seed)
+    again = partial(recovered, file=file, model_name=args.model, training=training)
+    return measurement(args).run(again, more)
+
+
+def keep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    prune: Pruner,
+    file: Path,
+) -> pipeline.PruningRun:
+    """Prune, and write what that made of the operators."""
+    run = prune(model, tokenizer, calibration)
+    weights = {
+        operator.name: operator.weight.contiguous()
+        for operator in find_operators(model, TARGETS, IGNORE)
+    }
+    with whole(file) as unfinished:
+        save_file(weights, unfinished)
+    return run
+
+
+def recovered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    file: Path,
+    model_name: str,
+    training: Training,
+) -> pipeline.PruningRun:
+    """The same weights again, and trained."""
+    weights = load_file(file)
+    operators = find_operators(model, TARGETS, IGNORE)
+    for operator in operators:
+        operator.save(weights[operator.name])
+    data = Calibration("", len(calibration), len(calibration[0]["input_ids"]), 0)
+    dense = load_model(model_name, "float32")
+    masks = masks_of(model)
+    train_operators(model, dense, calibration, operators, masks, data, training)
+    return pipeline.PruningRun(model)
+
+
+def table(args: argparse.Namespace, results: Results) -> str:
+    dense = results.find(method="dense")
+    assert dense is not None
+    texts = dense["perplexity"]
+    lines = [["dense", ""]]
+    for text in texts:
+        lines[0] += [f"{texts[text]:.2f}", "", ""]
+    lines[0] += ["", ""]
+    for method, times in product(args.methods, args.times):
+        found = [
+            row
+            for seed in args.seeds
+            if (row := results.find(method=method, times=times, seed=seed))
+        ]
+        if found:
+            lines.append(line(found, dense, results))
+    header = ["method", "recovered on"]
+    for text in texts:
+        header += [text, f"same, {text}", f"KL, {text}"]
+    header += ["share of the excess", "seconds"]
+    return markdown_table(header, lines) + (
+        f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
+        f"of {Path(args.calibration).name}, recovered in {args.epochs:g} epochs; "
+        f"{args.eval_tokens} tokens of each text. Same: share of the next tokens for "
+        "which the model and the dense one hold the same for the most likely. KL: mean "
+        "KL(dense ‖ model), in nats per token. Share of the excess: of that of "
+        f"{REFERENCE} alone, mean of the texts and seeds. Seconds: of pruning and of "
+        "recovery.\n"
+    )
+
+
+def line(rows: list[Row], dense: Row, results: Results) -> list[str]:
+    """Of one method and one number of tokens, the mean over the seeds."""
+    method, times = rows[0]["method"], rows[0]["times"]
+    cells = [method, f"{times} × the tokens" if times else ""]
+    for text in dense["perplexity"]:
+        cells += [
+            f"{fmean(row['perplexity'][text] for row in rows):.2f}",
+            f"{100 * fmean(row['same_token'][text] for row in rows):.1f} %",
+            f"{fmean(row['divergence'][text] for row in rows):.3f}",
+        ]
+    shares = [
+        excess(row, dense, text) / excess(reference, dense, text)
+        for row in rows
+        if (reference := results.find(method=REFERENCE, times=0, seed=row["seed"]))
+        for text in dense["perplexity"]
+    ]
+    pruning = results.find(method=method, times=0, seed=rows[0]["seed"])
+    seconds = f"{fmean(row['seconds'] for row in rows):.0f}"
+    if times:
+        before = f"{pruning['seconds']:.0f}" if pruning else "?"
+        seconds = f"{before} + {seconds}"
+    return [*cells, f"{fmean(shares):.2f}" if shares else "", seconds]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""``fista-prune recover``: train a pruned checkpoint towards the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from fista_modifier import pipeline
+from fista_modifier.checkpoint.verification import verify as verify_checkpoint
+from fista_modifier.cli.console import console, errors_as_messages
+from fista_modifier.cli.options import (
+    BatchSize,
+    CalibrationText,
+    Samples,
+    Seed,
+    SequenceLength,
+    TextColumn,
+)
+from fista_modifier.cli.verify import check
+from fista_modifier.data import max_sequence_length
+from fista_modifier.distributed import current_ranks
+from fista_modifier.models.limits import check_length
+from fista_modifier.models.loading import load_model, load_tokenizer
+from fista_modifier.pruning.results import Calibration, RecoveryResult
+from fista_modifier.recovery.checks import check_pruned, check_teacher
+from fista_modifier.recovery.recover import Training
+from fista_modifier.recovery.recover import recover as train
+from fista_modifier.recovery.resume import forget
+
+__all__ = ["recover"]
+
+
+def recover(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    teacher: Annotated[
+        str,
+        typer.Option(help="the dense model that was pruned, a folder or a hub id"),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="folder for the trained checkpoint; with --overwrite it may be "
+            "CHECKPOINT",
+        ),
+    ],
+    dataset: CalibrationText = "allenai/c4",
+    text_column: TextColumn = None,
+    samples: Samples = 128,
+    seq_len: SequenceLength = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 1,
+    epochs: Annotated[
+        float, typer.Option(min=0, help="how often each sequence is seen")
+    ] = 1.0,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="the highest; it rises at first, then falls")
+    ] = 2e-4,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="keep no activations for the backward pass: less memory, more time",
+        ),
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder that keeps the state of the training until it is finished; "
+            "the same command goes on from it"
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what is in the output folder")
+    ] = False,
+) -> None:
+    """
+    Train what pruning kept in CHECKPOINT towards the dense model's predictions.
+
+    Zeros stay zeros, and smaller models stay as small as they are. Writes a checkpoint
+    like any other. One of sixteen sequences is not trained on, to see whether the
+    training helped. Under torchrun, the processes share the sequences.
+    """
+    with errors_as_messages():
+        pipeline.check_output(output, overwrite)
+        check_folders(output, resume)
+        training = Training(
+            epochs, learning_rate, batch_size, gradient_checkpointing, seed
+        )
+        report = check_pruned(checkpoint)
+        check_teacher(checkpoint, teacher)
+        tokenizer = load_tokenizer(str(checkpoint))
+        model = load_model(str(checkpoint))
+        length = seq_len or max_sequence_length(model.config)
+        check_length(model, length)
+        data = Calibration(dataset, samples, length, seed, text_column)
+        tokens = pipeline.calibration_tokens(data, tokenizer)
+        report = train(
+            model,
+            load_model(teacher),
+            tokens,
+            report,
+            data,
+            training,
+            resume=resume,
+            teacher_name=teacher,
+        )
+        if current_ranks().rank:
+            return  # the first rank has the same weights, and writes them
+        model.to("cpu")
+        pipeline.save(model, tokenizer, output, report)
+        check(verify_checkpoint(output), output)
+        if resume is not None:
+            forget(resume)
+        tell(report.recovery[-1], output)
+
+
+def check_folders(output: Path, resume: Path | None) -> None:
+    """
+    :param output: folder for the checkpoint
+    :param resume: folder for the training
+    :raises ValueError: if what is in the second would be replaced by the first
+    """
+    if resume is not None and resume.resolve().is_relative_to(output.resolve()):
+        raise ValueError(
+            f"--resume {resume} lies in {output}, which is replaced in the end: name a "
+            "folder beside it"
+        )
+
+
+def tell(recovery: RecoveryResult, folder: Path) -> None:
+    """
+    :param recovery: that was written
+    :param folder: the checkpoint
+    """
+    console.print(
+        f"Wrote [bold]{escape(str(folder))}[/]: mean KL to the teacher "
+        f"{recovery.start_divergence:.4f} → {recovery.divergence:.4f} nats per token, "
+        f"on {recovery.held_out_tokens} tokens that were held out, after "
+        f"{recovery.seconds:.0f} s and {recovery.steps} steps."
+    )

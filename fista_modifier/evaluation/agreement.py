@@ -1,0 +1,170 @@
+"""
+How far a pruned model's predictions are from those of the dense model.
+
+Perplexity asks what a model thinks of a text. This asks whether two models think the
+same of it: the share of positions at which both hold the same token for the most likely
+next one, and the Kullback–Leibler divergence of the pruned model's distribution from
+the dense model's. Blocks and positions are those of the perplexity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.offload import get_execution_device
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fista_modifier.evaluation.perplexity import (
+    CHUNK_POSITIONS,
+    inference,
+    token_blocks,
+)
+from fista_modifier.models.limits import check_length, check_tokens
+
+__all__ = [
+    "DIVERGENCE",
+    "SHARE",
+    "Agreement",
+    "agreement",
+    "block_agreement",
+    "divergences",
+]
+
+SHARE, DIVERGENCE = "same_token", "divergence"
+"""what rows of results call them"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    What two models have in common on a text.
+
+    :param share: of predicted tokens for which both models hold the same for the most
+        likely
+    :param divergence: mean KL(dense ‖ pruned), in nats per token
+    :param tokens: number of predicted tokens
+    """
+
+    share: float
+    divergence: float
+    tokens: int
+
+
+def divergences(dense: Tensor, pruned: Tensor) -> Tensor:
+    """
+    KL(dense ‖ pruned) = Σ_v p_v (log p_v − log q_v), for each token. The sums over the
+    vocabulary are float64, as those of the perplexity are. It can be differentiated.
+
+    :param dense: logits of p, tokens×vocabulary, float32 or float64
+    :param pruned: logits of q, of the same shape
+    :return: nats, one for each token, float64
+    """
+    dense = dense - dense.amax(-1, keepdim=True)
+    pruned = pruned - pruned.amax(-1, keepdim=True)
+    weights = dense.exp()
+    total = weights.sum(-1, dtype=torch.float64)
+    difference = (weights * (dense - pruned)).sum(-1, dtype=torch.float64) / total
+    return difference - total.log() + pruned.exp().sum(-1, dtype=torch.float64).log()
+
+
+def agreement(
+    model: Any,
+    dense: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Agreement:
+    """
+    :param model: a pruned causal language model (Hugging Face); left in the mode it was
+        in
+    :param dense: the model that it was pruned from; likewise
+    :param tokenizer: of both
+    :param text: the text to predict
+    :param seq_len: tokens in a block
+    :param max_tokens: use no more than this many tokens from the start of the text
+    :param batch_size: blocks in a forward pass
+    :param progress: whether to show a progress bar
+    :return: what they have in common
+    :raises ValueError: if ``seq_len`` leaves nothing to predict, ``batch_size`` is not
+        positive, the text is shorter than one block, or the models have different
+        vocabularies
+    """
+    blocks = token_blocks(tokenizer, text, seq_len, max_tokens)
+    return block_agreement(
+        model, dense, blocks, batch_size=batch_size, progress=progress
+    )
+
+
+def block_agreement(
+    model: Any,
+    dense: Any,
+    blocks: Tensor,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Agreement:
+    """
+    :param model: a pruned causal language model (Hugging Face); left in the mode it was
+        in
+    :param dense: the model that it was pruned from; likewise
+    :param blocks: token ids, blocks×seq_len, two tokens or more in each
+    :param batch_size: blocks in a forward pass
+    :param progress: whether to show a progress bar
+    :return: what they have in common
+    :raises ValueError: if ``batch_size`` is not positive, a model does not have so many
+        positions or such tokens, or the models have different vocabularies
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    for one in (model, dense):
+        check_tokens(one, blocks)
+        check_length(one, blocks.shape[1])
+    same, total = 0, 0.0
+    batches = torch.split(blocks, batch_size)
+    with inference(model), inference(dense):
+        for batch in tqdm(batches, desc="Agreement", disable=not progress):
+            agreeing, divergence = _compared(
+                _predictions(dense, batch), _predictions(model, batch)
+            )
+            same, total = same + agreeing, total + divergence
+    tokens = len(blocks) * (blocks.shape[1] - 1)
+    return Agreement(same / tokens, total / tokens, tokens)
+
+
+def _predictions(model: Any, batch: Tensor) -> Tensor:
+    """Logits of every token of a batch (blocks, seq_len) but the first."""
+    # An offloaded model's own device is where its weights rest, not where it runs.
+    batch = batch.to(get_execution_device(model.get_input_embeddings()))
+    logits: Tensor = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    return logits
+
+
+def _compared(dense: Tensor, pruned: Tensor) -> tuple[int, float]:
+    """
+    :param dense: logits, blocks×positions×vocabulary
+    :param pruned: likewise
+    :return: how many have the same greatest logit, and the sum of their divergences
+    """
+    if dense.shape != pruned.shape:
+        raise ValueError(
+            f"the dense model has a vocabulary of {dense.shape[-1]} tokens, and the "
+            f"pruned one of {pruned.shape[-1]}"
+        )
+    same = torch.zeros((), dtype=torch.int64, device=pruned.device)
+    total = torch.zeros((), dtype=torch.float64, device=pruned.device)
+    for one, other in zip(
+        torch.split(dense, CHUNK_POSITIONS, dim=1),
+        torch.split(pruned, CHUNK_POSITIONS, dim=1),
+        strict=True,
+    ):
+        one = one.to(other.device)
+        same += (one.argmax(-1) == other.argmax(-1)).sum()
+        total += divergences(one.float(), other.float()).sum()
+    return int(same), float(total)

@@ -1,0 +1,43 @@
+"""Whether two models speak of the same tokens."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+__all__ = ["check_same_vocabulary"]
+
+
+def check_same_vocabulary(
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    other_config: PretrainedConfig,
+    other_tokenizer: PreTrainedTokenizerBase,
+    other: str,
+) -> None:
+    """
+    :param config: of a model
+    :param tokenizer: its tokenizer
+    :param other_config: of the model that its predictions are to be compared with
+    :param other_tokenizer: the tokenizer of that one
+    :param other: what messages call it
+    :raises ValueError: if a prediction of one means another token in the other
+    """
+    size = config.get_text_config().vocab_size
+    other_size = other_config.get_text_config().vocab_size
+    if size != other_size:
+        raise ValueError(
+            f"{other} has a vocabulary of {other_size} tokens, and the model one of "
+            f"{size}: name the dense model that it was pruned from"
+        )
+    tokens, others = tokenizer.get_vocab(), other_tokenizer.get_vocab()
+    if tokens != others:
+        changed = min(
+            token
+            for token in tokens.keys() | others.keys()
+            if tokens.get(token) != others.get(token)
+        )
+        raise ValueError(
+            f"the tokenizer of {other} is another one: {changed!r} is "
+            f"{others.get(changed)} there and {tokens.get(changed)} in the model. Name "
+            "the dense model that it was pruned from"
+        )

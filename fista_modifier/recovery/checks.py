@@ -1,0 +1,82 @@
+"""Whether a checkpoint can be trained further, and a model can teach it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from fista_modifier.models.classes import check_predicts_text, model_class
+from fista_modifier.models.loading import load_config, load_tokenizer
+from fista_modifier.models.vocabulary import check_same_vocabulary
+from fista_modifier.pruning.results import REPORT_NAME, PruningReport
+
+__all__ = ["check_pruned", "check_teacher"]
+
+
+def check_pruned(checkpoint: Path) -> PruningReport:
+    """
+    :param checkpoint: folder of a pruned checkpoint
+    :return: its report
+    :raises FileNotFoundError: if there is none, or it has no report
+    :raises ValueError: if its weights are quantised or packed, or nothing was pruned
+    """
+    config = load_config(str(checkpoint))
+    if not (checkpoint / REPORT_NAME).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no {REPORT_NAME}, which says what was pruned: name a "
+            "folder that 'fista-prune prune' wrote"
+        )
+    report = PruningReport.load(checkpoint)
+    if report.storage_format != "dense":
+        unpack = f"'fista-prune unpack {checkpoint} -o DENSE' gives the dense form"
+        if report.storage_format == "dense-legacy":
+            unpack = "prune with --format dense"
+        raise ValueError(
+            f"the weights of {checkpoint} are stored as {report.storage_format}, which "
+            f"cannot be trained: {unpack}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{checkpoint} is quantised, and rounded weights cannot be trained: prune "
+            "without quantisation, recover, and quantise what that writes"
+        )
+    if not report.operators:
+        raise ValueError(f"nothing was pruned in {checkpoint}: there is no recovery")
+    return report
+
+
+def check_teacher(checkpoint: Path, teacher: str) -> None:
+    """
+    :param checkpoint: folder of a pruned checkpoint
+    :param teacher: folder of the dense model, or its id on the hub
+    :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if it is of another architecture or vocabulary, or no language
+        model, or the checkpoint itself
+    """
+    config, dense = load_config(str(checkpoint)), load_config(teacher)
+    if Path(teacher).is_dir() and Path(teacher).samefile(checkpoint):
+        raise ValueError(
+            f"{teacher} cannot teach itself: name the dense model that it was pruned "
+            "from"
+        )
+    _check_architecture(config, dense, teacher)
+    check_predicts_text(config)
+    check_same_vocabulary(
+        config,
+        load_tokenizer(str(checkpoint)),
+        dense,
+        load_tokenizer(teacher),
+        teacher,
+    )
+
+
+def _check_architecture(
+    config: PretrainedConfig, dense: PretrainedConfig, teacher: str
+) -> None:
+    own, other = model_class(config).__name__, model_class(dense).__name__
+    if own != other:
+        raise ValueError(
+            f"{teacher} is a {other} and the pruned model a {own}: name the dense "
+            "model that it was pruned from"
+        )

@@ -1,0 +1,360 @@
+"""The kept weights of a pruned model, trained towards the dense model's predictions."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from loguru import logger
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator
+
+from fista_modifier.evaluation.agreement import block_agreement
+from fista_modifier.evaluation.results import digest, state_of_checkpoint
+from fista_modifier.models.experts import linearize
+from fista_modifier.models.limits import check_calibration
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
+from fista_modifier.pruning.resume import fingerprint
+from fista_modifier.recovery.distillation import DistillationTrainer
+from fista_modifier.recovery.resume import begin, last_state
+from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
+
+__all__ = ["Training", "held_out", "recover", "train_operators"]
+
+HELD_OUT = 16
+"""one of so many sequences is not trained on"""
+WARM_UP = 0.05
+"""share of the steps in which the learning rate rises"""
+STATES = 0.1
+"""share of the steps between two states on disk"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    How weights are trained: by AdamW without weight decay. The learning rate rises
+    linearly over the first twentieth of the steps, and falls linearly to zero. A
+    gradient's norm is at most 1.
+
+    :param epochs: how often each sequence is seen
+    :param learning_rate: the highest
+    :param batch_size: sequences in a step of one process
+    :param gradient_checkpointing: whether layers run again in the backward pass, so
+        that their activations need not be kept
+    :param seed: of the order of the sequences
+    :raises ValueError: if nothing would be trained
+    """
+
+    epochs: float = 1.0
+    learning_rate: float = 2e-4
+    batch_size: int = 1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.learning_rate <= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"{self.epochs:g} epochs, learning rate {self.learning_rate:g} and "
+                f"batches of {self.batch_size} train nothing: each has to be positive"
+            )
+
+    def arguments(self, folder: Path, kept: bool, bf16: bool) -> TrainingArguments:
+        """
+        :param folder: for the states
+        :param kept: whether there are to be any
+        :param bf16: whether to multiply in bfloat16
+        :return: of transformers' ``Trainer``
+        """
+        return TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            seed=self.seed,
+            bf16=bf16,
+            optim="adamw_torch",
+            weight_decay=0.0,
+            lr_scheduler_type="linear",
+            warmup_steps=WARM_UP,
+            max_grad_norm=1.0,
+            save_strategy="steps" if kept else "no",
+            save_steps=STATES,
+            save_total_limit=1,
+            logging_steps=STATES,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available(),
+        )
+
+
+def recover(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Dataset,
+    report: PruningReport,
+    data: Calibration,
+    training: Training,
+    *,
+    resume: Path | None = None,
+    teacher_name: str = "",
+) -> PruningReport:
+    """
+    Train the weights that pruning kept: those of the report's operators, and no others.
+    See :func:`train_operators`.
+
+    :param model: pruned, as it was loaded; changed in place
+    :param teacher: the dense model, with the same vocabulary
+    :param tokens: ``input_ids`` and ``attention_mask`` of equal lengths
+    :param report: what was pruned
+    :param data: where the tokens are from
+    :param training: how to train
+    :param resume: folder that keeps the state of the training
+    :param teacher_name: the teacher's folder or hub id
+    :return: the report, with the recovery and the zeros that are there now
+    :raises ValueError: as for :func:`train_operators`, or if the model has not the
+        report's operators
+    :raises RuntimeError: if the training has diverged
+    """
+    operators = _operators(model, report)
+    sparse = {operator.name for operator in report.sparse}
+    masks = {one.name: one.weight != 0 for one in operators if one.name in sparse}
+    recovery = train_operators(
+        model,
+        teacher,
+        tokens,
+        operators,
+        masks,
+        data,
+        training,
+        resume=resume,
+        teacher_name=teacher_name,
+    )
+    return replace(_recounted(report, operators), recovery=[*report.recovery, recovery])
+
+
+def train_operators(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Dataset,
+    operators: Sequence[Operator],
+    masks: Mapping[str, Tensor],
+    data: Calibration,
+    training: Training,
+    *,
+    resume: Path | None = None,
+    teacher_name: str = "",
+) -> RecoveryResult:
+    """
+    Train some operators of a model towards the teacher's predictions (ours; the loss is
+    that of Hinton et al., 2015). Weights are trained in float32, and have the dtypes
+    again that they had. One of sixteen sequences is held out, to see whether it helped.
+
+    :param model: changed in place
+    :param teacher: the dense model, with the same vocabulary
+    :param tokens: ``input_ids`` and ``attention_mask`` of equal lengths
+    :param operators: of the model, to be trained
+    :param masks: bool out×in of those whose zeros stay zeros, by their names
+    :param data: where the tokens are from
+    :param training: how to train
+    :param resume: folder that keeps the state of the training; the same call goes on
+        from it. See :func:`fista_modifier.recovery.resume.forget`
+    :param teacher_name: the teacher's folder or hub id
+    :return: what it came to
+    :raises ValueError: if there are fewer than two sequences, the model cannot be run
+        on them, the folder is another run's, or a process has a part of the weights
+        only
+    :raises RuntimeError: if the training has diverged
+    """
+    started = time.perf_counter()
+    train, held = held_out(tokens)
+    check_calibration(model, tokens)
+    check_calibration(teacher, tokens)
+    dtypes = {name: value.dtype for name, value in model.named_parameters()}
+    blocks = torch.tensor(held["input_ids"])
+    with _states(resume) as folder:
+        bf16 = torch.bfloat16 in dtypes.values() and torch.accelerator.is_available()
+        arguments = training.arguments(folder, resume is not None, bf16)
+        if resume is not None:
+            run = _run(model, tokens, training, data, teacher_name)
+            # a step has the sequences of all of them
+            run["processes"] = {"number": arguments.world_size}
+            begin(folder, run)
+        for one in (model, teacher):
+            one.to(arguments.device)
+        before = block_agreement(model, teacher, blocks, progress=False)
+        with _in_float32(model, dtypes), _only(model, operators):
+            steps = _train(model, teacher, train, arguments, masks)
+    after = block_agreement(model, teacher, blocks, progress=False)
+    _judge(before.divergence, after.divergence)
+    return RecoveryResult(
+        teacher=teacher_name or teacher.name_or_path,
+        calibration=data,
+        tokens=sum(map(len, train["input_ids"])),
+        held_out_tokens=after.tokens,
+        epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        batch_size=training.batch_size,
+        steps=steps,
+        start_divergence=before.divergence,
+        divergence=after.divergence,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
+    """
+    :param tokens: sequences, in no order
+    :return: what to train on, and what to judge by: the last sixteenth, at least one
+    :raises ValueError: if there are not enough for both
+    """
+    count = max(1, len(tokens) // HELD_OUT)
+    if len(tokens) < 2:
+        raise ValueError(
+            f"{len(tokens)} sequence is too little: one is held out, and at least one "
+            "is trained on (--samples 2)"
+        )
+    border = len(tokens) - count
+    return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
+
+
+def _operators(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
+    """Those of the report, each once."""
+    names = list(dict.fromkeys(one.name for one in report.operators))
+    if any(name not in dict(model.named_modules()) for name in names):
+        linearize(model)  # the report has the experts of a mixture one by one
+    modules: dict[str, Any] = dict(model.named_modules())
+    missing = [name for name in names if not hasattr(modules.get(name), "weight")]
+    if missing:
+        raise ValueError(
+            f"the report names {missing[0]}, which {type(model).__name__} does not "
+            "have: it is the report of another model"
+        )
+    return [Operator(name, modules[name]) for name in names]
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Dataset,
+    arguments: TrainingArguments,
+    masks: Mapping[str, Tensor],
+) -> int:
+    """:return: the steps taken"""
+    use_cache = getattr(model.config, "use_cache", None)
+    trainer = DistillationTrainer(
+        model,
+        arguments,
+        teacher=teacher,
+        train_dataset=tokens,
+        data_collator=default_data_collator,
+        callbacks=[KeepZeros(masks)] if masks else [],
+    )
+    check_unsharded(model)
+    state = last_state(Path(arguments.output_dir))
+    if state is not None:
+        logger.info(f"Resuming the training from {state}")
+    trainer.train(resume_from_checkpoint=state and str(state))
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model.eval()
+    if use_cache is not None:  # the Trainer has changed it
+        model.config.use_cache = use_cache
+    return int(trainer.state.global_step)
+
+
+@contextmanager
+def _states(resume: Path | None) -> Iterator[Path]:
+    """Where the Trainer may write."""
+    if resume is not None:
+        yield resume
+        return
+    with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _in_float32(
+    model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[None]:
+    """Within this, the weights are float32; then each has its own dtype again."""
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextmanager
+def _only(model: PreTrainedModel, operators: Sequence[Operator]) -> Iterator[None]:
+    """Within this, nothing but the operators' weights is trained."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for operator in operators:
+            operator.module.weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _run(
+    model: PreTrainedModel,
+    tokens: Dataset,
+    training: Training,
+    data: Calibration,
+    teacher: str,
+) -> dict[str, dict[str, Any]]:
+    """What the result depends on."""
+    state = state_of_checkpoint(teacher) if teacher else ""
+    return fingerprint(model, asdict(training)) | {
+        "teacher": {"name": teacher, "checkpoint": state},
+        "data": asdict(data) | {"tokens": digest(list(tokens["input_ids"]))},
+    }
+
+
+def _recounted(report: PruningReport, operators: Sequence[Operator]) -> PruningReport:
+    """
+    With the zeros of today. Rounding may have added some; where nothing was set to
+    zero, training may have changed some.
+    """
+    zeros = {one.name: int((one.weight == 0).sum()) for one in operators}
+    # a chain has an operator twice, and only the last entry is of what is stored
+    last = {one.name: place for place, one in enumerate(report.operators)}
+    return replace(
+        report,
+        operators=[
+            replace(one, zeros=zeros[one.name]) if last[one.name] == place else one
+            for place, one in enumerate(report.operators)
+        ],
+    )
+
+
+def _judge(before: float, after: float) -> None:
+    """
+    :raises RuntimeError: if the model predicts nothing any more
+    """
+    if not after < float("inf"):
+        raise RuntimeError(
+            f"the training diverged: the mean KL to the teacher was {before:.4f} and "
+            f"is {after}. Use a lower --learning-rate"
+        )
+    if after > before:
+        logger.warning(
+            f"The mean KL to the teacher rose from {before:.4f} to {after:.4f} on the "
+            "sequences that were held out: use more --samples, fewer --epochs or a "
+            "lower --learning-rate"
+        )

@@ -1,0 +1,84 @@
+"""A folder with the last state of a training, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fista_modifier.files import write_whole
+from fista_modifier.pruning.resume import Fingerprint, differences, shortened
+
+__all__ = ["begin", "forget", "last_state"]
+
+RUN_FILE = "run.json"
+
+
+def begin(folder: Path, run: Fingerprint) -> None:
+    """
+    Say what run a folder belongs to.
+
+    :param folder: created if it is missing
+    :param run: what the result depends on, in sections
+    :raises ValueError: if the folder belongs to another run, naming what differs
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RUN_FILE
+    run = json.loads(json.dumps(run))
+    if not file.exists():
+        write_whole(file, json.dumps(run, indent=2))
+        return
+    stored = _read(file)
+    changes = [
+        change
+        for section, now in run.items()
+        for change in differences(section, stored.get(section, {}), now)
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} holds the training of another run: {shortened(changes)}. Name "
+            "another --resume, or delete this one to start anew"
+        )
+
+
+def last_state(folder: Path) -> Path | None:
+    """
+    :param folder: of a training
+    :return: the last of its states that is there as a whole; None if there is none
+    """
+    steps: dict[int, Path] = {}
+    for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:  # it is written last
+            found = TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            continue
+        steps[found.global_step] = state
+    return steps[max(steps)] if steps else None
+
+
+def forget(folder: Path) -> None:
+    """
+    Delete what a finished training left.
+
+    :param folder: of it; what others have put there stays
+    """
+    for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(state)
+    (folder / RUN_FILE).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}): delete {file.parent} or name another "
+            "--resume"
+        ) from error

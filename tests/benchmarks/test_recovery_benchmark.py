@@ -1,0 +1,63 @@
+"""The benchmark of recovery, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recovery
+import torch
+from transformers import AutoModelForCausalLM
+
+from fista_modifier.solver import NofM
+
+
+def test_it_goes_on_where_it_ended(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "recovery", tmp_path / "work"
+    arguments = ["recovery.py", "--model", model, "--calibration", text, "--text", text]
+    arguments += ["--samples", 4, "--seq-len", 16, "--eval-seq-len", 16]
+    arguments += ["--eval-tokens", 160, "--out", out, "--work", work]
+    arguments += ["--methods", "sparsegpt", "fista-fast", "--times"]
+
+    def run(*times: int) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (*arguments, *times)])
+        recovery.main()
+        return json.loads(out.with_suffix(".json").read_text())["rows"]
+
+    alone = run(0)
+    assert [row["method"] for row in alone] == ["dense", "sparsegpt", "fista-fast"]
+    next(work.iterdir()).unlink()  # then it is made again
+    rows = run(0, 2)
+    assert rows[:3] == alone
+    for pruned, trained in zip(alone[1:], rows[3:], strict=True):
+        assert trained["method"] == pruned["method"]
+        assert trained["zeros"] == 0.5
+        assert trained["divergence"] != pruned["divergence"]
+    table = out.with_suffix(".md").read_text()
+    assert table.count("2 × the tokens") == 2
+
+
+def test_a_recovery_starts_from_the_weights_that_were_kept(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = recovery.pipeline.load_tokenizer(str(model))
+    data = recovery.pipeline.calibration_tokens(
+        recovery.Calibration(str(text), 4, 16, 0), tokenizer
+    )
+    prune = recovery.pruner("magnitude", NofM(2, 4))
+    file = tmp_path / "weights"
+    recovery.keep(dense, tokenizer, data, prune=prune, file=file)
+    again = AutoModelForCausalLM.from_pretrained(model)
+    training = recovery.Training(learning_rate=1e-12)
+    recovery.recovered(
+        again, tokenizer, data, file=file, model_name=str(model), training=training
+    )
+    expected = dense.state_dict()
+    for name, value in again.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-9), name

@@ -1,0 +1,349 @@
+"""The recovery of a whole pruned model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import invoke
+from families import checkpoint, tiny_model
+from loguru import logger
+from runs import calibration, samples
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from fista_modifier.models.loading import load_model
+from fista_modifier.pruning.results import Calibration, PruningReport
+from fista_modifier.recovery import recover as module
+from fista_modifier.recovery.recover import Training, held_out, recover
+from fista_modifier.recovery.resume import last_state
+from fista_modifier.solver import NofM
+
+SEQUENCES, LENGTH = 20, 12
+DATA = Calibration("text.txt", SEQUENCES, LENGTH, 0)
+FAST = Training(epochs=3, learning_rate=3e-3, batch_size=2)
+TWO_OF_FOUR = ("--pattern", "2:4", "--preset", "fast")
+SMALLER = ("--method", "fasp", "--sparsity", "0.3", "--multiple-of", "4")
+
+
+@pytest.fixture
+def pruned(model: Path, text: Path, tmp_path: Path) -> Callable[..., Path]:
+    def prune(*arguments: object, of: Path = model) -> Path:
+        output = tmp_path / "pruned"
+        small = ("--dataset", text, "--samples", 4, "--seq-len", 16)
+        result = invoke("prune", of, "-o", output, *small, *arguments)
+        assert result.exit_code == 0, result.output
+        return output
+
+    return prune
+
+
+def tokens(seed: int = 0) -> Any:
+    return calibration(samples(SEQUENCES, LENGTH, seed))
+
+
+def run(
+    folder: Path, teacher: Path, training: Training = FAST, resume: Path | None = None
+) -> tuple[PreTrainedModel, PruningReport]:
+    model = load_model(str(folder))
+    report = recover(
+        model,
+        load_model(str(teacher)),
+        tokens(),
+        PruningReport.load(folder),
+        DATA,
+        training,
+        resume=resume,
+        teacher_name=str(teacher),
+    )
+    return model, report
+
+
+def divergence(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> float:
+    with torch.no_grad():
+        one, other = (
+            model(ids).logits[:, :-1].double().log_softmax(-1).flatten(0, 1)
+            for model in (dense, pruned)
+        )
+    return float(kl_div(other, one, log_target=True, reduction="batchmean"))
+
+
+def test_only_kept_weights_are_trained_and_they_come_nearer(
+    model: Path, pruned: Callable[..., Path]
+) -> None:
+    folder = pruned(*TWO_OF_FOUR)
+    before, dense = load_model(str(folder)), load_model(str(model))
+    after, report = run(folder, model)
+    train, held = (torch.tensor(part["input_ids"]) for part in held_out(tokens()))
+    assert len(held) == 1
+    assert divergence(dense, after, train) < 0.8 * divergence(dense, before, train)
+    [recovery] = report.recovery
+    assert recovery.start_divergence == pytest.approx(divergence(dense, before, held))
+    assert recovery.divergence == pytest.approx(divergence(dense, after, held))
+    assert recovery.steps == 30
+    assert (recovery.tokens, recovery.held_out_tokens) == (19 * LENGTH, LENGTH - 1)
+    names = {f"{operator.name}.weight" for operator in report.operators}
+    assert len(names) == 14
+    old = before.state_dict()
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, old[name]) == (name not in names), name
+        if name in names:
+            assert torch.equal(value == 0, old[name] == 0)
+            assert NofM(2, 4).holds(value)
+    assert all(parameter.requires_grad for parameter in after.parameters())
+
+
+def test_half_precision_is_trained_in_float32_and_stored_as_it_was(
+    pruned: Callable[..., Path], model: Path
+) -> None:
+    """In bfloat16 steps this small would be lost."""
+    folder = pruned(*TWO_OF_FOUR, "--dtype", "bfloat16")
+    before = load_model(str(folder))
+    after, report = run(folder, model, Training(learning_rate=1e-4))
+    old = before.state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    value = after.state_dict()[name]
+    assert value.dtype == torch.bfloat16
+    changed = (value != old[name]) & (old[name] != 0)
+    assert 0 < float(changed.float().mean()) < 0.5
+    counted = {f"{one.name}.weight": one.zeros for one in report.operators}
+    assert counted[name] == int((value == 0).sum())
+
+
+def test_a_smaller_model_is_trained_as_it_is(
+    pruned: Callable[..., Path], model: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, output = pruned(*SMALLER), tmp_path / "recovered"
+    result = recovered(folder, model, text, output)
+    assert result.exit_code == 0, result.output
+    report = PruningReport.load(output)
+    before, after = load_model(str(folder)), load_model(str(output))
+    assert after.config.intermediate_size == before.config.intermediate_size < 48
+    old = before.state_dict()
+    trained = {f"{one.name}.weight" for one in report.operators}
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, old[name]) == (name not in trained), name
+    [recovery] = report.recovery
+    assert recovery.divergence < recovery.start_divergence
+    assert invoke("verify", output).exit_code == 0
+
+
+def test_experts_are_trained_too(
+    pruned: Callable[..., Path],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    dense, output = tmp_path / "mixture", tmp_path / "recovered"
+    shutil.copytree(checkpoint("mixtral", vocab_size=len(tiny_tokenizer)), dense)
+    tiny_tokenizer.save_pretrained(dense)
+    folder = pruned(*TWO_OF_FOUR, of=dense)
+    result = recovered(folder, dense, text, output)
+    assert result.exit_code == 0, result.output
+    before, after = load_model(str(folder)), load_model(str(output))
+    name = "model.layers.1.mlp.experts.down_proj"
+    one, other = (model.get_parameter(name) for model in (before, after))
+    assert torch.equal(one == 0, other == 0)
+    assert not torch.equal(one, other)
+    assert invoke("verify", output, "--pattern", "2:4").exit_code == 0
+
+
+class Killed(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 17:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
+    pruned: Callable[..., Path],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, states = pruned(*TWO_OF_FOUR), tmp_path / "states"
+    whole, _ = run(folder, model)
+    with monkeypatch.context() as patch:
+        trainer = module.DistillationTrainer
+
+        def killed(*arguments: Any, callbacks: list[Any], **options: Any) -> Any:
+            return trainer(*arguments, callbacks=[*callbacks, Killed()], **options)
+
+        patch.setattr(module, "DistillationTrainer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, model, resume=states)
+    last = last_state(states)
+    assert last is not None and last.name == "checkpoint-15"
+    (states / "checkpoint-18").mkdir()  # of a process killed while it wrote
+    again, report = run(folder, model, resume=states)
+    assert report.recovery[0].steps == 30
+    expected = whole.state_dict()
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    finished, _ = run(folder, model, resume=states)  # as after a full disk
+    assert all(
+        torch.equal(value, expected[name])
+        for name, value in finished.state_dict().items()
+    )
+    with pytest.raises(ValueError, match="learning_rate was 0.003 and is 0.001"):
+        run(folder, model, Training(3, 1e-3, 2), resume=states)
+
+
+def test_a_training_that_makes_it_worse_is_told(
+    pruned: Callable[..., Path], model: Path
+) -> None:
+    told: list[str] = []
+    sink = logger.add(told.append, level="WARNING")
+    try:
+        run(pruned(*TWO_OF_FOUR), model, Training(learning_rate=0.3))
+    finally:
+        logger.remove(sink)
+    assert any("rose from" in one and "--learning-rate" in one for one in told)
+
+
+def test_a_report_of_another_model_is_refused(
+    pruned: Callable[..., Path], model: Path
+) -> None:
+    report = PruningReport.load(pruned(*TWO_OF_FOUR))
+    other = tiny_model("opt")
+    with pytest.raises(ValueError, match="OPTForCausalLM does not have"):
+        recover(other, tiny_model("opt"), tokens(), report, DATA, FAST)
+
+
+def recovered(folder: Path, teacher: Path, text: Path, output: Path, *more: object):
+    common = ("--teacher", teacher, "-o", output, "--dataset", text)
+    small = ("--samples", 18, "--seq-len", 16, "--learning-rate", 1e-3)
+    return invoke("recover", folder, *common, *small, *more)
+
+
+def test_the_command_writes_a_checkpoint_like_any_other(
+    pruned: Callable[..., Path], model: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, output = pruned(*TWO_OF_FOUR), tmp_path / "recovered"
+    states = tmp_path / "states"
+    result = recovered(
+        folder, model, text, output, "--resume", states, "--gradient-checkpointing"
+    )
+    assert result.exit_code == 0, result.output
+    assert not states.exists()
+    before, after = PruningReport.load(folder), PruningReport.load(output)
+    assert after.operators == before.operators
+    [recovery] = after.recovery
+    assert recovery.teacher == str(model)
+    assert recovery.calibration == Calibration(str(text), 18, 16, 0)
+    assert (recovery.tokens, recovery.held_out_tokens) == (17 * 16, 15)
+    told = " ".join(result.output.split())
+    values = f"{recovery.start_divergence:.4f} → {recovery.divergence:.4f}"
+    assert f"mean KL to the teacher {values} nats per token" in told
+    card = (output / "README.md").read_text()
+    assert values in card and "towards the predictions of the dense model" in card
+    assert "without retraining" not in card and str(tmp_path) not in card
+    one, other = (
+        json.loads((each / "config.json").read_text()) for each in (folder, output)
+    )
+    assert one == other
+    dense, pruned_model, loaded = (
+        AutoModelForCausalLM.from_pretrained(each) for each in (model, folder, output)
+    )
+    for operator in after.operators:
+        weight = loaded.get_submodule(operator.name).weight
+        groups = (weight.view(-1, 4) != 0).sum(-1)
+        assert bool((groups == 2).all())
+    ids = torch.randint(2, 258, (3, 16), generator=torch.Generator().manual_seed(5))
+    assert divergence(dense, loaded, ids) != divergence(dense, pruned_model, ids)
+    assert invoke("verify", output).exit_code == 0
+    assert invoke("report", output).exit_code == 0
+
+    again = recovered(output, model, text, output)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+    again = recovered(output, model, text, output, "--overwrite")
+    assert again.exit_code == 0, again.output
+    first, second = PruningReport.load(output).recovery
+    assert first == recovery
+    assert second.start_divergence == pytest.approx(first.divergence, rel=1e-5)
+
+
+def test_reloaded_logits_are_those_in_memory(
+    pruned: Callable[..., Path], model: Path, tmp_path: Path
+) -> None:
+    after, _ = run(pruned(*TWO_OF_FOUR), model)
+    after.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(samples()).logits, after(samples()).logits)
+
+
+def test_what_cannot_be_recovered_is_a_message_and_leaves_nothing(
+    pruned: Callable[..., Path],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    folder, output = pruned(*TWO_OF_FOUR), tmp_path / "recovered"
+    other, opt = tmp_path / "other", tmp_path / "opt"
+    shutil.copytree(checkpoint("llama"), other)
+    shutil.copytree(checkpoint("opt", vocab_size=len(tiny_tokenizer)), opt)
+    for each in (other, opt):
+        tiny_tokenizer.save_pretrained(each)
+
+    def refused(words: str, *more: object, of: Path = folder, by: Path = model) -> None:
+        result = recovered(of, by, text, output, *more)
+        assert result.exit_code == 1, result.output
+        assert words in " ".join(result.output.split())
+        assert not output.exists()
+
+    refused("vocabulary of 64 tokens", by=other)
+    refused("is a OPTForCausalLM and the pruned model a Llama", by=opt)
+    refused("cannot teach itself", by=folder)
+    refused("no model at", by=tmp_path / "missing")
+    refused("has no pruning_report.json", of=model, by=other)
+    refused("1 sequence is too little", "--samples", 1)
+    refused("use a longer text", "--samples", 4000)
+    refused("train nothing", "--epochs", 0)
+    refused("is replaced in the end", "--resume", output / "states")
+
+    report = PruningReport.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantisation = {"config_groups": {"group_0": {}}, "quant_method": "x"}
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantisation})
+    )
+    refused("is quantised")
+    (folder / "config.json").write_text(json.dumps(config))
+    for storage, fix in (
+        ("sparse-24-bitmask", "fista-prune unpack"),
+        ("dense-legacy", "prune with --format dense"),
+    ):
+        content = json.loads((folder / "pruning_report.json").read_text())
+        content["storage_format"] = storage
+        (folder / "pruning_report.json").write_text(json.dumps(content))
+        refused(fix)
+    report.save(folder)
+
+
+def test_mixed_precision_ends_with_the_training(
+    pruned: Callable[..., Path], model: Path
+) -> None:
+    """As where there is an accelerator: bfloat16 would be seen in the divergence."""
+
+    class Mixed(Training):
+        def arguments(self, folder: Path, kept: bool, bf16: bool) -> Any:
+            return super().arguments(folder, kept, True)
+
+    folder = pruned(*TWO_OF_FOUR)
+    after, report = run(folder, model, Mixed(learning_rate=1e-3))
+    held = torch.tensor(held_out(tokens())[1]["input_ids"])
+    expected = divergence(load_model(str(model)), after, held)
+    assert report.recovery[0].divergence == pytest.approx(expected, rel=1e-5)
