@@ -25,6 +25,7 @@ from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.pruning.structured import StructuredProcedure
 from fista_modifier.solver import Unstructured
 from fista_modifier.structured import (
+    Alternation,
     BiasCompensation,
     FASPScore,
     Fluctuation,
@@ -41,7 +42,7 @@ from fista_modifier.structured import (
 __all__ = ["FASPPruningModifier", "SPAPPruningModifier"]
 
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
-RestorerName = Literal["least_squares", "bias", "none"]
+RestorerName = Literal["least_squares", "alternating", "bias", "none"]
 RECONSTRUCTION = {"default": Reconstruction(), "paper": Reconstruction(epochs=0)}
 PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
@@ -98,8 +99,10 @@ class StructuredModifier(LayerwiseModifier):
     restorer: RestorerName | None = Field(
         default=None,
         description=(
-            'what makes up for those that leave: "least_squares", "bias" (FLAP\'s, '
-            'where there is a bias) or "none"'
+            'what makes up for those that leave: "least_squares" (FASP\'s), '
+            '"alternating" (SPAP\'s: from least squares on, the weights of down and of '
+            'up in turn), "bias" (FLAP\'s, where there is a bias) or "none". Left '
+            "out, it is least squares, and SPAP's in its preset paper"
         ),
     )
     dampening_frac: float | None = Field(
@@ -131,6 +134,7 @@ class StructuredModifier(LayerwiseModifier):
     )
 
     SELECTOR: ClassVar[SelectorName]
+    PAPERS_RESTORER: ClassVar[RestorerName] = "least_squares"
     PUBLISHED: ClassVar[str]
     _plan: ChannelPlan = PrivateAttr(default_factory=ChannelPlan)
 
@@ -156,6 +160,7 @@ class StructuredModifier(LayerwiseModifier):
         return StructuredProcedure(
             selector=self._selector,
             restorer=self._restorer,
+            alternation=self._alternation,
             reconstruction=overridden(
                 RECONSTRUCTION[self.preset],
                 epochs=self.reconstruction_epochs,
@@ -189,12 +194,25 @@ class StructuredModifier(LayerwiseModifier):
         return made
 
     @property
+    def _restorer_name(self) -> RestorerName:
+        papers = self.PAPERS_RESTORER if self.preset == "paper" else "least_squares"
+        return self.restorer or papers
+
+    @property
     def _restorer(self) -> Restorer:
-        if self.restorer == "none":
+        if self._restorer_name == "none":
             return KeptWeights()
-        if self.restorer == "bias":
+        if self._restorer_name == "bias":
             return BiasCompensation()
         return LeastSquares(**self._damping)
+
+    @property
+    def _alternation(self) -> Alternation | None:
+        if self._restorer_name != "alternating":
+            return None
+        if self.dampening_frac is None:
+            return Alternation()
+        return Alternation(dampening_frac=self.dampening_frac)
 
     def procedure(
         self, state: State, layers: Sequence[DecoderLayer]
@@ -291,7 +309,9 @@ class SPAPPruningModifier(StructuredModifier):
     """
     Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): a share
     z ∈ [0, 1] of each channel is kept, of least error, and a growing penalty makes z
-    binary.
+    binary. With preset: paper the weights of an MLP's last operator and of its linear
+    one are then found in turn (alternating minimisation), and no layer is trained: that
+    is our reading of the abstract, which gives no formulas.
 
     Sample yaml:
 
@@ -305,4 +325,5 @@ class SPAPPruningModifier(StructuredModifier):
     """
 
     SELECTOR: ClassVar[SelectorName] = "spap"
+    PAPERS_RESTORER: ClassVar[RestorerName] = "alternating"
     PUBLISHED: ClassVar[str] = "SPAP (Hu and Yuan, 2025)"

@@ -340,7 +340,10 @@ def _moved(
             for operator, indices in members
         )
 
-    return ChannelGroup(group.kind, moved(group.producers), moved(group.consumers))
+    linear = None if group.linear is None else moved([group.linear])[0]
+    return ChannelGroup(
+        group.kind, moved(group.producers), moved(group.consumers), linear
+    )
 
 
 def _parameters(module: torch.nn.Module) -> int:
