@@ -117,10 +117,18 @@ def removal_sentence(report: PruningReport) -> str:
     """
     assert report.removed_share is not None
     sizes = ", ".join(f"{name} {value}" for name, value in report.sizes.items())
-    return (
+    sentence = (
         f"{100 * report.removed_share:.2f} % of the decoder layers' parameters have "
-        f"left the model; its configuration now has {escape(sizes)}."
+        "left the model"
     )
+    if sizes:
+        sentence += f"; its configuration now has {escape(sizes)}"
+    if report.zeroed_share:
+        sentence += (
+            f"; {100 * report.zeroed_share:.2f} % are zeros in place, which make it no "
+            "smaller"
+        )
+    return f"{sentence}."
 
 
 def layer_table(results: dict[str, ReconstructionResult]) -> Table:

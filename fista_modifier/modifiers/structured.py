@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from llmcompressor.core import Event, State, active_session
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 
 from fista_modifier.models.experts import note_sizes
@@ -56,14 +57,20 @@ class StructuredModifier(LayerwiseModifier):
     sparsity: float = Field(
         gt=0,
         lt=1,
-        description="share of the decoder layers' parameters that leaves the model",
+        description=(
+            "share of the decoder layers' parameters that leaves the model (or, of "
+            '"value_dims", is zero in place)'
+        ),
     )
     structures: list[Structure] = Field(
         default=["mlp"],
         min_length=1,
         description=(
             'what leaves: "mlp" (channels of MLPs and of experts), "heads" (whole '
-            "key/value heads with their query heads), or both"
+            'key/value heads with their query heads), or both. "value_dims", of FASP '
+            "and without heads: single dimensions of the values, which become zeros in "
+            "place and make no model smaller, as no loader takes values of fewer "
+            "dimensions"
         ),
     )
     multiple_of: int = Field(
@@ -135,13 +142,29 @@ class StructuredModifier(LayerwiseModifier):
 
     SELECTOR: ClassVar[SelectorName]
     PAPERS_RESTORER: ClassVar[RestorerName] = "least_squares"
+    HAS_VALUES: ClassVar[bool] = False
     PUBLISHED: ClassVar[str]
     _plan: ChannelPlan = PrivateAttr(default_factory=ChannelPlan)
 
     @model_validator(mode="after")
     def _check_fields(self) -> StructuredModifier:
         self._check_sharing(self._without_plan.chains_layers)
+        self._check_structures()
         return self
+
+    def _check_structures(self) -> None:
+        if "value_dims" not in self.structures:
+            return
+        if not self.HAS_VALUES:
+            raise ValueError(
+                'structures: "value_dims" are of FASP: leave them '
+                "out, or use FASPPruningModifier"
+            )
+        if "heads" in self.structures:
+            raise ValueError(
+                'structures: "heads" and "value_dims" are of the same operators: leave '
+                "one of them out"
+            )
 
     @property
     def removed(self) -> float:
@@ -244,7 +267,19 @@ class StructuredModifier(LayerwiseModifier):
             self.sparsity,
             self.multiple_of,
         )
+        if self._plan.zeroed:
+            logger.warning(
+                f"{100 * self._plan.zeroed:.2f} % of the decoder layers' parameters "
+                "will be zeros in place, as dimensions of values: no loader takes "
+                "values of fewer dimensions, so that these make the model neither "
+                "smaller nor faster"
+            )
         return replace(self._without_plan, plan=self._plan)
+
+    @property
+    def zeroed(self) -> float:
+        """share of the decoder layers' parameters that is zeros in place, exactly"""
+        return self._plan.zeroed
 
     def _check_is_first(self) -> None:
         """A recipe is initialised as a whole, before any of its modifiers runs."""
@@ -265,6 +300,8 @@ class StructuredModifier(LayerwiseModifier):
         with self._undone_on_error():
             for groups in self._plan.groups.values():
                 for plan in groups:  # by now it is known what is to be quantised
+                    if plan.zeroes:
+                        continue
                     operator, indices = plan.consumer
                     check_quantisable(operator, plan.keep * indices.shape[1])
         super().on_calibration_start(state, event, **kwargs)
@@ -273,6 +310,8 @@ class StructuredModifier(LayerwiseModifier):
         sizes = {".".join(path): value for path, value in self._plan.changes}
         return {
             "removed_share": self.removed,
+            "zeroed_share": self.zeroed or None,
+            "zero_rows": self._plan.zero_rows,
             "sizes": sizes,
             "smaller_by": [self.method],
         }
@@ -302,6 +341,7 @@ class FASPPruningModifier(StructuredModifier):
     """
 
     SELECTOR: ClassVar[SelectorName] = "fasp"
+    HAS_VALUES: ClassVar[bool] = True
     PUBLISHED: ClassVar[str] = "FASP (Hu, Zhao, Yuan et al., 2025)"
 
 

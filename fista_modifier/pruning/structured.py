@@ -32,7 +32,7 @@ from fista_modifier.structured import (
     Selector,
     prune_channels,
 )
-from fista_modifier.structured.patterns import Smaller
+from fista_modifier.structured.patterns import Smaller, ZeroColumns
 
 __all__ = ["StructuredProcedure"]
 
@@ -60,7 +60,8 @@ class StructuredProcedure(CorrectedProcedure):
     Choose the channels of each group in the order in which their consumers run, give
     the consumers weights that make up for those that leave, train what is left, and cut
     rows and columns out. Until the cut, a channel that leaves is one that nobody reads:
-    its columns are zero, which is the same function.
+    its columns are zero, which is the same function. Dimensions of values stay so, with
+    rows and biases of zero.
 
     :param plan: groups of each layer, and how many channels stay
     :param selector: chooses the channels
@@ -211,10 +212,13 @@ def _norms(plan: GroupPlan) -> Tensor:
 def _result(chosen: _Chosen, weight: Tensor) -> OperatorResult:
     operator, indices = chosen.plan.consumer
     rows, columns = weight.shape
+    pattern: Smaller | ZeroColumns = Smaller(columns, indices.numel(), "columns")
+    if chosen.plan.zeroes:
+        pattern = ZeroColumns(chosen.plan.keep * indices.shape[1], columns)
     return OperatorResult(
         name=operator.name,
         shape=(rows, columns),
-        pattern=str(Smaller(columns, indices.numel(), "columns")),
+        pattern=str(pattern),
         zeros=int((weight == 0).sum()),
         relative_error=chosen.pruned.relative_error,
         relative_start_error=chosen.start_error,

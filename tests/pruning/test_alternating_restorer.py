@@ -14,7 +14,6 @@ from test_structured import (
     assert_same,
     check_loads,
     decoder_layers,
-    logits,
     relative_errors,
     seen,
     shrink,
@@ -136,10 +135,12 @@ def test_a_round_is_two_damped_least_squares_problems_over_all_tokens(
 
 
 @pytest.mark.parametrize(
-    ("family", "correction"), [("llama", "full"), ("mixtral", "intra")]
+    ("family", "correction", "tolerance"),
+    # experts with fewer tokens than inputs leave directions to rounding
+    [("llama", "full", 1e-4), ("mixtral", "intra", 1e-2)],
 )
-def test_two_ranks_compute_what_one_does(
-    family: str, correction: str, tmp_path: Path
+def test_two_ranks_give_the_weights_of_one(
+    family: str, correction: str, tolerance: float, tmp_path: Path
 ) -> None:
     fields = PAPER | {"distribute": "data", "error_correction": correction}
     settings = {"modifier": "SPAPPruningModifier", "sparsity": 0.2, "multiple_of": 4}
@@ -148,14 +149,11 @@ def test_two_ranks_compute_what_one_does(
         assert process.returncode == 0, output
     alone = tiny_model(family)
     shrink(alone, "spap", **fields)
-    expected = logits(alone)
     (first, _), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_same(first, second)
-    for name, value in alone.named_parameters():
-        if family == "llama":  # rounding decides where tokens are few
-            torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-3)
-        value.data = first[name].data
-    assert float((logits(alone) - expected).norm() / expected.norm()) < 1e-3
+    for name, value in weights(alone).items():
+        difference = float((first[name] - value).norm() / value.norm())
+        assert difference < tolerance, name
 
 
 @pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
