@@ -85,7 +85,8 @@ class StructuredModifier(LayerwiseModifier):
         default="default",
         description=(
             'values of the fields below that the recipe leaves out. "default" trains '
-            'what is left of each layer; "paper" is the method as published'
+            'what is left of each layer; "paper" is the method as published '
+            "(SPAP's as we read its abstract, with an alternating restorer)"
         ),
     )
     error_correction: ErrorCorrection | None = Field(

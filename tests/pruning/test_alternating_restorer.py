@@ -137,7 +137,7 @@ def test_a_round_is_two_damped_least_squares_problems_over_all_tokens(
 @pytest.mark.parametrize(
     ("family", "correction", "tolerance"),
     # experts with fewer tokens than inputs leave directions to rounding
-    [("llama", "full", 1e-4), ("mixtral", "intra", 1e-2)],
+    [("llama", "full", 1e-3), ("mixtral", "intra", 1e-2)],
 )
 def test_two_ranks_give_the_weights_of_one(
     family: str, correction: str, tolerance: float, tmp_path: Path
