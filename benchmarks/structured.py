@@ -37,9 +37,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "FASP, default": {},
     "SPAP, default": {"selector": "spap"},
     "ZipLM's elimination, trained": {"selector": "greedy"},
-    "FASP, full, two epochs": {
+    "FASP, slow training": {"reconstruction_rate": 0.003},
+    "FASP, full, three slow epochs": {
         "error_correction": "full",
-        "reconstruction_epochs": 2.0,
+        "reconstruction_epochs": 3.0,
+        "reconstruction_rate": 0.003,
     },
 }
 SPARSEGPT = "SparseGPT 2:4"

@@ -23,7 +23,12 @@ from torch.utils.backend_registration import (
     _DummyPrivateUse1Hook,
 )
 
-from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
+from fista_modifier import (
+    FASPPruningModifier,
+    FISTAPruningModifier,
+    MaskedGPTQModifier,
+    SPAPPruningModifier,
+)
 from fista_modifier.calibration.activations import MAIN_MEMORY
 from fista_modifier.solver import blocks
 
@@ -40,6 +45,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Conv1D": ("gpt2", {}),
     "experts": ("mixtral", {}),
     "attention without a kernel": ("phi3", {"preset": "fast"}),
+}
+SMALLER: dict[str, tuple[str, Modifier]] = {
+    "MLPs in turn": (
+        "llama",
+        SPAPPruningModifier(sparsity=0.2, multiple_of=4, preset="paper"),
+    ),
+    "values": (
+        "opt",
+        FASPPruningModifier(
+            sparsity=0.2,
+            multiple_of=4,
+            structures=["mlp", "value_dims"],
+            preset="paper",
+        ),
+    ),
 }
 # with fewer tokens than inputs, rounding decides which of two supports it is
 DATA = {"dataset": calibration(samples(16, 48, seed=1))}
@@ -77,6 +97,13 @@ def pruned(family: str, fields: dict[str, Any]) -> dict[str, Tensor]:
     """Weights, on the CPU, of a model that was pruned wherever the toolkit does it."""
     model = tiny_model(family)
     prune(model, oneshot_arguments=DATA, **fields)
+    return {name: weight.cpu() for name, weight in weights(model).items()}
+
+
+def smaller(family: str, modifier: Modifier) -> dict[str, Tensor]:
+    """The same without some channels."""
+    model = tiny_model(family)
+    run(model, modifier.model_copy(deep=True), **DATA)
     return {name: weight.cpu() for name, weight in weights(model).items()}
 
 
@@ -145,6 +172,7 @@ def main(library: str, output: str) -> None:
         "mixed": mixed,
         "kept once": kept_once(),
         "weights": {name: pruned(*case) for name, case in CASES.items()},
+        "smaller": {name: smaller(*case) for name, case in SMALLER.items()},
         "quantised": quantised(),
         "sparsegpt's memory": peak_memory(
             SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=["lm_head"])

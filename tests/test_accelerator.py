@@ -16,10 +16,12 @@ from accelerator_main import (
     CASES,
     IN_BLOCKS,
     MEASURED,
+    SMALLER,
     TOKENS,
     WIDE,
     pruned,
     quantised,
+    smaller,
 )
 from families import tiny_model
 from torch.utils import cpp_extension
@@ -83,6 +85,17 @@ def test_weights_are_those_of_the_cpu(results: dict[str, Any], case: str) -> Non
     for name, weight in pruned(*CASES[case]).items():
         assert torch.equal(found[name] == 0, weight == 0), name
         assert torch.allclose(found[name], weight, rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.parametrize("case", SMALLER)
+def test_smaller_weights_are_those_of_the_cpu(
+    results: dict[str, Any], case: str
+) -> None:
+    found = results["smaller"][case]
+    for name, weight in smaller(*SMALLER[case]).items():
+        assert torch.equal(found[name] == 0, weight == 0), name
+        # conjugate gradients amplify rounding
+        assert float((found[name] - weight).norm() / weight.norm()) < 5e-3, name
 
 
 def test_a_chain_ends_with_the_weights_of_the_cpu(results: dict[str, Any]) -> None:

@@ -192,6 +192,25 @@ def test_a_structured_method_writes_a_smaller_checkpoint(
     assert verified.exit_code == 0, verified.output
 
 
+def test_dimensions_of_values_are_told_of_as_zeros(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "pruned"
+    arguments = ["--method", "fasp", "--structure", "value_dims", "--sparsity", "0.1"]
+    result = prune(model, text, output, *arguments)
+    assert result.exit_code == 0, result.output
+    report = PruningReport.load(output)
+    assert removed_share(model, output) == report.removed_share == 0
+    assert report.zeroed_share == pytest.approx(0.1, abs=0.02)
+    told = " ".join(result.output.split())
+    assert "0.00 % of the decoder layers' parameters have left the model" in told
+    assert f"{100 * report.zeroed_share:.2f} % are zeros in place" in told
+    assert "columns not zero" in told and "configuration" not in told
+    assert run("verify", output).exit_code == 0
+    page = run("report", output)
+    assert page.exit_code == 0, page.output
+
+
 def removed_share(dense: Path, smaller: Path) -> float:
     """Of the parameters of decoder layers, counted in the checkpoints themselves."""
     before, after = (
@@ -326,7 +345,11 @@ def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
         (["--method", "fasp", "--sparsity", "30"], ["--sparsity 30", "0.2"]),
         ([*SMALLER, "--preset", "best"], ["--preset best", "default or paper"]),
         ([*SMALLER, "--warm-start", "wanda"], ["--warm-start", "no FISTA"]),
-        ([*SMALLER, "--structure", "layers"], ["layers", "mlp, heads"]),
+        ([*SMALLER, "--structure", "layers"], ["layers", "mlp, heads, value_dims"]),
+        (
+            ["--method", "spap", "--sparsity", "0.2", "--structure", "value_dims"],
+            ["structures", "value_dims", "FASPPruningModifier"],
+        ),
         (
             [*SMALLER, "--format", "sparse-bitmask"],
             ["FASPPruningModifier", "--format dense"],

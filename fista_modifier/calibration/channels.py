@@ -53,11 +53,15 @@ class ChannelGroup:
         channel is a whole head for keys and values with its queries
     :param producers: operators with the channels' output rows, and biases
     :param consumers: operators with the channels' input columns
+    :param linear: of "channels", rows of a producer, one a channel, in which what the
+        consumers read is linear, as in those of up_proj; None if there are none, as
+        where an activation follows each producer
     """
 
     kind: Kind
     producers: tuple[Members, ...]
     consumers: tuple[Members, ...]
+    linear: Members | None = None
 
     @property
     def size(self) -> int:
@@ -177,8 +181,9 @@ class _Search:
         """:return: groups, and reasons for operators in none"""
         channels = self._proved(self._components(*self._edges()))
         mixed = self._mixed(channels)
-        for group in channels:
-            self._add(replace(group, kind=self._kind(group, mixed)))
+        channels = [replace(one, kind=self._kind(one, mixed)) for one in channels]
+        for group, linear in zip(channels, self._linear(channels), strict=True):
+            self._add(replace(group, linear=linear))
         self._find_heads([self._rows(group) for group in channels])
         self._explain()
         return self._found
@@ -326,6 +331,25 @@ class _Search:
         others = self._probe.rows_before(columns) & ~self._rows(group)
         return "values" if bool(others.any() or (mixed & columns).any()) else "channels"
 
+    def _linear(self, groups: list[ChannelGroup]) -> list[Members | None]:
+        """
+        Of each group, rows in which its columns are linear. Rows of all groups are
+        tried together, since none of them reaches columns of another.
+        """
+        candidates = [_candidates(group) for group in groups]
+        found: list[Members | None] = [None] * len(groups)
+        for place in range(max(map(len, candidates), default=0)):
+            tried = [some[place : place + 1] for some in candidates]
+            rows = self._mask_of(
+                [one for some in tried for one in some], self._probe.row_counts, None
+            )
+            linear = self._probe.columns_linear_in(rows)
+            for index, group in enumerate(groups):
+                fits = bool(linear[self._columns(group)].all())
+                if tried[index] and fits and found[index] is None:
+                    found[index] = tried[index][0]
+        return found
+
     def _find_heads(self, tried: list[Tensor]) -> None:
         """
         Find heads where other rows reach a consumer's columns too. A head is a
@@ -461,6 +485,18 @@ class _Search:
         mask = torch.zeros(sum(counts), dtype=torch.bool)
         mask[indices] = True
         return mask
+
+
+def _candidates(group: ChannelGroup) -> list[Members]:
+    """Rows, one a channel, in which the group's one column a channel may be linear"""
+    columns = [indices.shape[1] for _, indices in group.consumers]
+    if group.kind != "channels" or columns != [1]:
+        return []
+    return [
+        Members(operator, rows)
+        for operator, indices in group.producers
+        for rows in torch.split(indices, 1, dim=1)
+    ]
 
 
 def _first(mask: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from fista_modifier.models.operators import Operator
 
 __all__ = ["Codes", "Probe", "shortened"]
 
+LINEAR = (-4096.0, 1 / 64)
+"""powers of two, whose products are exact: beyond what an activation or a clamp lets
+pass as it is, and of both signs"""
 TOKENS = 3
 """as many as a probe needs: which channel reaches which is the same for all"""
 
@@ -195,6 +198,26 @@ class Probe:
             }
             changed.append(self._per_column(reading, lambda one: one))
         return torch.stack(changed)
+
+    def columns_linear_in(self, rows: Tensor) -> Tensor:
+        """
+        :param rows: mask
+        :return: mask of the columns that are multiplied exactly by what the constants
+            of these rows are, all others staying
+        """
+        ones = self._outputs(rows, 1.0, 1.0).inputs
+        nonlinear = torch.zeros(sum(self.column_counts), dtype=torch.bool)
+        for factor in LINEAR:
+            reading = self._outputs(rows, 1.0, factor)
+            reading.inputs = {
+                operator: [
+                    (a != factor * b) | (b == 0)
+                    for a, b in zip(some, ones[operator], strict=True)
+                ]
+                for operator, some in reading.inputs.items()
+            }
+            nonlinear |= self._per_column(reading, lambda one: one)
+        return ~nonlinear
 
     def _marked(self, columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs, and gradients for them that are NaN in some columns"""

@@ -29,8 +29,8 @@ class Recording:
     its own is not kept. Where a block returns the output of an operator, the dense
     layer need not be replayed for that operator at all.
 
-    ``real_tokens`` has for each batch which tokens are not padding, and ``tokens``
-    their number.
+    ``real_tokens`` has for each batch which tokens are not padding, ``tokens`` their
+    number, and ``storage`` is where tensors wait.
 
     Per token this holds a hidden state for the layer's input and one for its output,
     one for the output of each block and one for the input of each but the first.
@@ -70,7 +70,7 @@ class Recording:
             for block, inside in blocks.items()
             if with_block_outputs and any(one.narrows for one in inside)
         }
-        self._storage = storage
+        self.storage = storage
 
     def hooks(self) -> Iterator[Hook]:
         """
@@ -84,7 +84,7 @@ class Recording:
             yield block, self._append_to(outputs, copied=True), "forward"
         if self._with_outputs:
             yield self.inputs.layer, self._append_to(self.outputs), "forward"
-        elif self._storage.folder is not None:
+        elif self.storage.folder is not None:
             yield self.inputs.layer, self._move_to_disk, "forward"
 
     def _remember(
@@ -114,13 +114,13 @@ class Recording:
 
         def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
             tensor = first_tensor(output)
-            outputs.append(self._storage.keep(tensor.clone() if copied else tensor))
+            outputs.append(self.storage.keep(tensor.clone() if copied else tensor))
 
         return append
 
     def _move_to_disk(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         """The toolkit keeps this for the next layer, and finds it there."""
-        self._storage.keep(first_tensor(output))
+        self.storage.keep(first_tensor(output))
 
     def gathered(self, ranks: Ranks, to: int) -> Recording:
         """

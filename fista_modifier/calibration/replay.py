@@ -137,16 +137,27 @@ class LayerInputs:
         :return: what it is called with
         """
         inputs = LayerInputs(block, self._storage)
+        for call in self:
+            inputs.follow(call)
+        return inputs
 
-        def watch(*call: Any) -> None:
-            inputs.remember(*call)
+    def follow(self, call: LayerCall) -> None:
+        """
+        Run something around this layer as far as the layer, and remember how that is
+        called, if it is.
+
+        :param call: of what is around it
+        """
+
+        def watch(*arguments: Any) -> None:
+            self.remember(*arguments)
             raise _Stop
 
-        with block.register_forward_pre_hook(watch, with_kwargs=True):
-            for call in self:
-                with suppress(_Stop):
-                    call.run()
-        return inputs
+        with (
+            self.layer.register_forward_pre_hook(watch, with_kwargs=True),
+            suppress(_Stop),
+        ):
+            call.run()
 
     def with_hidden_states(self, hidden_states: list[Tensor]) -> LayerInputs:
         """

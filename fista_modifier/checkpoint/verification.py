@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     problems += stored_twice(files)
     problems += _disagreements(model, parameters, present)
     checks = []
+    zero_rows = _ZeroRows(_zero_rows(folder, pattern), expected)
     first_of: dict[int, tuple[str, Tensor]] = {}
     sharing = _sharing(parameters)
     for _, stored, tensor in read(files, problems):
@@ -137,6 +139,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         if name not in parameters:
             continue  # and is one of the disagreements
         problems += _faults(name, tensor, parameters[name])
+        zero_rows.see(model, name, tensor)
         shared = sharing[id(parameters[name])]
         if len(shared) > 1:
             other, value = first_of.setdefault(id(parameters[name]), (name, tensor))
@@ -146,11 +149,11 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
             operator = weight.removesuffix(".weight")
             if operator == weight or operator not in expected:
                 continue
-            module = model.get_submodule(operator)
-            oriented = Operator(operator, module).oriented(tensor)
+            oriented = _operator(model, operator).oriented(tensor)
             checks.append(_check(operator, oriented, expected[operator]))
     found = {check.name for check in checks}
     problems += [f"{name}.weight is missing" for name in expected if name not in found]
+    problems += zero_rows.problems()
     return Verification(checks, list(dict.fromkeys(problems)))
 
 
@@ -181,9 +184,14 @@ def _verify_loaded(
     problems = problems + disagreements(model, sorted(missing), sorted(unknown))
     for name, parameter in model.named_parameters():
         problems += _faults(name, parameter, parameter)
+    expectations = _expectations(folder, model, pattern)
+    zero_rows = _ZeroRows(_zero_rows(folder, pattern), expectations)
+    for name, parameter in model.named_parameters():
+        zero_rows.see(model, name, parameter)
+    problems += zero_rows.problems()
     checks = []
     modules = dict(model.named_modules())
-    for name, expected in _expectations(folder, model, pattern).items():
+    for name, expected in expectations.items():
         if not hasattr(modules.get(name), "weight"):
             problems.append(f"{name}.weight is missing")
             continue
@@ -265,6 +273,62 @@ def _expectations(
         operator.name: _Expectation(reported_pattern(operator.pattern), operator.zeros)
         for operator in report.operators
     }
+
+
+def _zero_rows(folder: Path, pattern: SparsityPattern | None) -> dict[str, int]:
+    """Of each operator whose output channels are zeros in place, how many are"""
+    return {} if pattern is not None else PruningReport.load(folder).zero_rows
+
+
+class _ZeroRows:
+    """
+    Output channels that are zeros in place, biases too.
+
+    :param expected: how many, by the operators' names
+    :param pruned: operators that have a pattern, too, which may add some
+    """
+
+    def __init__(self, expected: Mapping[str, int], pruned: Collection[str]) -> None:
+        self._expected = expected
+        self._pruned = pruned
+        self._weights: dict[str, Tensor] = {}
+        self._biases: dict[str, Tensor] = {}
+
+    def see(self, model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+        """Note which rows of a parameter are zero, if that is asked for."""
+        operator, _, kind = name.rpartition(".")
+        if operator not in self._expected:
+            return
+        if kind == "bias":
+            self._biases[operator] = tensor == 0
+        elif tensor.ndim == 2:
+            oriented = _operator(model, operator).oriented(tensor)
+            self._weights[operator] = (oriented == 0).all(1)
+
+    def problems(self) -> list[str]:
+        """:return: what is wrong with the operators that were seen, or were not"""
+        return [
+            problem
+            for name, count in self._expected.items()
+            if (problem := self._problem(name, count))
+        ]
+
+    def _problem(self, name: str, count: int) -> str | None:
+        rows = self._weights.get(name)
+        if rows is None:
+            return f"{name}.weight is missing"
+        found = int(rows.sum())
+        if found < count or (found > count and name not in self._pruned):
+            return f"{name} has {found} rows of zeros; the report counts {count}"
+        bias = self._biases.get(name)
+        if bias is not None and int((rows & bias).sum()) < count:
+            return f"{name} has biases in rows of zeros"
+        return None
+
+
+def _operator(model: PreTrainedModel, name: str) -> Operator:
+    module: Any = model.get_submodule(name)
+    return Operator(name, module)
 
 
 def _disagreements(

@@ -68,7 +68,8 @@ Structures = Annotated[
     typer.Option(
         "--structure",
         help="for 'fasp' and 'spap': what leaves, 'mlp' (channels of MLPs) or "
-        "'heads' (whole ones); twice for both (default: 'mlp')",
+        "'heads' (whole ones), and for 'fasp' 'value_dims' (dimensions of values, as "
+        "zeros in place); once for each (default: 'mlp')",
     ),
 ]
 MultipleOf = Annotated[

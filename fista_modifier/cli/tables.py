@@ -124,11 +124,18 @@ def removal_sentence(report: PruningReport) -> str:
     :return: how many, and what its configuration says now
     """
     assert report.removed_share is not None
-    return (
+    sentence = (
         f"{100 * report.removed_share:.2f} % of the decoder layers' parameters have "
-        f"left the model; its configuration now has "
-        f"{escape(_listed(report.sizes))}."
+        "left the model"
     )
+    if report.sizes:
+        sentence += f"; its configuration now has {escape(_listed(report.sizes))}"
+    if report.zeroed_share:
+        sentence += (
+            f"; {100 * report.zeroed_share:.2f} % are zeros in place, which make it no "
+            "smaller"
+        )
+    return f"{sentence}."
 
 
 def layer_table(results: dict[str, ReconstructionResult]) -> Table:
@@ -259,10 +266,12 @@ def channel_table(plan: ChannelPlan) -> Table:
             escape(producers), escape(consumers), str(count), str(before), str(after)
         )
     sizes = {".".join(path): value for path, value in plan.changes}
-    table.caption = escape(
-        f"{100 * plan.removed:.2f} % of the decoder layers' parameters leave the "
-        f"model; its configuration then has {_listed(sizes)}"
-    )
+    caption = f"Of the decoder layers' parameters, {100 * plan.removed:.2f} % leave"
+    if sizes:
+        caption += f"; the configuration then has {_listed(sizes)}"
+    if plan.zeroed:
+        caption += f"; {100 * plan.zeroed:.2f} % become zeros in place"
+    table.caption = escape(caption)
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.pruning.structured import StructuredProcedure
 from fista_modifier.solver import Unstructured
 from fista_modifier.structured import (
+    Alternation,
     BiasCompensation,
     FASPScore,
     Fluctuation,
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
-RestorerName = Literal["least_squares", "bias", "none"]
+RestorerName = Literal["least_squares", "alternating", "bias", "none"]
 RECONSTRUCTION = {"default": Reconstruction(), "paper": Reconstruction(epochs=0)}
 PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
@@ -61,14 +63,20 @@ class StructuredModifier(LayerwiseModifier):
     sparsity: float = Field(
         gt=0,
         lt=1,
-        description="share of the decoder layers' parameters that leaves the model",
+        description=(
+            "share of the decoder layers' parameters that leaves the model (or, of "
+            '"value_dims", is zero in place)'
+        ),
     )
     structures: list[Structure] = Field(
         default=["mlp"],
         min_length=1,
         description=(
             'what leaves: "mlp" (channels of MLPs and of experts), "heads" (whole '
-            "key/value heads with their query heads), or both"
+            'key/value heads with their query heads), or both. "value_dims", of FASP '
+            "and without heads: single dimensions of the values, which become zeros in "
+            "place and make no model smaller, as no loader takes values of fewer "
+            "dimensions"
         ),
     )
     multiple_of: int = Field(
@@ -83,7 +91,8 @@ class StructuredModifier(LayerwiseModifier):
         default="default",
         description=(
             'values of the fields below that the recipe leaves out. "default" trains '
-            'what is left of each layer; "paper" is the method as published'
+            'what is left of each layer; "paper" is the method as published '
+            "(SPAP's as we read its abstract, with an alternating restorer)"
         ),
     )
     error_correction: ErrorCorrection | None = Field(
@@ -104,8 +113,11 @@ class StructuredModifier(LayerwiseModifier):
     restorer: RestorerName | None = Field(
         default=None,
         description=(
-            'what makes up for the channels that leave: "least_squares", "bias" '
-            '(FLAP\'s method, which needs a bias) or "none"'
+            'what makes up for the channels that leave: "least_squares" (FASP\'s), '
+            '"alternating" (SPAP\'s: it starts from least squares and solves for the '
+            'weights of down and of up in turn), "bias" (FLAP\'s, which needs a bias) '
+            'what makes up for the channels that leave: "least_squares" (FASP), '
+            '"alternating"'
         ),
     )
     dampening_frac: float | None = Field(
@@ -138,13 +150,30 @@ class StructuredModifier(LayerwiseModifier):
     )
 
     SELECTOR: ClassVar[SelectorName]
+    PAPERS_RESTORER: ClassVar[RestorerName] = "least_squares"
+    HAS_VALUES: ClassVar[bool] = False
     PUBLISHED: ClassVar[str]
     _plan: ChannelPlan = PrivateAttr(default_factory=ChannelPlan)
 
     @model_validator(mode="after")
     def _check_fields(self) -> StructuredModifier:
         self._check_sharing(self._without_plan.chains_layers)
+        self._check_structures()
         return self
+
+    def _check_structures(self) -> None:
+        if "value_dims" not in self.structures:
+            return
+        if not self.HAS_VALUES:
+            raise ValueError(
+                'structures: "value_dims" are of FASP: leave them '
+                "out, or use FASPPruningModifier"
+            )
+        if "heads" in self.structures:
+            raise ValueError(
+                'structures: "heads" and "value_dims" are of the same operators: leave '
+                "one of them out"
+            )
 
     @property
     def removed(self) -> float:
@@ -163,6 +192,7 @@ class StructuredModifier(LayerwiseModifier):
         return StructuredProcedure(
             selector=self._selector,
             restorer=self._restorer,
+            alternation=self._alternation,
             reconstruction=overridden(
                 RECONSTRUCTION[self.preset],
                 epochs=self.reconstruction_epochs,
@@ -196,12 +226,25 @@ class StructuredModifier(LayerwiseModifier):
         return made
 
     @property
+    def _restorer_name(self) -> RestorerName:
+        papers = self.PAPERS_RESTORER if self.preset == "paper" else "least_squares"
+        return self.restorer or papers
+
+    @property
     def _restorer(self) -> Restorer:
-        if self.restorer == "none":
+        if self._restorer_name == "none":
             return KeptWeights()
-        if self.restorer == "bias":
+        if self._restorer_name == "bias":
             return BiasCompensation()
         return LeastSquares(**self._damping)
+
+    @property
+    def _alternation(self) -> Alternation | None:
+        if self._restorer_name != "alternating":
+            return None
+        if self.dampening_frac is None:
+            return Alternation()
+        return Alternation(dampening_frac=self.dampening_frac)
 
     def procedure(
         self, state: State, layers: Sequence[DecoderLayer]
@@ -259,7 +302,19 @@ class StructuredModifier(LayerwiseModifier):
             self.sparsity,
             self.multiple_of,
         )
+        if self._plan.zeroed:
+            logger.warning(
+                f"{100 * self._plan.zeroed:.2f} % of the decoder layers' parameters "
+                "will be zeros in place, as dimensions of values: no loader takes "
+                "values of fewer dimensions, so that these make the model neither "
+                "smaller nor faster"
+            )
         return replace(self._without_plan, plan=self._plan)
+
+    @property
+    def zeroed(self) -> float:
+        """share of the decoder layers' parameters that is zeros in place, exactly"""
+        return self._plan.zeroed
 
     def _check_is_first(self, modifiers: Iterable[Modifier]) -> None:
         """A recipe is initialised as a whole, before any of its modifiers runs."""
@@ -285,6 +340,8 @@ class StructuredModifier(LayerwiseModifier):
         """
         for groups in self._plan.groups.values():
             for plan in groups:
+                if plan.zeroes:
+                    continue
                 operator, indices = plan.consumer
                 check_quantisable(operator, plan.keep * indices.shape[1])
 
@@ -297,6 +354,8 @@ class StructuredModifier(LayerwiseModifier):
         sizes = {".".join(path): value for path, value in self._plan.changes}
         return {
             "removed_share": self.removed,
+            "zeroed_share": self.zeroed or None,
+            "zero_rows": self._plan.zero_rows,
             "sizes": sizes,
             "smaller_by": [self.method],
         }
@@ -326,6 +385,7 @@ class FASPPruningModifier(StructuredModifier):
     """
 
     SELECTOR: ClassVar[SelectorName] = "fasp"
+    HAS_VALUES: ClassVar[bool] = True
     PUBLISHED: ClassVar[str] = "FASP (Hu, Zhao, Yuan et al., 2025)"
 
 
@@ -333,7 +393,9 @@ class SPAPPruningModifier(StructuredModifier):
     """
     Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): the error
     is minimised over the share z ∈ [0, 1] of each channel that is kept, and a growing
-    penalty makes z binary.
+    penalty makes z binary. With preset "paper" the weights of an MLP's last operator
+    and of its linear one are then found in turn (alternating minimisation), and no
+    layer is trained. The abstract gives no formulas, so this is our reading of it.
 
     Sample yaml:
 
@@ -347,4 +409,5 @@ class SPAPPruningModifier(StructuredModifier):
     """
 
     SELECTOR: ClassVar[SelectorName] = "spap"
+    PAPERS_RESTORER: ClassVar[RestorerName] = "alternating"
     PUBLISHED: ClassVar[str] = "SPAP (Hu and Yuan, 2025)"

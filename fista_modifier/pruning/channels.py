@@ -33,8 +33,12 @@ from fista_modifier.models.resizing import ConfigChange, changes_for
 
 __all__ = ["ChannelPlan", "GroupPlan", "Structure", "plan_channels"]
 
-Structure = Literal["mlp", "heads"]
-KIND: dict[Structure, str] = {"mlp": "channels", "heads": "heads"}
+Structure = Literal["mlp", "heads", "value_dims"]
+KIND: dict[Structure, str] = {
+    "mlp": "channels",
+    "heads": "heads",
+    "value_dims": "values",
+}
 PROBED = 8
 """batches that are looked at until every operator was called"""
 
@@ -55,6 +59,11 @@ class GroupPlan:
         return self.group.consumers[0]
 
     @property
+    def zeroes(self) -> bool:
+        """whether channels that go are zeros in place, as no loader would do without"""
+        return self.group.kind == "values"
+
+    @property
     def parameters(self) -> int:
         """of one channel: rows and biases of producers, columns of the consumer"""
         rows = sum(
@@ -71,11 +80,22 @@ class ChannelPlan:
     :param groups: of each layer that loses channels, by its name
     :param changes: of the model's configuration
     :param removed: share of the decoder layers' parameters that leaves, exactly
+    :param zeroed: share of them that is zeros in place, exactly
     """
 
     groups: Mapping[str, Sequence[GroupPlan]] = field(default_factory=dict)
     changes: Sequence[ConfigChange] = ()
     removed: float = 0.0
+    zeroed: float = 0.0
+
+    @property
+    def zero_rows(self) -> dict[str, int]:
+        """of each operator that gets some, how many rows become zeros in place"""
+        rows: defaultdict[str, int] = defaultdict(int)
+        for plan in (one for plans in self.groups.values() for one in plans):
+            for operator, indices in plan.group.producers if plan.zeroes else ():
+                rows[operator.name] += (plan.group.size - plan.keep) * indices.shape[1]
+        return dict(rows)
 
 
 def plan_channels(
@@ -89,7 +109,8 @@ def plan_channels(
     """
     All layers keep equally many channels, since no loader takes layers of different
     sizes. About the same share of each structure leaves. Heads are few, so the many
-    channels of MLPs make up for the rest of their share.
+    channels of MLPs make up for the rest of their share. Dimensions of values do not
+    leave: they become zeros in place.
 
     :param model: dense
     :param layers: of the model, with the operators that may be changed
@@ -123,19 +144,20 @@ def plan_channels(
         ]
         for name, by_structure in chosen.items()
     }
-    removed = sum(
-        plan.parameters * (plan.group.size - plan.keep)
-        for of_layer in plans.values()
-        for plan in of_layer
+    every = [one for of_layer in plans.values() for one in of_layer]
+    smaller = [one for one in every if not one.zeroes]
+    removed, zeroed = (
+        sum(one.parameters * (one.group.size - one.keep) for one in some) / total
+        for some in (smaller, [one for one in every if one.zeroes])
     )
-    shapes = dict(_shapes(one for plan in plans.values() for one in plan))
+    shapes = dict(_shapes(smaller))
     try:
-        changes = changes_for(model, shapes, _sizes(plans))
+        changes = changes_for(model, shapes, _sizes(smaller))
     except ValueError as error:
         reasons = [f"{one.name} has no targets." for one in layers if not one.operators]
         reasons += [reason for _, reason in found.values() if reason]
         raise ValueError(" ".join([f"{error}.", *dict.fromkeys(reasons)])) from error
-    return ChannelPlan(plans, changes, removed / total)
+    return ChannelPlan(plans, changes, removed, zeroed)
 
 
 def _keeps(
@@ -153,12 +175,17 @@ def _keeps(
     share = to_remove / sum(sizes.values())
     keeps: dict[tuple[Structure, int], int] = {}
     for structure, size in costs:
-        if structure == "heads":
+        if structure != "mlp":
+            if share >= 1:
+                raise ValueError(
+                    f"sparsity: all {size} {structure} would have to leave, and more: "
+                    "lower sparsity, or add to structures"
+                )
             keep = max(round(size * (1 - share)), 1)
             if keep == size:
                 logger.warning(
-                    f"No heads leave: of {size}, {size * share:.2f} would have to. "
-                    "Raise sparsity, or leave heads out of structures"
+                    f"No {structure} leave: of {size}, {size * share:.2f} would have "
+                    f"to. Raise sparsity, or leave {structure} out of structures"
                 )
             keeps[structure, size] = keep
             to_remove -= costs[structure, size] * (size - keep)
@@ -188,17 +215,16 @@ def _multiple(size: int, share: float, multiple_of: int) -> int:
     return keep
 
 
-def _sizes(plans: Mapping[str, Sequence[GroupPlan]]) -> dict[int, int]:
+def _sizes(plans: Iterable[GroupPlan]) -> dict[int, int]:
     """The new size for each old size that a configuration may have"""
     sizes = {}
-    for of_layer in plans.values():
-        for plan in of_layer:
-            sizes[plan.group.size] = plan.keep
-            if plan.group.kind == "heads":
-                largest = max(len(one.indices[0]) for one in plan.group.producers)
-                smallest = min(len(one.indices[0]) for one in plan.group.producers)
-                queries = largest // smallest
-                sizes[plan.group.size * queries] = plan.keep * queries
+    for plan in plans:
+        sizes[plan.group.size] = plan.keep
+        if plan.group.kind == "heads":
+            largest = max(len(one.indices[0]) for one in plan.group.producers)
+            smallest = min(len(one.indices[0]) for one in plan.group.producers)
+            queries = largest // smallest
+            sizes[plan.group.size * queries] = plan.keep * queries
     return sizes
 
 
@@ -322,8 +348,6 @@ def _problem(
     operator, columns = group.consumers[0]
     if columns.numel() != operator.shape[1]:
         return f"Some columns of {operator.name} belong to no channel."
-    if group.kind == "values":
-        return None
     return check_cut(group, call, torch.arange(0, group.size, 2))
 
 
@@ -340,7 +364,10 @@ def _moved(
             for operator, indices in members
         )
 
-    return ChannelGroup(group.kind, moved(group.producers), moved(group.consumers))
+    linear = None if group.linear is None else moved([group.linear])[0]
+    return ChannelGroup(
+        group.kind, moved(group.producers), moved(group.consumers), linear
+    )
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fista_modifier.calibration.replays import replays_of
+from fista_modifier.calibration.replays import Replays, replays_of
 from fista_modifier.calibration.stages import Stage, agreed, find_stages
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.models.layers import DecoderLayer
@@ -73,10 +73,11 @@ class CorrectedProcedure:
         operators: Sequence[Operator],
         weights: Mapping[Operator, Tensor],
         biases: Mapping[Operator, Tensor] = UNCHANGED,
-    ) -> Iterator[tuple[list[Stage], list[GramStatistics]]]:
+    ) -> Iterator[tuple[list[Stage], list[GramStatistics], Replays]]:
         """
-        The stages of each wave, with the sums over their inputs. Nothing in a layer is
-        as large as these: whoever takes them may empty the list.
+        The stages of each wave, with the sums over their inputs and the runs that
+        showed them. Nothing in a layer is as large as the sums: whoever takes them may
+        empty the list.
 
         :param task: of the layer
         :param operators: whose inputs are asked for
@@ -101,4 +102,5 @@ class CorrectedProcedure:
                     ranks,
                     task.offload,
                 ),
+                replays,
             )

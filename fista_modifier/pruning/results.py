@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fista_modifier.host import package_versions
 from fista_modifier.solver.trials import Trial
-from fista_modifier.structured.patterns import Smaller
+from fista_modifier.structured.patterns import lost_channels
 
 __all__ = [
     "PACKAGES",
@@ -96,8 +96,9 @@ class OperatorResult:
 
     @property
     def is_smaller(self) -> bool:
-        """whether it lost channels, in place of getting zeros"""
-        return Smaller.parse(self.pattern) is not None
+        """whether it lost whole channels (of which some are zeros in place), and did
+        not get the zeros of a pattern"""
+        return lost_channels(self.pattern)
 
     @property
     def kind(self) -> str:
@@ -195,6 +196,10 @@ class PruningReport:
         decoder layers; reports of older versions have none
     :param removed_share: of the decoder layers' parameters, what left the model; None
         if nothing did
+    :param zeroed_share: of the decoder layers' parameters, those of whole channels that
+        are zeros in place, and did not leave; None if there are none
+    :param zero_rows: operators whose output channels are zeros in place, biases too,
+        with the number of these
     :param sizes: values of config.json that changed with that, by their names, with
         dots between those of nested configurations
     :param smaller_by: the published methods that took channels out, with the choice of
@@ -214,6 +219,8 @@ class PruningReport:
     stored_share: float = 1.0
     share_of_layers: float | None = None
     removed_share: float | None = None
+    zeroed_share: float | None = None
+    zero_rows: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     smaller_by: Sequence[str] = field(default_factory=list)
     recovery: Sequence[RecoveryResult] = field(default_factory=list)
@@ -277,6 +284,8 @@ class PruningReport:
             model=self.model,
             share_of_layers=share,
             removed_share=_removed(self.removed_share, later.removed_share),
+            zeroed_share=self.zeroed_share or later.zeroed_share,
+            zero_rows=self.zero_rows | later.zero_rows,
             sizes=self.sizes | later.sizes,
             smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
             recovery=[*self.recovery, *later.recovery],

@@ -104,7 +104,7 @@ class SparseProcedure(CorrectedProcedure):
             results.append(self._result(operator, solution, tokens, seconds))
             task.on_operator(results[-1])
 
-        for wave, statistics in self.sums(task, task.operators, pruned):
+        for wave, statistics, _ in self.sums(task, task.operators, pruned):
             for solved in self._solve(wave, statistics, task.ranks):
                 add(*solved)
         uncalled = [one for one in task.operators if one not in pruned]

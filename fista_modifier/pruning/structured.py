@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.channels import leaving, without_channels
+from fista_modifier.calibration.replays import Replays
+from fista_modifier.calibration.stages import Stage
 from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.alternating import alternated
 from fista_modifier.pruning.channels import ChannelPlan, GroupPlan
 from fista_modifier.pruning.corrected import CorrectedProcedure
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
@@ -17,6 +20,7 @@ from fista_modifier.pruning.reconstruction import reconstructed
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import GramStatistics
 from fista_modifier.structured import (
+    Alternation,
     ChannelProblem,
     FASPScore,
     FeatureMeans,
@@ -28,7 +32,7 @@ from fista_modifier.structured import (
     Selector,
     prune_channels,
 )
-from fista_modifier.structured.patterns import Smaller
+from fista_modifier.structured.patterns import Smaller, ZeroColumns
 
 __all__ = ["StructuredProcedure"]
 
@@ -56,16 +60,20 @@ class StructuredProcedure(CorrectedProcedure):
     Choose the channels of each group in the order in which their consumers run, give
     the consumers weights that make up for those that leave, train what is left, and cut
     rows and columns out. Until the cut, the consumers' columns of a channel that leaves
-    are zero. The layer then computes the same as after the cut.
+    are zero. The layer then computes the same as after the cut. Dimensions of values
+    are not cut: their rows, columns and biases stay, as zeros.
 
     :param plan: groups of each layer, and how many channels stay
     :param selector: chooses the channels
     :param restorer: finds the consumers' weights on them
+    :param alternation: then alternates over the weights of the consumer and of the
+        producer in which its input is linear, where there is one; None does not
     """
 
     plan: ChannelPlan = field(default_factory=ChannelPlan)
     selector: Selector = FASPScore()
     restorer: Restorer = LeastSquares()
+    alternation: Alternation | None = None
 
     def prune(self, task: LayerTask) -> PrunedLayer:
         """
@@ -119,7 +127,27 @@ class StructuredProcedure(CorrectedProcedure):
         }
         chosen = []
 
-        def add(operator: Operator, statistics: GramStatistics) -> None:
+        def improved(
+            pruned: PrunedChannels, stage: Stage, plan: GroupPlan, replays: Replays
+        ) -> PrunedChannels:
+            if self.alternation is None or plan.group.linear is None:
+                return pruned
+            better = alternated(
+                task, plan, pruned, replays, stage.calls, self.alternation
+            )
+            if better is None:
+                return pruned
+            weights[better.producer] = better.weight
+            if better.bias is not None:
+                biases[better.producer] = better.bias
+            return better.pruned
+
+        def add(
+            operator: Operator,
+            statistics: GramStatistics,
+            stage: Stage | None = None,
+            replays: Replays | None = None,
+        ) -> None:
             started = time.perf_counter()
             problem = _problem(plans[operator], statistics)
             selector = self.selector if statistics.tokens else Magnitude()
@@ -127,6 +155,8 @@ class StructuredProcedure(CorrectedProcedure):
             pruned = prune_channels(problem, selector, restorer)
             kept = KeptWeights()(problem, pruned.kept).weight
             start = problem.error(problem.widened(kept, pruned.kept))
+            if stage and replays and statistics.tokens:
+                pruned = improved(pruned, stage, plans[operator], replays)
             weights[operator] = problem.widened(pruned.weight, pruned.kept).to(
                 operator.weight
             )
@@ -143,11 +173,11 @@ class StructuredProcedure(CorrectedProcedure):
                 )
             )
 
-        for wave, statistics in self.sums(task, list(plans), weights, biases):
+        for wave, statistics, replays in self.sums(task, list(plans), weights, biases):
             for stage in wave:
                 sums = statistics.pop(0)
                 for operator in stage.operators:
-                    add(operator, sums)
+                    add(operator, sums, stage, replays)
         for operator in plans:  # an expert that no token reaches
             if operator not in weights:
                 add(operator, GramStatistics.empty(operator.weight.shape[1]))
@@ -162,22 +192,10 @@ def _problem(plan: GroupPlan, statistics: GramStatistics) -> ChannelProblem:
         statistics,
         columns,
         plan.keep,
-        _means(operator, statistics) if statistics.tokens else None,
+        FeatureMeans.of(statistics, operator.weight) if statistics.tokens else None,
         has_bias,
         _norms(plan),
     )
-
-
-def _means(operator: Operator, statistics: GramStatistics) -> FeatureMeans:
-    assert statistics.total is not None  # there are tokens
-    tokens = statistics.tokens
-    drift = None
-    if statistics.drift_total is not None:
-        assert statistics.drift is not None  # of which this is the total
-        mean = (statistics.drift_total / tokens).float()
-        weight = operator.weight.to(mean.device, torch.float32)
-        drift = statistics.drift.in_outputs(mean, weight)
-    return FeatureMeans((statistics.total / tokens).float(), tokens, drift)
 
 
 def _norms(plan: GroupPlan) -> Tensor:
@@ -194,10 +212,13 @@ def _norms(plan: GroupPlan) -> Tensor:
 def _result(chosen: _Chosen, weight: Tensor) -> OperatorResult:
     operator, indices = chosen.plan.consumer
     rows, columns = weight.shape
+    pattern: Smaller | ZeroColumns = Smaller(columns, indices.numel(), "columns")
+    if chosen.plan.zeroes:
+        pattern = ZeroColumns(chosen.plan.keep * indices.shape[1], columns)
     return OperatorResult(
         name=operator.name,
         shape=(rows, columns),
-        pattern=str(Smaller(columns, indices.numel(), "columns")),
+        pattern=str(pattern),
         zeros=int((weight == 0).sum()),
         relative_error=chosen.pruned.relative_error,
         relative_start_error=chosen.start_error,

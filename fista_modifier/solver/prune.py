@@ -124,6 +124,18 @@ def prune_weight(
     return solver.prune([weight], [pattern])[0]
 
 
+@dataclass
+class Incumbent:
+    """
+    The best candidate so far, in a place of its own: no caller holds one that a better
+    one has replaced.
+
+    :param best: of lowest error
+    """
+
+    best: Candidate
+
+
 class FISTAPruner:
     """
     Algorithm 1 of the paper, for all operators that share an input.
@@ -167,51 +179,54 @@ class FISTAPruner:
             if number == len(weights) - 1:
                 del starter  # an inverse of G need not wait for the last operator
             support = pattern.support(start.abs())
-            best = problem.cast(start * support)
+            incumbent = Incumbent(problem.cast(start * support))
             del start
-            solutions.append(self._improved(problem, best, support))
-            del problem, best, support  # before the next needs as much
+            start_error = incumbent.best.error
+            if self._options.refit:
+                incumbent.best = problem.refit(incumbent.best, support)
+            del support
+            trials = self._search(problem, incumbent)
+            best = problem.filled(incumbent.best)
+            solutions.append(problem.solution(best, start_error, trials))
+            del problem, incumbent, best  # before the next needs as much
         return solutions
 
-    def _improved(
-        self, problem: OperatorProblem, start: Candidate, support: Tensor
-    ) -> PrunedWeight:
-        """Algorithm 1 and what comes before and after it, for one operator."""
-        refit = self._options.refit
-        best = problem.refit(start, support) if refit else start
-        best, trials = self._search(problem, best)
-        return problem.solution(problem.filled(best), start.error, trials)
+    def _search(self, problem: OperatorProblem, incumbent: Incumbent) -> list[Trial]:
+        """
+        The loop of Algorithm 1.
 
-    def _search(
-        self, problem: OperatorProblem, best: Candidate
-    ) -> tuple[Candidate, list[Trial]]:
-        """The loop of Algorithm 1: W*_best, and the rounds that led to it."""
+        :param incumbent: the start; W*_best at the end
+        :return: the rounds that led to it
+        """
         options, objective = self._options, problem.objective
         unit = lambda_unit(objective)
         search = LambdaBisection(options.lambda_init, options.lambda_max)
         # FISTA starts from dense weights as they are, though only their rounding counts
-        iterate = objective.weight if options.start == "dense" else best.weight
+        from_dense = options.start == "dense"
+        iterate = objective.weight if from_dense else incumbent.best.weight
         trials: list[Trial] = []
         failures = 0
         while failures < options.patience and len(trials) < MAX_ROUNDS:
             penalty = search.value
             solution = fista(objective, penalty * unit, iterate, options.max_iterations)
             unrounded_error = objective.error(solution.weight)
-            candidate = self._feasible_(problem, solution.weight, best.error)
+            candidate = self._feasible_(problem, solution.weight, incumbent.best.error)
             error = candidate.error
-            improvement = (best.error - error) / best.error if best.error else 0.0
+            before = incumbent.best.error
+            improvement = (before - error) / before if before else 0.0
             if improvement > 0:
-                best = candidate
-                iterate = best.weight
+                incumbent.best = candidate
+                iterate = candidate.weight
                 failures = 0
             else:
                 failures += 1
             share = (error - unrounded_error) / error if error else 0.0
-            trials.append(Trial(penalty, error, best.error, solution.iterations, share))
+            lowest = incumbent.best.error
+            trials.append(Trial(penalty, error, lowest, solution.iterations, share))
             if 0 < improvement < options.epsilon:
                 break
             search.update(increase=share > options.xi)
-        return best, trials
+        return trials
 
     def _feasible_(
         self, problem: OperatorProblem, iterate: Tensor, best_error: float

@@ -8,8 +8,8 @@ the consumers' weights on them, and :func:`prune_channels` puts both together.
 
 from fista_modifier.structured.alternating import (
     AlternatedMLP,
+    Alternation,
     MLPBatch,
-    alternate,
     down_given_up,
     mlp_error,
     up_given_down,
@@ -35,6 +35,7 @@ from fista_modifier.structured.selection import (
 
 __all__ = [
     "AlternatedMLP",
+    "Alternation",
     "BiasCompensation",
     "ChannelProblem",
     "FASPScore",
@@ -51,7 +52,6 @@ __all__ = [
     "Restored",
     "Restorer",
     "Selector",
-    "alternate",
     "down_given_up",
     "mlp_error",
     "prune_channels",

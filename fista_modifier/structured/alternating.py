@@ -3,21 +3,23 @@ Recovery of a pruned MLP as a whole: SPAP's alternating minimisation.
 
 SPAP's abstract (Hu & Yuan 2025) has an alternating minimisation over the parts that the
 MLP splits into. The steps here are ours. With the kept channels only, and a = act(gate
-of x), the output of the MLP is D ((U x) ∘ a). It is linear in D given U, and linear in
-U given D and a. So each of the two steps is least squares towards the dense MLP's
-output y:
+of x), the output of the MLP is D ((U x) ∘ a) + c. It is linear in D and c given U, and
+linear in U given D, c and a. So each of the two steps is least squares towards the
+dense MLP's output y:
 
-    min over D   Σ ‖D ((U x) ∘ a) − y‖² + δ ‖D − D₀‖²      by a Gram matrix,
-    min over U   Σ ‖D ((U x) ∘ a) − y‖² + δ ‖U − U₀‖²      by conjugate gradients.
+    min over D, c  Σ ‖D ((U x) ∘ a) + c − y‖² + δ ‖D − D₀‖²    by a Gram matrix,
+    min over U     Σ ‖D ((U x) ∘ a) + c − y‖² + δ ‖U − U₀‖²    by conjugate gradients.
 
-D₀ and U₀ are the weights before the step, so no step can raise the error. The gate
-itself stays. An MLP whose activation is applied to U x, as in OPT, has no such U step.
+D₀ and U₀ are the weights before the step, so no step can raise the error. c is a change
+of the last operator's bias, and zero if it has none. Where U has a bias, the last
+feature of x is 1. The gate itself stays. An MLP whose activation is applied to U x, as
+in OPT, has no such U step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,13 +29,14 @@ from torch import Tensor
 from fista_modifier.solver.drift import inner
 from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.objective import LayerObjective
+from fista_modifier.structured.means import FeatureMeans
 from fista_modifier.structured.problem import damped_quadratic
-from fista_modifier.structured.restoration import DAMPENING, least_squares
+from fista_modifier.structured.restoration import DAMPENING, Restored, least_squares
 
 __all__ = [
     "AlternatedMLP",
+    "Alternation",
     "MLPBatch",
-    "alternate",
     "down_given_up",
     "mlp_error",
     "up_given_down",
@@ -41,6 +44,13 @@ __all__ = [
 
 RIDGE = 1e-3
 """of the up step: its conjugate gradients end early, which damps as well"""
+
+Sum = Callable[[Tensor], object]
+"""replaces a tensor by its sum over all processes that have tokens"""
+
+
+def _alone(_tensor: Tensor) -> None:
+    """The sum over one process"""
 
 
 class MLPBatch(NamedTuple):
@@ -78,87 +88,134 @@ class AlternatedMLP:
     """
     :param up: U, float32 c×d
     :param down: D, float32 m×c
-    :param errors: ‖D ((U x) ∘ a) − y‖_F over all tokens: of the weights at the start,
-        and after each half of each round
+    :param errors: ‖D ((U x) ∘ a) + c − y‖_F over all tokens: of the weights at the
+        start, and after each half of each round
+    :param bias: c, float32 m; None is zero
     """
 
     up: Tensor
     down: Tensor
     errors: list[float]
+    bias: Tensor | None = None
 
 
-def alternate(
-    batches: Sequence[MLPBatch],
+@dataclass(frozen=True)
+class Alternation:
+    """
+    Solves for D and for U in turn.
+
+    :param rounds: how often each is solved for
+    :param dampening_frac: δ of the step for D, as a fraction of the features' typical
+        power
+    :param iterations: conjugate gradient steps of each step for U
+    """
+
+    rounds: int = 2
+    dampening_frac: float = DAMPENING
+    iterations: int = 20
+
+    def __call__(
+        self,
+        batches: Iterable[MLPBatch],
+        up: Tensor,
+        down: Tensor,
+        bias: Tensor | None = None,
+        total: Sum = _alone,
+    ) -> AlternatedMLP:
+        """
+        :param batches: the tokens, gone through many times
+        :param up: U of the kept channels, c×d
+        :param down: D of the kept channels, m×c
+        :param bias: c, m; None if it has to be zero
+        :param total: sums over all processes that have tokens
+        :return: the weights of the last round
+        """
+        up, down = up.float(), down.float()
+        errors = [mlp_error(batches, up, down, bias, total)]
+        for _ in range(self.rounds):
+            down, bias = down_given_up(
+                batches, up, down, self.dampening_frac, bias, total
+            )
+            errors.append(mlp_error(batches, up, down, bias, total))
+            up = up_given_down(
+                batches, up, down, bias, total, iterations=self.iterations
+            )
+            errors.append(mlp_error(batches, up, down, bias, total))
+        return AlternatedMLP(up, down, errors, bias)
+
+
+def mlp_error(
+    batches: Iterable[MLPBatch],
     up: Tensor,
     down: Tensor,
-    *,
-    rounds: int = 2,
-    dampening_frac: float = DAMPENING,
-    iterations: int = 20,
-) -> AlternatedMLP:
-    """
-    Solve for D and for U in turn.
-
-    :param batches: the tokens
-    :param up: U of the kept channels, c×d
-    :param down: D of the kept channels, m×c
-    :param rounds: how often each is solved for
-    :param dampening_frac: of the step for D
-    :param iterations: conjugate gradient steps of each step for U
-    :return: the weights of the last round
-    """
-    up, down = up.float(), down.float()
-    errors = [mlp_error(batches, up, down)]
-    for _ in range(rounds):
-        down = down_given_up(batches, up, down, dampening_frac)
-        errors.append(mlp_error(batches, up, down))
-        up = up_given_down(batches, up, down, iterations=iterations)
-        errors.append(mlp_error(batches, up, down))
-    return AlternatedMLP(up, down, errors)
-
-
-def mlp_error(batches: Sequence[MLPBatch], up: Tensor, down: Tensor) -> float:
+    bias: Tensor | None = None,
+    total: Sum = _alone,
+) -> float:
     """
     :param batches: the tokens
     :param up: U, float32 c×d
     :param down: D, float32 m×c
-    :return: ‖D ((U x) ∘ a) − y‖_F over all tokens
+    :param bias: c, m; None is zero
+    :param total: sums over all processes that have tokens
+    :return: ‖D ((U x) ∘ a) + c − y‖_F over all tokens
     """
-    residuals = (residual(batch, up, down) for batch in batches)
-    return math.sqrt(sum(inner(part, part) for part in residuals))
+    residuals = (residual(batch, up, down, bias) for batch in batches)
+    square = torch.tensor(sum(inner(part, part) for part in residuals)).double()
+    total(square)
+    return math.sqrt(float(square))
 
 
-def residual(batch: MLPBatch, up: Tensor, down: Tensor) -> Tensor:
-    """(y − D ((U x) ∘ a))ᵀ, tokens×m"""
-    return batch.outputs.float() - batch.hidden(up) @ down.T
+def residual(
+    batch: MLPBatch, up: Tensor, down: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """(y − D ((U x) ∘ a) − c)ᵀ, tokens×m"""
+    found = batch.outputs.float() - batch.hidden(up) @ down.T
+    return found if bias is None else found - bias
 
 
 def down_given_up(
-    batches: Sequence[MLPBatch],
+    batches: Iterable[MLPBatch],
     up: Tensor,
     down: Tensor,
     dampening_frac: float = DAMPENING,
-) -> Tensor:
+    bias: Tensor | None = None,
+    total: Sum = _alone,
+) -> Restored:
     """
     :param batches: the tokens
     :param up: U, float32 c×d
     :param down: D₀, float32 m×c
     :param dampening_frac: δ, as a fraction of the hidden features' typical power
-    :return: the damped least squares D, m×c
+    :param bias: None if c has to be zero; otherwise its value does not matter
+    :param total: sums over all processes that have tokens
+    :return: the damped least squares D, m×c, and the c that goes with it
     """
     # what the statistics call drift is the error of D₀, however D is shaped
     gram = torch.zeros(down.shape[1], down.shape[1], device=down.device)
     statistics = GramStatistics(gram, weight=down)
     for batch in batches:
         statistics.accumulate(batch.hidden(up), outputs=batch.outputs)
-    objective = LayerObjective(down, damped_quadratic(statistics, dampening_frac))
-    return least_squares(objective, torch.arange(down.shape[1], device=down.device))
+    tokens = torch.tensor(statistics.tokens)
+    for one in [tokens, *statistics.sums()]:
+        total(one)
+    statistics.tokens = int(tokens)
+    columns = torch.arange(down.shape[1], device=down.device)
+    if bias is None:
+        objective = LayerObjective(down, damped_quadratic(statistics, dampening_frac))
+        return Restored(least_squares(objective, columns), None)
+    means = FeatureMeans.of(statistics, down)
+    centred = means.centred(down, statistics)
+    objective = LayerObjective(down, damped_quadratic(centred, dampening_frac))
+    weight = least_squares(objective, columns)
+    return Restored(weight, means.best_bias(down, weight))
 
 
 def up_given_down(
-    batches: Sequence[MLPBatch],
+    batches: Iterable[MLPBatch],
     up: Tensor,
     down: Tensor,
+    bias: Tensor | None = None,
+    total: Sum = _alone,
     *,
     dampening_frac: float = RIDGE,
     iterations: int = 20,
@@ -171,6 +228,8 @@ def up_given_down(
     :param batches: the tokens
     :param up: U₀, float32 c×d
     :param down: D, float32 m×c
+    :param bias: c, m; None is zero
+    :param total: sums over all processes that have tokens
     :param dampening_frac: δ, as a fraction of the typical diagonal entry of the
         normal equations' matrix
     :param iterations: steps at most
@@ -179,6 +238,7 @@ def up_given_down(
     :return: U, c×d, with an error not above that of U₀
     """
     diagonal = _diagonal(batches, up, down)
+    total(diagonal)
     positive = diagonal[diagonal > 0].double()
     if not len(positive):
         return up
@@ -186,16 +246,19 @@ def up_given_down(
     inverse = torch.where(diagonal > 0, 1 / (diagonal + ridge), 0)
     gradient = torch.zeros_like(up)
     for batch in batches:
-        gradient += _adjoint(batch, residual(batch, up, down), down)
+        gradient += _adjoint(batch, residual(batch, up, down, bias), down)
+    total(gradient)
     change = torch.zeros_like(up)
     direction = gradient * inverse
     power = first = inner(gradient, direction)
     for _ in range(iterations):
         if power <= tolerance**2 * first:
             break
-        curved = ridge * direction
+        curved = torch.zeros_like(up)
         for batch in batches:
             curved += _adjoint(batch, batch.hidden(direction) @ down.T, down)
+        total(curved)
+        curved.add_(direction, alpha=ridge)
         length = power / inner(direction, curved)
         change.add_(direction, alpha=length)
         gradient.sub_(curved, alpha=length)
@@ -210,7 +273,7 @@ def _adjoint(batch: MLPBatch, outputs: Tensor, down: Tensor) -> Tensor:
     return batch.gated(outputs @ down).T @ batch.inputs.float()
 
 
-def _diagonal(batches: Sequence[MLPBatch], up: Tensor, down: Tensor) -> Tensor:
+def _diagonal(batches: Iterable[MLPBatch], up: Tensor, down: Tensor) -> Tensor:
     """The diagonal of the normal equations, c×d: ‖D_i‖² Σ a_i² x_j²."""
     total = torch.zeros_like(up)
     for batch in batches:

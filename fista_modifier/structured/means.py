@@ -38,6 +38,23 @@ class FeatureMeans:
     tokens: int
     drift: Tensor | None = None
 
+    @classmethod
+    def of(cls, statistics: GramStatistics, weight: Tensor) -> FeatureMeans:
+        """
+        :param statistics: of one token or more
+        :param weight: W, m×N of any floating dtype
+        :return: the means of these tokens
+        """
+        assert statistics.total is not None, "there are tokens"
+        tokens = statistics.tokens
+        drift = None
+        if statistics.drift_total is not None:
+            assert statistics.drift is not None, "of which this is the total"
+            mean = (statistics.drift_total / tokens).float()
+            dense = weight.to(mean.device, torch.float32)
+            drift = statistics.drift.in_outputs(mean, dense)
+        return cls((statistics.total / tokens).float(), tokens, drift)
+
     def best_bias(self, weight: Tensor, candidate: Tensor) -> Tensor:
         """
         :param weight: W, float32 m×N

@@ -283,6 +283,32 @@ def test_a_layer_without_channels_computes_what_it_does_unread(family: str) -> N
     assert all(torch.equal(after[name], one) for name, one in before.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("family", "operator", "first"),
+    [
+        ("llama", "mlp.up_proj", 0),
+        ("gemma2", "mlp.up_proj", 0),
+        ("phi3", "mlp.gate_up_proj", MLP),
+        ("mixtral", "mlp.experts.0.up_proj", 0),
+        ("opt", None, 0),
+        ("gpt2", None, 0),
+    ],
+)
+def test_what_the_consumer_reads_is_linear_in(
+    family: str, operator: str | None, first: int, dtype: torch.dtype
+) -> None:
+    layer, groups = search(model_of(family, dtype))
+    group = groups.of_kind("channels")[0]
+    assert all(one.linear is None for one in groups.groups if one.kind != "channels")
+    if operator is None:
+        assert group.linear is None
+        return
+    assert group.linear is not None
+    assert group.linear.operator.name == f"{layer.name}.{operator}"
+    assert group.linear.indices.flatten().tolist() == [*range(first, first + MLP)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     layer, groups = search(model_of("llama", dtype))
@@ -333,6 +359,10 @@ class Toy(torch.nn.Module):
             kept["gate"] = gate
         if self.change == "scaled":
             inside = inside * self.scale
+        if self.change == "clamped":
+            inside = inside.clamp(-100, 100)
+        if self.change == "shifted":
+            inside = inside + torch.nn.functional.relu(gate)
         if self.change == "mixed":
             inside = inside + inside.roll(1, -1)
         if states.mean() > 0:
@@ -362,6 +392,16 @@ def test_channels_that_something_else_reads(change: str, reason: str) -> None:
     operators, groups = Toy(change).search(-1.0)
     assert not groups.of_kind("channels")
     assert reason in groups.why_not(operators[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "linear"), [("", True), ("clamped", False), ("shifted", False)]
+)
+def test_a_linear_producer_is_one_for_all_values(change: str, linear: bool) -> None:
+    operators, groups = Toy(change).search(-1.0)
+    (group,) = groups.groups
+    assert (group.linear is not None) == linear
+    assert not group.linear or group.linear.operator is operators[1]
 
 
 def test_a_layer_is_as_before() -> None:

@@ -4,8 +4,8 @@ from problems import inputs, normal
 from torch import Tensor
 
 from fista_modifier.structured import (
+    Alternation,
     MLPBatch,
-    alternate,
     down_given_up,
     mlp_error,
     up_given_down,
@@ -92,14 +92,14 @@ def test_the_down_step_is_least_squares(gated):
     expected = torch.linalg.lstsq(left, right).solution.T
     found = down_given_up(
         split(batch, [90, 6]), up, down, dampening_frac=0 if gated else 0.2
-    )
+    ).weight
     assert torch.allclose(found.double(), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 50])
 def test_no_step_raises_the_error(iterations):
     batch, up, down = tokens_of(True)
-    result = alternate([batch], up, down, rounds=4, iterations=iterations)
+    result = Alternation(rounds=4, iterations=iterations)([batch], up, down)
     errors = result.errors
     assert len(errors) == 9
     assert all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False))
@@ -110,8 +110,8 @@ def test_no_step_raises_the_error(iterations):
 
 def test_batches_may_be_split_anyhow():
     batch, up, down = tokens_of(True)
-    whole = alternate([batch], up, down)
-    parts = alternate(split(batch, [1, 30, 65]), up, down)
+    whole = Alternation()([batch], up, down)
+    parts = Alternation()(split(batch, [1, 30, 65]), up, down)
     assert torch.allclose(whole.up, parts.up, atol=1e-3)
     assert torch.allclose(whole.down, parts.down, atol=1e-3)
     assert whole.errors == pytest.approx(parts.errors, rel=1e-4)
@@ -140,6 +140,6 @@ def test_half_precision_tokens_are_read_as_float32():
     batch, up, down = tokens_of(True)
     half = MLPBatch(*(part.bfloat16() for part in batch))
     exact = MLPBatch(*(part.float() for part in half))
-    mine, other = alternate([half], up, down), alternate([exact], up, down)
+    mine, other = Alternation()([half], up, down), Alternation()([exact], up, down)
     assert torch.allclose(mine.up, other.up, atol=1e-4)
     assert torch.allclose(mine.down, other.down, atol=1e-3)

@@ -1,0 +1,158 @@
+"""The tokens of an MLP of a partly pruned layer, from runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
+from fista_modifier.calibration.channels import ChannelGroup
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    RealTokens,
+    inputs_of,
+    real_rows,
+)
+from fista_modifier.calibration.replays import Replays
+from fista_modifier.models.operators import Operator, replaced_weights
+
+__all__ = ["MLPTokens"]
+
+
+class MLPTokens:
+    """
+    What an MLP with a linear producer is given and should put out: for each batch, x*
+    and a* of the partly pruned layer, and y of the dense one. x* and a* are of a run of
+    the smallest module around the MLP, anew each time they are asked for, in which the
+    linear producer puts out ones: what the consumer then reads is a*. Kept are only the
+    inputs of that module and y, a hidden state each of each token.
+
+    :param group: channels with a linear producer
+    :param channels: of the group that stay, in the order of the consumer's columns
+    :param replays: the runs that show the consumer's X and X*
+    :param calls: how often the operators are called in one run of the layer
+    :param real_tokens: of each batch, what is not padding
+    :param storage: where y waits between the passes
+    :param on_batch: called after each batch of each pass, for a progress bar
+    """
+
+    def __init__(
+        self,
+        group: ChannelGroup,
+        channels: Tensor,
+        replays: Replays,
+        calls: int,
+        real_tokens: Sequence[RealTokens],
+        storage: ActivationStorage = MAIN_MEMORY,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> None:
+        assert group.linear is not None, "there is a linear producer"
+        self._producer, rows = group.linear
+        self._consumer, columns = group.consumers[0]
+        self.rows = rows[channels, 0]
+        """of the linear producer, those of the channels that stay"""
+        self._columns = columns[channels, 0]
+        self._replays = replays
+        self._calls = calls
+        self._real_tokens = real_tokens
+        self._storage = storage
+        self._on_batch = on_batch
+        self._inputs, self._places = self._narrowed(group.operators)
+        self._outputs = [
+            storage.keep(self._dense_outputs(batch))
+            for batch in range(len(real_tokens))
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """
+        :return: of each batch, x*ᵀ (with a last feature of ones if the linear producer
+            has a bias), a*ᵀ and (W X)ᵀ, tokens×d, tokens×c and tokens×m
+        """
+        for batch, outputs in enumerate(self._outputs):
+            inputs, activations = self._tokens(batch)
+            yield inputs, activations, outputs.to(inputs.device)
+            self._on_batch()
+
+    def fault(self) -> str | None:
+        """
+        :return: why the tokens are not those of one MLP, None if they are
+        """
+        for inputs, activations, outputs in self:
+            if not len(inputs) == len(activations) == len(outputs):
+                return (
+                    f"{self._consumer.name} reads {len(activations)} tokens in the "
+                    f"partly pruned layer, {len(outputs)} in the dense one, and "
+                    f"{self._producer.name} {len(inputs)}"
+                )
+        return None
+
+    def _narrowed(
+        self, operators: Iterable[Operator]
+    ) -> tuple[LayerInputs, list[int | None]]:
+        """What the module around the MLP is called with, and where, of each batch"""
+        around = self._replays.pruned
+        module = _smallest_around(around.layer, operators)
+        if module is around.layer or self._calls > 1:
+            return around, list(range(len(around)))
+        inputs = LayerInputs(module, self._storage)
+        places: list[int | None] = []
+        with replaced_weights(self._replays.weights, self._replays.biases):
+            for call in around:
+                before = len(inputs)
+                inputs.follow(call)
+                places.append(before if len(inputs) > before else None)
+        return inputs, places
+
+    def _tokens(self, batch: int) -> tuple[Tensor, Tensor]:
+        place, real = self._places[batch], self._real_tokens[batch]
+        if place is None:  # an expert that no token of the batch is routed to
+            return self._cat([], self._producer), self._cat([], self._consumer)
+        call = self._inputs[place]
+        modules = {self._producer.module: self._calls}
+        modules[self._consumer.module] = self._calls
+        hook = self._producer.module.register_forward_hook(self._put_out_ones)
+        with hook, replaced_weights(self._replays.weights, self._replays.biases):
+            seen = inputs_of(modules, call)
+        inputs, activations = (
+            self._cat(
+                [real.rows(value, call) for value in seen[operator.module]], operator
+            )
+            for operator in (self._producer, self._consumer)
+        )
+        if self._producer.module.bias is not None:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        return inputs, activations[:, self._columns.to(activations.device)]
+
+    def _cat(self, rows: list[Tensor], operator: Operator) -> Tensor:
+        weight = operator.weight
+        return torch.cat([weight.new_empty(0, weight.shape[1]), *rows])
+
+    def _put_out_ones(
+        self, _module: torch.nn.Module, _args: Any, output: Tensor
+    ) -> Tensor:
+        return output.index_fill(-1, self.rows.to(output.device), 1)
+
+    def _dense_outputs(self, batch: int) -> Tensor:
+        """(W X)ᵀ of one batch, float32 tokens×m"""
+        real, recorded = self._real_tokens[batch], self._replays.outputs
+        weight, bias = self._consumer.weight.float(), self._consumer.module.bias
+        if recorded is not None:
+            found = real_rows(recorded[batch], real.own).to(weight)
+            return found if bias is None else found - bias.float()
+        call: LayerCall = self._replays.dense[batch]
+        seen = inputs_of({self._consumer.module: self._calls}, call)
+        rows = [real.rows(value, call) for value in seen[self._consumer.module]]
+        return self._cat(rows, self._consumer).float() @ weight.T
+
+
+def _smallest_around(
+    layer: torch.nn.Module, operators: Iterable[Operator]
+) -> torch.nn.Module:
+    """Of the layer's modules with all of the operators in them, the innermost"""
+    inside = {operator.module for operator in operators}
+    *_, innermost = (one for one in layer.modules() if inside <= {*one.modules()})
+    return innermost

@@ -1,0 +1,121 @@
+"""Alternating minimisation of an MLP whose channels are chosen, over the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from fista_modifier.calibration.mlps import MLPTokens
+from fista_modifier.calibration.replays import Replays
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.channels import GroupPlan
+from fista_modifier.pruning.procedures import LayerTask
+from fista_modifier.structured import (
+    Alternation,
+    MLPBatch,
+    PrunedChannels,
+    mlp_error,
+)
+
+__all__ = ["Alternated", "alternated"]
+
+
+@dataclass(frozen=True)
+class Alternated:
+    """
+    :param pruned: channels that stay, and the consumer's weight on them
+    :param producer: the linear one
+    :param weight: of it, out×in of the old shape
+    :param bias: of it, if it has one
+    """
+
+    pruned: PrunedChannels
+    producer: Operator
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Batches:
+    """Passes over the tokens, as many as are asked for"""
+
+    def __init__(self, tokens: MLPTokens) -> None:
+        self._tokens = tokens
+
+    def __iter__(self) -> Iterator[MLPBatch]:
+        return (MLPBatch(*fields) for fields in self._tokens)
+
+
+def alternated(
+    task: LayerTask,
+    plan: GroupPlan,
+    pruned: PrunedChannels,
+    replays: Replays,
+    calls: int,
+    alternation: Alternation,
+) -> Alternated | None:
+    """
+    Alternate over the weights of the consumer (D) and of the linear producer (U), from
+    least squares on. U is that of the dense model, and has its bias as a last column.
+
+    :param task: of the layer
+    :param plan: of a group that has a linear producer
+    :param pruned: its channels that stay, and the consumer's weight on them
+    :param replays: the runs that show the consumer's inputs
+    :param calls: how often the consumer is called in one run of the layer
+    :param alternation: how long
+    :return: the weights, alike on all ranks; None if the error in the operators' dtype
+        did not fall
+    """
+    assert plan.group.linear is not None, "there is a linear producer"
+    producer, consumer = plan.group.linear.operator, plan.consumer.operator
+    columns = plan.consumer.indices[pruned.kept.cpu(), 0]
+    tokens = MLPTokens(
+        plan.group,
+        pruned.kept.cpu()[columns.argsort()],
+        replays,
+        calls,
+        task.recording.real_tokens,
+        task.recording.storage,
+        task.on_batch,
+    )
+    faults = [fault for fault in task.ranks.all(tokens.fault()) if fault]
+    if faults:
+        logger.warning(f"{faults[0]}: its weights are those of least squares")
+        return None
+    batches, total = _Batches(tokens), task.ranks.sum
+    start = _rows(producer, tokens.rows)
+    found = alternation(batches, start, pruned.weight, pruned.bias, total)
+    up = found.up.to(producer.weight.dtype)
+    down = found.down.to(consumer.weight.dtype)
+    error = mlp_error(batches, up.float(), down.float(), found.bias, total)
+    if not error < found.errors[0]:
+        return None
+    better = replace(pruned, weight=down, bias=found.bias, error=error)
+    return Alternated(better, producer, *_with_rows(producer, tokens.rows, up))
+
+
+def _rows(operator: Operator, rows: Tensor) -> Tensor:
+    """With their biases as a last column, if there are any"""
+    weight, bias = operator.weight, operator.module.bias
+    rows = rows.to(weight.device)
+    if bias is None:
+        return weight[rows]
+    return torch.cat([weight[rows], bias.data[rows, None].to(weight)], 1)
+
+
+def _with_rows(
+    operator: Operator, rows: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The operator's weight and bias with other rows: see :func:`_rows`"""
+    weight, bias = operator.weight.clone(), operator.module.bias
+    rows = rows.to(weight.device)
+    weight[rows] = values[:, : weight.shape[1]].to(weight)
+    if bias is None:
+        return weight, None
+    changed = bias.data.clone()
+    changed[rows] = values[:, -1].to(changed)
+    return weight, changed
