@@ -116,7 +116,7 @@ class StructuredModifier(LayerwiseModifier):
             'what makes up for the channels that leave: "least_squares" (FASP\'s), '
             '"alternating" (SPAP\'s: it starts from least squares and solves for the '
             'weights of down and of up in turn), "bias" (FLAP\'s, which needs a bias) '
-            'what makes up for the channels that leave: "least_squares" (FASP), '
+            'or "none". Left out, it is "least_squares", or for SPAP\'s preset "paper" '
             '"alternating"'
         ),
     )
