@@ -134,7 +134,7 @@ def test_of_large_weights_only_some_rows_are_at_work(
     case: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fista_modifier.cost.memory.ENTRIES", BLOCK)
+    monkeypatch.setattr("fista_modifier.cost.solvers.ENTRIES", BLOCK)
     measured = results["memory in blocks"][case]
     assert planned(shape, case) == pytest.approx(measured, rel=0.15)
     assert measured < results["memory"][case]

@@ -98,7 +98,7 @@ def test_what_owl_chooses_is_left_to_the_data(tmp_path: Path) -> None:
     result = invoke("plan", checkpoint("llama"), "--seq-len", 16, "--recipe", file)
     assert result.exit_code == 0, result.output
     output = words(result.output)
-    assert "found from the calibration data, around 50 % 12" in output
+    assert "from the data, around 50 % 12" in output
     assert " 50 % 2 " in output  # what the recipe names is no choice of the data
 
 

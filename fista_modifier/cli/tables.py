@@ -217,7 +217,7 @@ def pattern_table(forecast: Forecast) -> Table:
     for pattern in forecast.patterns:
         name, about = pattern.name, ""
         if pattern.by_data:
-            name, about = f"found from the calibration data, around {name}", "about "
+            name, about = f"from the data, around {name}", "about "
         table.add_row(
             escape(name),
             str(pattern.operators),
@@ -266,9 +266,11 @@ def channel_table(plan: ChannelPlan) -> Table:
             escape(producers), escape(consumers), str(count), str(before), str(after)
         )
     sizes = {".".join(path): value for path, value in plan.changes}
-    caption = f"Of the decoder layers' parameters, {100 * plan.removed:.2f} % leave"
+    caption = (
+        f"{100 * plan.removed:.2f} % of the decoder layers' parameters leave the model"
+    )
     if sizes:
-        caption += f"; the configuration then has {_listed(sizes)}"
+        caption += f"; its configuration then has {_listed(sizes)}"
     if plan.zeroed:
         caption += f"; {100 * plan.zeroed:.2f} % become zeros in place"
     table.caption = escape(caption)

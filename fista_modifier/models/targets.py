@@ -81,8 +81,7 @@ def find_operators(
     for name in order:
         module = found[name]
         named = any(match_name(name, target) for target in targets)
-        special = _is_router(model, name) or _is_head(model, name)
-        if name in ignored or (special and not named):
+        if name in ignored or (_is_router(model, name) and not named):
             continue
         if module is head:
             if not named:
@@ -95,7 +94,12 @@ def find_operators(
                 )
             logger.warning(f"Pruning the output embedding '{name}', as targeted")
         operators.append(Operator(name, module))
-    operators = _without_shared(model, operators)
+    operators = [
+        operator
+        for operator in _without_shared(model, operators)
+        if not _is_head(model, operator.name)
+        or any(match_name(operator.name, target) for target in targets)
+    ]
     if not operators:
         raise ValueError(
             f"targets {targets} minus ignore {ignore} leave no linear operator of "
