@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fista_modifier.evaluation.perplexity import (
     CHUNK_POSITIONS,
+    checked_batches,
     inference,
+    predictions,
     token_blocks,
 )
-from fista_modifier.models.limits import check_length, check_tokens
 
 __all__ = [
     "DIVERGENCE",
@@ -121,29 +121,16 @@ def block_agreement(
     :raises ValueError: if ``batch_size`` is not positive, a model does not have so many
         positions or such tokens, or the models have different vocabularies
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-    for one in (model, dense):
-        check_tokens(one, blocks)
-        check_length(one, blocks.shape[1])
     same, total = 0, 0.0
-    batches = torch.split(blocks, batch_size)
+    batches = checked_batches(blocks, batch_size, model, dense)
     with inference(model), inference(dense):
         for batch in tqdm(batches, desc="Agreement", disable=not progress):
             agreeing, divergence = _compared(
-                _predictions(dense, batch), _predictions(model, batch)
+                predictions(dense, batch), predictions(model, batch)
             )
             same, total = same + agreeing, total + divergence
     tokens = len(blocks) * (blocks.shape[1] - 1)
     return Agreement(same / tokens, total / tokens, tokens)
-
-
-def _predictions(model: Any, batch: Tensor) -> Tensor:
-    """Logits of every token of a batch (blocks, seq_len) but the first."""
-    # An offloaded model's own device is where its weights rest, not where it runs.
-    batch = batch.to(get_execution_device(model.get_input_embeddings()))
-    logits: Tensor = model(input_ids=batch, use_cache=False).logits[:, :-1]
-    return logits
 
 
 def _compared(dense: Tensor, pruned: Tensor) -> tuple[int, float]:

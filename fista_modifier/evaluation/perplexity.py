@@ -29,7 +29,16 @@ from tqdm.auto import tqdm
 
 from fista_modifier.models.limits import check_length, check_tokens
 
-__all__ = ["Perplexity", "block_losses", "perplexity", "token_blocks"]
+__all__ = [
+    "CHUNK_POSITIONS",
+    "Perplexity",
+    "block_losses",
+    "checked_batches",
+    "inference",
+    "perplexity",
+    "predictions",
+    "token_blocks",
+]
 
 CHUNK_POSITIONS = 512
 """positions whose logits are held in float32 at a time"""
@@ -132,16 +141,31 @@ def block_losses(
     :raises ValueError: if ``batch_size`` is not positive, or the model does not have so
         many positions or such tokens
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-    check_tokens(model, blocks)
-    check_length(model, blocks.shape[1])
     losses: list[float] = []
-    batches = torch.split(blocks, batch_size)
+    batches = checked_batches(blocks, batch_size, model)
     with inference(model):
         for batch in tqdm(batches, desc="Perplexity", disable=not progress):
             losses += _mean_losses(model, batch).tolist()
     return losses
+
+
+def checked_batches(
+    blocks: Tensor, batch_size: int, *models: Any
+) -> tuple[Tensor, ...]:
+    """
+    :param blocks: token ids, blocks×seq_len
+    :param batch_size: blocks in a forward pass
+    :param models: that are to predict them
+    :return: the batches
+    :raises ValueError: if ``batch_size`` is not positive, or a model does not have so
+        many positions or such tokens
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    for model in models:
+        check_tokens(model, blocks)
+        check_length(model, blocks.shape[1])
+    return torch.split(blocks, batch_size)
 
 
 @contextmanager
@@ -160,11 +184,21 @@ def inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _mean_losses(model: Any, batch: Tensor) -> Tensor:
-    """The mean loss of each block of a batch ``(blocks, seq_len)``, nats, float64."""
+def predictions(model: Any, batch: Tensor) -> Tensor:
+    """
+    :param model: a causal language model
+    :param batch: token ids, blocks×seq_len
+    :return: logits of every token but the first, blocks×(seq_len−1)×vocabulary
+    """
     # An offloaded model's own device is where its weights rest, not where it runs.
     batch = batch.to(get_execution_device(model.get_input_embeddings()))
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    logits: Tensor = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    return logits
+
+
+def _mean_losses(model: Any, batch: Tensor) -> Tensor:
+    """The mean loss of each block of a batch ``(blocks, seq_len)``, nats, float64."""
+    logits = predictions(model, batch)
     targets = batch[:, 1:].to(logits.device)
     totals = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
     for scores, expected in zip(

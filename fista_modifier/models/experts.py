@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,6 @@ def routing_real_tokens(layer: torch.nn.Module, real: Tensor | None) -> Iterator
 
 def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
     """Of a mixture, that of some of its tokens; of any other module the same."""
-    count = int(rows.sum())
 
     def of_each_token(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(rows)
@@ -128,7 +128,7 @@ def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
     def taken(value: Any) -> Any:
         return value[rows.to(value.device)] if of_each_token(value) else value
 
-    def put_back(value: Any) -> Any:
+    def put_back(value: Any, count: int) -> Any:
         if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != count:
             return value
         whole = value.new_zeros(len(rows), value.shape[1])
@@ -141,7 +141,8 @@ def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
         if kinds != {True, False}:
             return forward(*args, **kwargs)
         args, kwargs = tree_map(taken, (args, kwargs))
-        return tree_map(put_back, forward(*args, **kwargs))
+        widened = partial(put_back, count=int(rows.sum()))
+        return tree_map(widened, forward(*args, **kwargs))
 
     return run
 

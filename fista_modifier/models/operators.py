@@ -189,7 +189,7 @@ def trainable(layer: torch.nn.Module, operators: Iterable[Operator]) -> Iterator
     """
     Make the operators' weights the only parameters of a layer that require a gradient.
 
-    :param layer: the layer
+    :param layer: the layer, or a whole model
     :param operators: some of its operators
     """
     flags = {parameter: parameter.requires_grad for parameter in layer.parameters()}

@@ -74,17 +74,20 @@ def find_operators(
             for inner, child in module.named_modules(prefix=name):
                 if isinstance(child, torch.nn.Linear | Conv1D):
                     found[inner] = child
+
+    def is_named(name: str) -> bool:
+        return any(match_name(name, target) for target in targets)
+
     ignored = names_matched(model, ignore, found)
     embedding, head = get_embeddings(model)
     operators = []
     order = [name for name, _ in model.named_modules() if name in found]
     for name in order:
         module = found[name]
-        named = any(match_name(name, target) for target in targets)
-        if name in ignored or (_is_router(model, name) and not named):
+        if name in ignored or (_is_router(model, name) and not is_named(name)):
             continue
         if module is head:
-            if not named:
+            if not is_named(name):
                 continue
             if _share_weight(module, embedding):
                 raise ValueError(
@@ -97,8 +100,7 @@ def find_operators(
     operators = [
         operator
         for operator in _without_shared(model, operators)
-        if not _is_head(model, operator.name)
-        or any(match_name(operator.name, target) for target in targets)
+        if is_named(operator.name) or not _is_head(model, operator.name)
     ]
     if not operators:
         raise ValueError(

@@ -20,7 +20,7 @@ from fista_modifier.evaluation.agreement import block_agreement
 from fista_modifier.evaluation.results import digest, state_of_checkpoint
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.limits import check_calibration
-from fista_modifier.models.operators import Operator
+from fista_modifier.models.operators import Operator, trainable
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.pruning.resume import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
@@ -193,7 +193,7 @@ def train_operators(
         for one in (model, teacher):
             one.to(arguments.device)
         before = block_agreement(model, teacher, blocks, progress=False)
-        with _in_float32(model, dtypes), _only(model, operators):
+        with _in_float32(model, dtypes), trainable(model, operators):
             steps = _train(model, teacher, train, arguments, masks)
     after = block_agreement(model, teacher, blocks, progress=False)
     _judge(before.divergence, after.divergence)
@@ -295,20 +295,6 @@ def _in_float32(
         for name, parameter in model.named_parameters():
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[name])
-
-
-@contextmanager
-def _only(model: PreTrainedModel, operators: Sequence[Operator]) -> Iterator[None]:
-    """Within this, nothing but the operators' weights is trained."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        for operator in operators:
-            operator.module.weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _run(

@@ -14,19 +14,35 @@ from fista_modifier.solver.patterns import register
 __all__ = ["Smaller", "ZeroColumns", "lost_channels"]
 
 
-@register(None)
 @dataclass(frozen=True)
-class Smaller:
+class _LostChannels:
     """
-    A weight that has fewer rows or columns than in the dense model.
-
-    :param kept: how many there are
+    :param kept: how many rows or columns are left
     :param before: how many there were
-    :param side: which of them
     """
 
     kept: int
     before: int
+
+    @property
+    def group(self) -> None:
+        """None, as it is not n:m"""
+        return None
+
+    @property
+    def tag(self) -> str:
+        return "structured-pruning"
+
+
+@register(None)
+@dataclass(frozen=True)
+class Smaller(_LostChannels):
+    """
+    A weight that has fewer rows or columns than in the dense model.
+
+    :param side: which of them
+    """
+
     side: Literal["rows", "columns"]
 
     def __str__(self) -> str:
@@ -46,15 +62,6 @@ class Smaller:
         return 0.0
 
     @property
-    def group(self) -> None:
-        """None, as it is not n:m"""
-        return None
-
-    @property
-    def tag(self) -> str:
-        return "structured-pruning"
-
-    @property
     def description(self) -> str:
         return f"{self.before - self.kept} {self.side} have left the model"
 
@@ -70,17 +77,11 @@ class Smaller:
 
 @register(None)
 @dataclass(frozen=True)
-class ZeroColumns:
+class ZeroColumns(_LostChannels):
     """
     A weight of which whole columns are zeros in place, since no loader would take it
     without them.
-
-    :param kept: how many columns are left
-    :param before: how many there are
     """
-
-    kept: int
-    before: int
 
     def __str__(self) -> str:
         return f"{self.kept} of {self.before} columns not zero"
@@ -96,15 +97,6 @@ class ZeroColumns:
     def sparsity(self) -> float:
         """share of the zeros that it must have"""
         return 1 - self.kept / self.before
-
-    @property
-    def group(self) -> None:
-        """None, as it is not n:m"""
-        return None
-
-    @property
-    def tag(self) -> str:
-        return "structured-pruning"
 
     @property
     def description(self) -> str:
