@@ -33,7 +33,7 @@ STAMP = VENV / "installed.json"
 EXTRAS = {"demo": ["demo"], "test": ["demo", "test"]}
 MODULES = {
     "demo": ["fista_modifier.cli", "demo"],
-    "test": ["pytest", "-n", "auto", "--dist", "loadfile"],
+    "test": ["pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"],
 }
 GPU_LIBRARY = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
 

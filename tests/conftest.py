@@ -27,6 +27,24 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(os.cpu_count() or 1, 4)
 
 
+LONGEST = [
+    "serving/test_vllm.py",
+    "zoo/test_families.py",
+    "test_distributed.py",
+    "test_accelerator.py",
+    "pruning/test_structured.py",
+    "test_examples.py",
+    "test_cost.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A process has a whole file at a time, so that the longest have to come first."""
+    tests = Path(__file__).parent
+    turns = {tests / name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path, len(turns)))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and two more: 0 pads and 1 ends a text."""

@@ -35,6 +35,13 @@ WIDE = {
 }
 PROMPTS = ["The capital of France is", "Water boils at a temperature of"]
 NEW_TOKENS = 8
+# a server does not see how weights were found
+HASTE: dict[str, Any] = {
+    "ignore": ["re:.*lm_head"],
+    "preset": "fast",
+    "warm_start": "wanda",
+    "refit": False,
+}
 
 CPU = Path("/proc/cpuinfo")
 FOUR_BITS = pytest.mark.skipif(
@@ -60,11 +67,7 @@ def smollm2_pruned(
                 str(wikipedia), tokenizer, samples=2, seq_len=128
             )
             modifier = FISTAPruningModifier(
-                mask_structure=pattern,
-                sparsity=0.5,
-                ignore=["re:.*lm_head"],
-                preset="fast",
-                admm_steps=2,
+                mask_structure=pattern, sparsity=0.5, **HASTE
             )
             run = pipeline.prune(model, tokenizer, data, modifier)
             made[pattern] = tmp_path_factory.mktemp("smollm2") / "pruned"
@@ -169,12 +172,9 @@ def test_vllm_agrees_with_transformers_on_a_smaller_smollm2(
     model = pipeline.load_model(str(smollm2))
     dense = model.num_parameters()
     data = calibration_dataset(str(wikipedia), tokenizer, samples=2, seq_len=128)
-    head = ["re:.*lm_head"]
     recipe = [
-        FASPPruningModifier(sparsity=0.3, ignore=head, preset="paper"),
-        FISTAPruningModifier(
-            mask_structure="2:4", ignore=head, preset="fast", admm_steps=2
-        ),
+        FASPPruningModifier(sparsity=0.3, ignore=HASTE["ignore"], preset="paper"),
+        FISTAPruningModifier(mask_structure="2:4", **HASTE),
     ]
     run = pipeline.prune(model, tokenizer, data, recipe)
     pipeline.save(run.model, tokenizer, tmp_path / "smaller")
