@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -257,11 +257,36 @@ def test_quantised_experts_are_saved_as_the_toolkit_does(tmp_path: Path) -> None
     assert "model.layers.1.mlp.experts.3.up_proj.weight_scale" in locate(tmp_path)[0]
 
 
-def test_experts_that_the_toolkit_would_fuse_wrongly_are_left_alone() -> None:
+def gpt_oss() -> PreTrainedModel:
     config = GptOssConfig(**SETTINGS, intermediate_size=48, num_local_experts=4)
     model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:  # transformers begins with zeros
+            parameter.data.normal_(0, 0.1)
+    return model
+
+
+def test_experts_whose_gate_and_up_alternate_are_fused_in_that_order() -> None:
+    model = gpt_oss()
+    before = weights(model)
+    linearize(model)
+    operators = weights(model)
+    with native_experts(model):
+        within = weights(model)
+    after = weights(model)
+    assert within.keys() == before.keys()
+    assert all(torch.equal(within[name], before[name]) for name in before)
+    assert all(torch.equal(after[name], operators[name]) for name in operators)
+
+
+def test_experts_that_the_toolkit_would_fuse_wrongly_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of a class that copies in an order of its own, and not back."""
+    model = gpt_oss()
     linearize(model)
     before = weights(model)
+    monkeypatch.setattr("fista_modifier.models.experts._gpt_oss_fused", nullcontext)
     with warnings() as messages, native_experts(model):
         within = weights(model)
     assert within.keys() == before.keys()

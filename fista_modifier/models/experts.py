@@ -11,6 +11,7 @@ import torch
 from compressed_tensors.offload import disable_offloading, disable_onloading
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.gpt_oss import GptOssExpertMLP
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import (
     get_linearized_moes,
@@ -166,21 +167,48 @@ def native_experts(model: PreTrainedModel) -> Iterator[None]:
     if any(is_module_quantized(one) for it in linear.values() for one in it.modules()):
         linear = {}
     try:
-        for name, experts in linear.items():
-            if _can_be_fused(experts):
-                model.set_submodule(name, experts.to_experts_module())
-                _drop_weights(experts)
+        with _gpt_oss_fused():
+            for name, experts in linear.items():
+                if _can_be_fused(experts):
+                    model.set_submodule(name, experts.to_experts_module())
+                    _drop_weights(experts)
         yield
     finally:
         if any(model.get_submodule(name) is not linear[name] for name in linear):
             linearize(model)
 
 
+@contextmanager
+def _gpt_oss_fused() -> Iterator[None]:
+    """
+    Within, the toolkit can fuse GPT-OSS's experts, in which gate and up alternate. In
+    0.14 it inherits the inverse of another order.
+    """
+    own = "copy_to_experts_module"
+    if own in vars(GptOssExpertMLP):
+        yield
+        return
+    setattr(GptOssExpertMLP, own, _copy_to_gpt_oss)
+    try:
+        yield
+    finally:
+        delattr(GptOssExpertMLP, own)
+
+
+def _copy_to_gpt_oss(expert: GptOssExpertMLP, experts: Any, index: int) -> None:
+    """The inverse of ``GptOssExpertMLP.copy_from_experts_module``"""
+    for start, part in enumerate((expert.gate_proj, expert.up_proj)):
+        experts.gate_up_proj[index, :, start::2] = part.weight.T
+        experts.gate_up_proj_bias[index, start::2] = part.bias
+    experts.down_proj[index] = expert.down_proj.weight.T
+    experts.down_proj_bias[index] = expert.down_proj.bias
+
+
 def _can_be_fused(experts: LinearExperts2D) -> bool:
     if not hasattr(experts, "_source_experts_cls"):
         return False
     copies = type(experts[0]).__mro__
-    # GPT-OSS's gate and up alternate: the inherited inverse would not restore that
+    # an inherited inverse need not be that of a class's own way to copy
     source = next(one for one in copies if "copy_from_experts_module" in vars(one))
     if "copy_to_experts_module" in vars(source):
         return True
