@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 from fista_modifier.evaluation.agreement import block_agreement
 from fista_modifier.evaluation.results import digest, state_of_checkpoint
 from fista_modifier.models.experts import linearize
+from fista_modifier.models.layers import group_by_layer, layer_targets
 from fista_modifier.models.limits import check_calibration
-from fista_modifier.models.operators import Operator, trainable
+from fista_modifier.models.operators import Operator, operators_in, trainable
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.pruning.resume import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
@@ -110,8 +111,9 @@ def recover(
     teacher_name: str = "",
 ) -> PruningReport:
     """
-    Train the weights that pruning kept: those of the report's operators, and no others.
-    See :func:`train_operators`.
+    Train the weights that pruning kept: those of the report's operators. Where channels
+    left, they have no zeros to keep, and all operators of their layers are trained, as
+    each has to make up for what is gone. See :func:`train_operators`.
 
     :param model: pruned, as it was loaded; changed in place
     :param teacher: the dense model, with the same vocabulary
@@ -127,8 +129,11 @@ def recover(
     :raises RuntimeError: if the training has diverged
     """
     operators = _operators(model, report)
-    sparse = {operator.name for operator in report.sparse}
-    masks = {one.name: one.weight != 0 for one in operators if one.name in sparse}
+    masks = {
+        one.name: mask
+        for one in operators
+        if not bool((mask := one.weight != 0).all())
+    }
     recovery = train_operators(
         model,
         teacher,
@@ -229,7 +234,7 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def _operators(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
-    """Those of the report, each once."""
+    """Those of the report, each once, and all of the layers that lost channels."""
     names = list(dict.fromkeys(one.name for one in report.operators))
     if any(name not in dict(model.named_modules()) for name in names):
         linearize(model)  # the report has the experts of a mixture one by one
@@ -240,7 +245,15 @@ def _operators(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
             f"the report names {missing[0]}, which {type(model).__name__} does not "
             "have: it is the report of another model"
         )
-    return [Operator(name, modules[name]) for name in names]
+    operators = {name: Operator(name, modules[name]) for name in names}
+    smaller = [operators[one.name] for one in report.smaller]
+    if smaller:
+        targets = layer_targets(model, smaller)
+        for layer in group_by_layer(model, smaller, targets):
+            if layer.in_sequence and layer.operators:
+                every = operators_in(layer.module, layer.name)
+                operators = {one.name: one for one in every} | operators
+    return [*operators.values()]
 
 
 def _train(

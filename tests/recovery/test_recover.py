@@ -131,11 +131,28 @@ def test_a_smaller_model_is_trained_as_it_is(
     before, after = load_model(str(folder)), load_model(str(output))
     assert after.config.intermediate_size == before.config.intermediate_size < 48
     old = before.state_dict()
-    trained = {f"{one.name}.weight" for one in report.operators}
+    assert {one.name.rpartition(".")[2] for one in report.operators} == {"down_proj"}
     for name, value in after.state_dict().items():
-        assert torch.equal(value, old[name]) == (name not in trained), name
+        trained = name.endswith("_proj.weight")  # all of the layers, not only these
+        assert torch.equal(value, old[name]) == (not trained), name
     [recovery] = report.recovery
     assert recovery.divergence < recovery.start_divergence
+    assert invoke("verify", output).exit_code == 0
+
+
+def test_dimensions_of_values_that_are_zero_stay_zero(
+    pruned: Callable[..., Path], model: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = pruned(*SMALLER, "--structure", "mlp", "--structure", "value_dims")
+    output = tmp_path / "recovered"
+    result = recovered(folder, model, text, output)
+    assert result.exit_code == 0, result.output
+    before, after = (load_model(str(one)).state_dict() for one in (folder, output))
+    for name in ("v_proj", "o_proj"):
+        name = f"model.layers.1.self_attn.{name}.weight"
+        assert not torch.equal(after[name], before[name])
+        assert bool((before[name] == 0).any())
+        assert torch.equal(after[name] == 0, before[name] == 0)
     assert invoke("verify", output).exit_code == 0
 
 
