@@ -61,7 +61,7 @@ def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
 @pytest.mark.parametrize(
     ("size", "family", "fields"),
     [
-        (2, "mixtral", {}),
+        (2, "mixtral", {"permute_channels": True}),
         (3, "llama", {"sparsity": 0.5, "mask_structure": "0:0"}),
         (3, "llama", {"distribute": "data", "preset": "fast"}),
         (2, "llama", {"error_correction": "full", "preset": "fast"}),

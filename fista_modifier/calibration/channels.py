@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -72,6 +72,23 @@ class ChannelGroup:
     def operators(self) -> set[Operator]:
         """all producers and consumers"""
         return {operator for operator, _ in (*self.producers, *self.consumers)}
+
+    def moved(self, operator_of: Callable[[Operator], Operator]) -> ChannelGroup:
+        """
+        :param operator_of: another layer's operator in the place of one of this layer
+        :return: the same group of the other layer
+        """
+
+        def moved(members: Sequence[Members]) -> tuple[Members, ...]:
+            return tuple(Members(operator_of(one), indices) for one, indices in members)
+
+        linear = None if self.linear is None else moved([self.linear])[0]
+        return replace(
+            self,
+            producers=moved(self.producers),
+            consumers=moved(self.consumers),
+            linear=linear,
+        )
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -17,6 +17,7 @@ from fista_modifier.modifiers.base import LayerwiseModifier, overridden
 from fista_modifier.modifiers.owl import Owl
 from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.corrected import ErrorCorrection
+from fista_modifier.pruning.orders import plan_orders
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.solver import (
@@ -26,6 +27,7 @@ from fista_modifier.solver import (
     WarmStart,
 )
 from fista_modifier.solver.patterns import mask_structure_of
+from fista_modifier.solver.warm_start import OneShot
 
 __all__ = ["FISTAPruningModifier"]
 
@@ -129,6 +131,14 @@ class FISTAPruningModifier(LayerwiseModifier):
             "whether zeros of a model that is sparse already stay zero (the "
             "pattern then holds within them); otherwise they may get values "
             "again"
+        ),
+    )
+    permute_channels: bool = Field(
+        default=False,
+        description=(
+            "whether channels inside a layer change places, so that an n:m pattern "
+            "costs less: those of an MLP, and the dimensions of the values within a "
+            "head. The dense model would compute the same"
         ),
     )
     error_correction: ErrorCorrection | None = Field(
@@ -300,6 +310,7 @@ class FISTAPruningModifier(LayerwiseModifier):
                 f"({options.lambda_max}): the search for λ runs between them"
             )
         self._check_sharing(self._without_patterns.chains_layers)
+        self._check_order()
         return self
 
     @property
@@ -321,6 +332,16 @@ class FISTAPruningModifier(LayerwiseModifier):
         names = {field.name for field in fields(SolverOptions)} - {"start"}
         given = {name: getattr(self, name) for name in names}
         return overridden(preset, start=self.warm_start, **given)
+
+    def _check_order(self) -> None:
+        """:raises ValueError: if the warm start knows groups in their old order only"""
+        start = self._solver_options.start
+        if self.permute_channels and start in get_args(OneShot) and not self._solver:
+            raise ValueError(
+                f"permute_channels: a warm start of '{start}' would choose zeros in "
+                "the old order of the channels: leave permute_channels out, or write "
+                "warm_start: admm"
+            )
 
     @property
     def _without_patterns(self) -> SparseProcedure:
@@ -350,6 +371,9 @@ class FISTAPruningModifier(LayerwiseModifier):
             state.model, layers, state.data.calib, current_ranks()
         )
         procedure = self._with_patterns(patterns, layers)
+        if self.permute_channels:
+            plan = plan_orders(state.model, layers, state.data.calib, patterns)
+            procedure = replace(procedure, interchangeable=plan)
         if not self.preserve_sparsity_mask:
             warn_of_zeros(
                 [operator for layer in layers for operator in layer.operators]

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.offload import disable_onloading, get_execution_device
-from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from compressed_tensors.offload import disable_onloading
 from loguru import logger
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.channels import (
-    ChannelGroup,
-    Members,
-    check_cut,
-    find_groups,
-)
-from fista_modifier.calibration.replay import (
-    LayerCall,
-    LayerInputs,
-    calibration_runs,
-)
+from fista_modifier.calibration.channels import ChannelGroup, Members, check_cut
+from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.models.layers import DecoderLayer
-from fista_modifier.models.operators import Operator, operators_in
+from fista_modifier.models.operators import Operator
 from fista_modifier.models.resizing import ConfigChange, changes_for
+from fista_modifier.pruning.probes import ProbedLayer, probed_layers
 
 __all__ = ["ChannelPlan", "GroupPlan", "Structure", "plan_channels"]
 
@@ -39,8 +28,6 @@ KIND: dict[Structure, str] = {
     "heads": "heads",
     "value_dims": "values",
 }
-PROBED = 8
-"""batches that are looked at until every operator was called"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +109,7 @@ def plan_channels(
     :raises ValueError: if channels cannot leave the model, with the reason, or so few
         are left that there is no multiple of them
     """
-    found = _groups(model, layers, batches)
+    found = probed_layers(model, layers, batches, _usable)
     chosen: dict[str, dict[Structure, list[ChannelGroup]]] = {}
     for layer, (groups, reason) in found.items():
         for structure in structures:
@@ -247,88 +234,12 @@ def _shapes(plans: Iterable[GroupPlan]) -> Iterator[tuple[str, torch.Size]]:
             yield f"{operator.name}.bias", torch.Size([m - rows])
 
 
-def _groups(
-    model: PreTrainedModel,
-    layers: Sequence[DecoderLayer],
-    batches: Iterable[dict[str, Any]],
-) -> dict[DecoderLayer, tuple[list[ChannelGroup], str]]:
-    """
-    The groups of each decoder layer with operators to prune, and reasons for operators
-    in none. Layers of the same parts have the same groups, so only one is probed.
-    """
-    decoder = [layer for layer in layers if layer.in_sequence and layer.operators]
-    kinds = {layer: _kind(layer) for layer in decoder}
-    first: dict[Any, DecoderLayer] = {}
-    for layer, kind in kinds.items():
-        first.setdefault(kind, layer)
-    probed: dict[Any, tuple[list[ChannelGroup], str]] = {}
-    with calibration_runs(model):
-        calls = _calls(model, list(first.values()), batches)
-        for kind, layer in first.items():
-            probed[kind] = _probed(layer, calls[layer])
-    found = {}
-    for layer, kind in kinds.items():
-        groups, reasons = probed[kind]
-        found[layer] = [_moved(one, first[kind], layer) for one in groups], reasons
-    return found
-
-
-def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
-    """What layers with the same groups share"""
-    with disable_onloading():
-        parameters = tuple(
-            (name, value.shape) for name, value in layer.module.named_parameters()
-        )
-    start = len(layer.name) + 1
-    return (
-        type(layer.module),
-        parameters,
-        tuple(o.name[start:] for o in layer.operators),
-    )
-
-
-def _calls(
-    model: PreTrainedModel,
-    layers: Sequence[DecoderLayer],
-    batches: Iterable[dict[str, Any]],
-) -> dict[DecoderLayer, LayerInputs]:
-    """The calls of layers in the first batches, which run as far as the last layer"""
-    inputs = {layer: LayerInputs(layer.module) for layer in layers}
-
-    def stop(*_: Any) -> None:
-        if all(len(one) for one in inputs.values()):
-            raise _Stop
-
-    device = get_execution_device(model)
-    with ExitStack() as hooks:
-        for one in inputs.values():
-            hooks.enter_context(
-                one.layer.register_forward_pre_hook(one.remember, with_kwargs=True)
-            )
-            hooks.enter_context(one.layer.register_forward_pre_hook(stop))
-        for batch in islice(batches, PROBED):
-            with suppress(_Stop):
-                model(**tensors_to_device(batch, device))
-    return inputs
-
-
-class _Stop(Exception):
-    """Ends a run when all layers have been called."""
-
-
-def _probed(
-    layer: DecoderLayer, calls: Iterable[LayerCall]
-) -> tuple[list[ChannelGroup], str]:
-    known = {operator.module: operator for operator in layer.operators}
-    operators = [
-        known.get(operator.module, operator)
-        for operator in operators_in(layer.module, layer.name)
-    ]
-    calls = list(calls)
-    found = find_groups(operators, calls)
-    groups, reasons = [], [found.why_not(operator) for operator in operators]
-    for group in found.groups:
-        problem = _problem(group, set(known.values()), calls[0])
+def _usable(layer: ProbedLayer) -> tuple[list[ChannelGroup], str]:
+    """Groups whose channels can leave, and why those of other operators cannot"""
+    groups = []
+    reasons = [layer.found.why_not(operator) for operator in layer.operators]
+    for group in layer.found.groups:
+        problem = _problem(group, set(layer.targets), layer.calls[0])
         if problem is None:
             groups.append(group)
         else:
@@ -349,25 +260,6 @@ def _problem(
     if columns.numel() != operator.shape[1]:
         return f"Some columns of {operator.name} belong to no channel."
     return check_cut(group, call, torch.arange(0, group.size, 2))
-
-
-def _moved(
-    group: ChannelGroup, source: DecoderLayer, target: DecoderLayer
-) -> ChannelGroup:
-    """The same group of another layer"""
-    start = len(source.name)
-    of_name = {operator.name: operator for operator in target.operators}
-
-    def moved(members: Sequence[Members]) -> tuple[Members, ...]:
-        return tuple(
-            Members(of_name[target.name + operator.name[start:]], indices)
-            for operator, indices in members
-        )
-
-    linear = None if group.linear is None else moved([group.linear])[0]
-    return ChannelGroup(
-        group.kind, moved(group.producers), moved(group.consumers), linear
-    )
 
 
 def _parameters(module: torch.nn.Module) -> int:

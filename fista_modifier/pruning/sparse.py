@@ -11,10 +11,12 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from fista_modifier.calibration.orders import Interchangeable, reordered
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.distributed import Ranks, shared_out
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.corrected import CorrectedProcedure
+from fista_modifier.pruning.orders import best_order, columns_in
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
 from fista_modifier.pruning.reconstruction import reconstructed
 from fista_modifier.pruning.results import OperatorResult
@@ -22,6 +24,7 @@ from fista_modifier.solver import (
     PAPER,
     GramStatistics,
     PrunedWeight,
+    Reordered,
     SolverFactory,
     SolverOptions,
     SparsityPattern,
@@ -31,8 +34,26 @@ from fista_modifier.solver import (
 
 __all__ = ["SparseProcedure"]
 
+Ordered = tuple[Interchangeable, Tensor]
+"""channels, and the one that comes to each place"""
+
 BY_MAGNITUDE = replace(PAPER, start="magnitude", patience=0)
 """for an operator that no token reaches"""
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """
+    :param solution: of one operator
+    :param tokens: that reach it
+    :param seconds: wall time
+    :param orders: of the channels that may change places before it
+    """
+
+    solution: PrunedWeight
+    tokens: int
+    seconds: float
+    orders: Sequence[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +66,16 @@ class SparseProcedure(CorrectedProcedure):
     :param solver: makes the solver of a stage; SolverOptions are such a factory
     :param preserve_sparsity_mask: whether zeros of W stay zero, as of a model that is
         sparse already; otherwise the pattern is found anew, and they may get values
+    :param interchangeable: channels that may change places before an operator, so that
+        its n:m pattern costs less
     """
 
     patterns: Mapping[str, SparsityPattern] = field(default_factory=dict)
     solver: SolverFactory = SolverOptions()
     preserve_sparsity_mask: bool = False
+    interchangeable: Mapping[Operator, Sequence[Interchangeable]] = field(
+        default_factory=dict
+    )
 
     @property
     def options(self) -> SolverOptions:
@@ -69,22 +95,29 @@ class SparseProcedure(CorrectedProcedure):
             ranks
         :raises ValueError: if an activation is NaN or infinite
         """
-        pruned, results = self._solved(task)
-        if not self.trains(task.layer):
-            return PrunedLayer(_by_name(pruned), results)
-        pruned, outcome = reconstructed(pruned, task, self.reconstruction)
-        errors = outcome.operator_errors
-        results = [
-            replace(result, reconstructed_error=errors.get(result.name))
-            for result in results
-        ]
-        return PrunedLayer(_by_name(pruned), results, outcome)
+        pruned, results, orders = self._solved(task)
+        outcome = None
+        if self.trains(task.layer):
+            pruned, outcome = reconstructed(pruned, task, self.reconstruction)
+            errors = outcome.operator_errors
+            results = [
+                replace(result, reconstructed_error=errors.get(result.name))
+                for result in results
+            ]
+        biases: dict[Operator, Tensor] = {}
+        for channels, order in orders:
+            weights, changed = reordered(channels, order, pruned, biases)
+            pruned |= weights
+            biases |= changed
+        return PrunedLayer(_by_name(pruned), results, outcome, _by_name(biases))
 
     def _solved(
         self, task: LayerTask
-    ) -> tuple[dict[Operator, Tensor], list[OperatorResult]]:
+    ) -> tuple[dict[Operator, Tensor], list[OperatorResult], list[Ordered]]:
+        """Weights, in the order of the model as it is, and the orders to come"""
         pruned: dict[Operator, Tensor] = {}
         results: list[OperatorResult] = []
+        orders: list[Ordered] = []
 
         def add(
             operator: Operator, solution: PrunedWeight, tokens: int, seconds: float
@@ -105,8 +138,11 @@ class SparseProcedure(CorrectedProcedure):
             task.on_operator(results[-1])
 
         for wave, statistics, _ in self.sums(task, task.operators, pruned):
-            for solved in self._solve(wave, statistics, task.ranks):
-                add(*solved)
+            for operator, solved in self._solve(wave, statistics, task.ranks):
+                add(operator, solved.solution, solved.tokens, solved.seconds)
+                orders += zip(
+                    self.interchangeable.get(operator, ()), solved.orders, strict=True
+                )
         uncalled = [one for one in task.operators if one not in pruned]
         by_others = (
             used_without_a_call(uncalled, task.recording.inputs[0]) if uncalled else []
@@ -128,10 +164,19 @@ class SparseProcedure(CorrectedProcedure):
                 BY_MAGNITUDE,
             )
             add(operator, solution, 0, 0.0)
-        return pruned, results
+        return pruned, results, orders
 
-    def _pattern(self, operator: Operator) -> SparsityPattern:
+    def _pattern(
+        self, operator: Operator, orders: Sequence[Tensor] = ()
+    ) -> SparsityPattern:
         pattern = self.patterns[operator.name]
+        if orders:
+            columns = torch.arange(operator.shape[1])
+            for channels, order in zip(
+                self.interchangeable[operator], orders, strict=True
+            ):
+                columns = columns[columns_in(channels, order)]
+            pattern = Reordered(pattern, columns)
         if not self.preserve_sparsity_mask:
             return pattern
         allowed = operator.weight != 0
@@ -142,10 +187,10 @@ class SparseProcedure(CorrectedProcedure):
         wave: Sequence[Stage],
         statistics: list[GramStatistics],
         ranks: Ranks,
-    ) -> Iterator[tuple[Operator, PrunedWeight, int, float]]:
+    ) -> Iterator[tuple[Operator, _Solved]]:
         """
-        Solution, tokens and seconds of each operator; the work is shared out. Uses the
-        statistics up, as nothing else in a layer is as large.
+        What became of each operator; the work is shared out. Uses the statistics up, as
+        nothing else in a layer is as large.
         """
         # operators of a stage share inverses, so stages are split only if they are few
         split = len(wave) < ranks.size
@@ -161,32 +206,46 @@ class SparseProcedure(CorrectedProcedure):
         owners = shared_out(costs, ranks)
         tokens = {one: sums.tokens for operators, sums in tasks for one in operators}
 
-        def solve_mine() -> dict[str, tuple[PrunedWeight, float]]:
+        def solve_mine() -> dict[str, _Solved]:
             solved = {}
             for owner in owners:
                 operators, sums = tasks.pop(0)
                 if owner != ranks.rank:
                     continue
                 started = time.perf_counter()
+                orders = [self._orders(operator, sums) for operator in operators]
                 solver = self.solver(sums)
                 del sums
                 solutions = solver.prune(
                     [operator.weight for operator in operators],
-                    [self._pattern(operator) for operator in operators],
+                    [*map(self._pattern, operators, orders)],
                 )
                 seconds = time.perf_counter() - started
                 rows = sum(solution.weight.shape[0] for solution in solutions)
-                for operator, solution in zip(operators, solutions, strict=True):
+                for operator, solution, own in zip(
+                    operators, solutions, orders, strict=True
+                ):
                     share = seconds * solution.weight.shape[0] / rows
                     if ranks.size > 1:
                         solution = solution.moved_to("cpu")
-                    solved[operator.name] = solution, share
+                    solved[operator.name] = _Solved(
+                        solution, tokens[operator], share, own
+                    )
             return solved
 
         solved = dict(chain(*(part.items() for part in ranks.each(solve_mine))))
-        for operator, count in tokens.items():
-            solution, seconds = solved[operator.name]
-            yield operator, solution.moved_to(operator.weight.device), count, seconds
+        for operator in tokens:
+            one = solved[operator.name]
+            solution = one.solution.moved_to(operator.weight.device)
+            yield operator, replace(one, solution=solution)
+
+    def _orders(self, operator: Operator, statistics: GramStatistics) -> list[Tensor]:
+        """Of the channels that may change places before the operator, one each"""
+        pattern = self.patterns[operator.name]
+        return [
+            best_order(channels, statistics, pattern)
+            for channels in self.interchangeable.get(operator, ())
+        ]
 
     def _result(
         self,

@@ -130,9 +130,7 @@ def recover(
     """
     operators = _operators(model, report)
     masks = {
-        one.name: mask
-        for one in operators
-        if not bool((mask := one.weight != 0).all())
+        one.name: mask for one in operators if not bool((mask := one.weight != 0).all())
     }
     recovery = train_operators(
         model,

@@ -9,6 +9,7 @@ from fista_modifier.solver.gram import GramStatistics
 from fista_modifier.solver.interface import PrunedWeight, Solver, SolverFactory
 from fista_modifier.solver.patterns import (
     NofM,
+    Reordered,
     SparsityPattern,
     Unstructured,
     Within,
@@ -31,6 +32,7 @@ __all__ = [
     "PAPER",
     "NofM",
     "PrunedWeight",
+    "Reordered",
     "SolverOptions",
     "SparsityPattern",
     "Solver",

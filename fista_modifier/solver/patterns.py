@@ -20,6 +20,7 @@ from torch import Tensor
 
 __all__ = [
     "NofM",
+    "Reordered",
     "SparsityPattern",
     "Unstructured",
     "Within",
@@ -287,17 +288,15 @@ def _smallest(values: Tensor, rank: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Within:
+class OfOneWeight:
     """
-    A pattern on the support of a weight that is sparse already: its zeros stay. It
-    belongs to one weight. Its name and all else are those of the pattern asked for.
+    A pattern with what is particular to one weight. Its name and all else are those of
+    the pattern asked for.
 
     :param pattern: sparsity asked for
-    :param allowed: bool m×n, the entries that may be non-zero
     """
 
     pattern: SparsityPattern
-    allowed: Tensor
 
     def __str__(self) -> str:
         return str(self.pattern)
@@ -321,6 +320,17 @@ class Within:
     def check_columns(self, columns: int) -> None:
         self.pattern.check_columns(columns)
 
+
+@dataclass(frozen=True, eq=False)
+class Within(OfOneWeight):
+    """
+    A pattern on the support of a weight that is sparse already: its zeros stay.
+
+    :param allowed: bool m×n, the entries that may be non-zero
+    """
+
+    allowed: Tensor
+
     def support(self, scores: Tensor) -> Tensor:
         allowed = self.allowed.to(scores.device)
         chosen = self.pattern.support(torch.where(allowed, scores, -torch.inf))
@@ -329,6 +339,28 @@ class Within:
     def holds(self, weight: Tensor) -> bool:
         outside = weight[~self.allowed.to(weight.device)]
         return self.pattern.holds(weight) and not bool(outside.any())
+
+
+@dataclass(frozen=True, eq=False)
+class Reordered(OfOneWeight):
+    """
+    A pattern that a weight is to have once its columns are in another order.
+
+    :param order: long n, a permutation: column j will be the one that is order[j] now
+    """
+
+    order: Tensor
+
+    @property
+    def group(self) -> None:
+        """no kernel knows it before the columns are in that order"""
+
+    def support(self, scores: Tensor) -> Tensor:
+        order = self.order.to(scores.device)
+        return self.pattern.support(scores[:, order])[:, order.argsort()]
+
+    def holds(self, weight: Tensor) -> bool:
+        return self.pattern.holds(weight[:, self.order.to(weight.device)])
 
 
 def mask_structure_of(number: int) -> str:

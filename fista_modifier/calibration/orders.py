@@ -1,0 +1,163 @@
+"""Which channels of a layer can change places, found from runs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fista_modifier.calibration.attention import same_output
+from fista_modifier.calibration.channels import ChannelGroup, LayerGroups
+from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
+
+__all__ = ["Interchangeable", "check_order", "interchangeable", "reordered"]
+
+
+@dataclass(frozen=True)
+class Interchangeable:
+    """
+    Channels of a layer that can change places: with their rows of the producers and
+    their columns of the consumer, the layer computes the same.
+
+    :param group: with one consumer
+    :param sets: long sets×size: channels that can change places with each other; all
+        of an MLP, or those of one head
+    """
+
+    group: ChannelGroup
+    sets: Tensor
+
+    @property
+    def consumer(self) -> Operator:
+        """the operator that reads the channels"""
+        return self.group.consumers[0].operator
+
+    @property
+    def columns(self) -> Tensor:
+        """of the consumer, long sets×size×r"""
+        return self.group.consumers[0].indices[self.sets]
+
+    def moved(self, operator_of: Callable[[Operator], Operator]) -> Interchangeable:
+        """
+        :param operator_of: another layer's operator in the place of one of this layer
+        :return: the same of the other layer
+        """
+        return replace(self, group=self.group.moved(operator_of))
+
+    def fits(self, size: int) -> bool:
+        """
+        :param size: m of a pattern n:m
+        :return: whether each set has whole groups of m consecutive columns
+        """
+        columns = self.columns
+        expected = columns[:, :1] + torch.arange(columns.shape[1])[:, None]
+        aligned = not bool((columns[:, 0] % size).any())
+        return (
+            aligned
+            and columns.shape[1] % size == 0
+            and (bool((columns == expected).all()))
+        )
+
+
+def interchangeable(found: LayerGroups) -> list[Interchangeable]:
+    """
+    :param found: groups of a layer
+    :return: all channels of each MLP, and the dimensions of the values within each head
+    """
+    sets = []
+    for group in found.groups:
+        if len(group.consumers) > 1:
+            continue
+        if group.kind == "channels":
+            sets.append(Interchangeable(group, torch.arange(group.size)[None]))
+        if group.kind == "values":
+            consumer, columns = group.consumers[0]
+            heads = [
+                head.consumers[0].indices
+                for head in found.of_kind("heads")
+                if len(head.consumers) == 1 and head.consumers[0].operator is consumer
+            ]
+            within = _within(columns, torch.cat(heads)) if len(heads) == 1 else None
+            if within is not None:
+                sets.append(Interchangeable(group, within))
+    return sets
+
+
+def _within(columns: Tensor, heads: Tensor) -> Tensor | None:
+    """The channels of each head; None unless each is in one, and equally many are"""
+    head_of_column = torch.full((int(max(columns.max(), heads.max())) + 1,), -1)
+    head_of_column[heads] = torch.arange(len(heads))[:, None]
+    head_of = head_of_column[columns]
+    first = head_of[:, 0]
+    counts = torch.bincount(first.clamp(min=0), minlength=len(heads))
+    if not bool((head_of == first[:, None]).all()) or bool((first < 0).any()):
+        return None
+    if not bool((counts == counts[0]).all()):
+        return None
+    return first.argsort(stable=True).view(len(heads), -1)
+
+
+def reordered(
+    channels: Interchangeable,
+    order: Tensor,
+    weights: Mapping[Operator, Tensor] = UNCHANGED,
+    biases: Mapping[Operator, Tensor] = UNCHANGED,
+) -> tuple[dict[Operator, Tensor], dict[Operator, Tensor]]:
+    """
+    :param channels: of a layer
+    :param order: long, the channel that comes to each place
+    :param weights: out×in, of operators that have others than the model's own
+    :param biases: likewise
+    :return: weights and biases of the producers and the consumer, in that order
+    """
+    found: dict[Operator, Tensor] = {}
+    changed: dict[Operator, Tensor] = {}
+    for operator, rows in channels.group.producers:
+        weight = weights.get(operator, operator.weight)
+        places = permutation(rows, order, len(weight)).to(weight.device)
+        found[operator] = weight[places]
+        own = operator.module.bias
+        if own is not None:
+            changed[operator] = biases.get(operator, own.data)[places.to(own.device)]
+    for operator, columns in channels.group.consumers:
+        weight = found.get(operator, weights.get(operator, operator.weight))
+        places = permutation(columns, order, weight.shape[1])
+        found[operator] = weight[:, places.to(weight.device)]
+    return found, changed
+
+
+def permutation(indices: Tensor, order: Tensor, size: int) -> Tensor:
+    """
+    :param indices: channels×r, rows or columns of each channel
+    :param order: long, the channel that comes to each place
+    :param size: number of rows or columns
+    :return: long, the row or column that comes to each place
+    """
+    places = torch.arange(size)
+    places[indices] = indices[order.cpu()]
+    return places
+
+
+def check_order(
+    channels: Iterable[Interchangeable], calls: Sequence[LayerCall]
+) -> list[Interchangeable]:
+    """
+    :param channels: of a layer
+    :param calls: of the layer, which is the same afterwards
+    :return: those with which the layer computes the same in another order
+    """
+    call = calls[0]
+    with torch.no_grad():
+        expected = call.run()
+    sound = []
+    for one in channels:
+        order = torch.arange(one.group.size)
+        order[one.sets] = one.sets.flip(1)
+        with torch.no_grad(), replaced_weights(*reordered(one, order)):
+            found = call.run()
+        if found.shape == expected.shape and same_output(found, expected):
+            sound.append(one)
+    return sound

@@ -1,0 +1,94 @@
+"""In which order the channels between two operators cost an n:m pattern least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.orders import (
+    Interchangeable,
+    check_order,
+    interchangeable,
+    permutation,
+)
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
+from fista_modifier.pruning.probes import ProbedLayer, probed_layers
+from fista_modifier.solver import GramStatistics, NofM, SparsityPattern
+from fista_modifier.solver.orders import regrouped
+
+__all__ = ["best_order", "columns_in", "plan_orders"]
+
+
+def plan_orders(
+    model: PreTrainedModel,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[dict[str, Any]],
+    patterns: Mapping[str, SparsityPattern],
+) -> dict[Operator, list[Interchangeable]]:
+    """
+    :param model: dense
+    :param layers: of the model, with the operators that may be changed
+    :param batches: calibration data, of which a few tokens show who reads what
+    :param patterns: of each operator, by its name
+    :return: the channels that can change places before each operator that reads some.
+        All operators that have them get n:m patterns, as another pattern might not be
+        the same for rows in another order
+    """
+    if not any(pattern.group for pattern in patterns.values()):
+        return {}
+    plan: dict[Operator, list[Interchangeable]] = {}
+    for found, _ in probed_layers(model, layers, batches, _usable).values():
+        for channels in found:
+            groups = [patterns[one.name].group for one in channels.group.operators]
+            group = patterns[channels.consumer.name].group
+            if all(groups) and group and channels.fits(group[1]):
+                plan.setdefault(channels.consumer, []).append(channels)
+    return plan
+
+
+def _usable(layer: ProbedLayer) -> tuple[list[Interchangeable], str]:
+    if not layer.calls:  # the data do not reach the layer
+        return [], ""
+    known = set(layer.targets)
+    found = interchangeable(layer.found)
+    usable = [one for one in found if one.group.operators <= known]
+    return check_order(usable, layer.calls), ""
+
+
+def best_order(
+    channels: Interchangeable, statistics: GramStatistics, pattern: SparsityPattern
+) -> Tensor:
+    """
+    By Wanda's scores, squared: |W_ij|² G_jj, what an entry adds to the error if the
+    features are uncorrelated.
+
+    :param channels: before one operator
+    :param statistics: sums over the operator's input
+    :param pattern: n:m
+    :return: long, the channel that comes to each place
+    """
+    assert pattern.group is not None
+    device = statistics.execution_device
+    weight = channels.consumer.weight.to(device, torch.float32)
+    scores = weight.square() * statistics.gram.diagonal().to(device)
+    order = torch.arange(channels.group.size)
+    for some, columns in zip(channels.sets, channels.columns, strict=True):
+        # all columns of a channel change places together
+        stacked = torch.cat([scores[:, one] for one in columns.T.to(device)])
+        order[some] = some[regrouped(stacked, NofM(*pattern.group)).cpu()]
+    return order
+
+
+def columns_in(channels: Interchangeable, order: Tensor) -> Tensor:
+    """
+    :param channels: before one operator
+    :param order: long, the channel that comes to each place
+    :return: long n, the operator's column that comes to each place
+    """
+    operator, columns = channels.group.consumers[0]
+    return permutation(columns, order, operator.shape[1])

@@ -1,0 +1,150 @@
+"""Channel groups of all decoder layers, of which one of each kind is probed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+from compressed_tensors.offload import disable_onloading, get_execution_device
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.channels import LayerGroups, find_groups
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    calibration_runs,
+)
+from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator, operators_in
+
+__all__ = ["ProbedLayer", "probed_layers"]
+
+PROBED = 8
+"""batches that are looked at until every operator was called"""
+
+
+@dataclass(frozen=True)
+class ProbedLayer:
+    """
+    :param targets: operators of a layer that may be changed
+    :param operators: all of its operators, these among them
+    :param found: its groups
+    :param calls: of the layer, with a few tokens of the calibration data
+    """
+
+    targets: Sequence[Operator]
+    operators: Sequence[Operator]
+    found: LayerGroups
+    calls: Sequence[LayerCall]
+
+
+class OfLayer(Protocol):
+    """What was found in one layer, and holds in others of its kind."""
+
+    def moved(self, operator_of: Callable[[Operator], Operator]) -> Any:
+        """
+        :param operator_of: the other layer's operator in the place of one of this layer
+        :return: the same of the other layer
+        """
+        ...
+
+
+Found = TypeVar("Found", bound=OfLayer)
+
+
+def probed_layers(
+    model: PreTrainedModel,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[dict[str, Any]],
+    look: Callable[[ProbedLayer], tuple[list[Found], str]],
+) -> dict[DecoderLayer, tuple[list[Found], str]]:
+    """
+    Layers of the same parts have the same groups, so only one of them is probed.
+
+    :param model: dense
+    :param layers: of the model
+    :param batches: calibration data, of which a few tokens show who reads what
+    :param look: takes what is wanted from a layer, and says why there is no more
+    :return: that, of each decoder layer with operators that may be changed
+    """
+    decoder = [layer for layer in layers if layer.in_sequence and layer.operators]
+    kinds = {layer: _kind(layer) for layer in decoder}
+    first: dict[Any, DecoderLayer] = {}
+    for layer, kind in kinds.items():
+        first.setdefault(kind, layer)
+    seen: dict[Any, tuple[list[Found], str]] = {}
+    with calibration_runs(model):
+        calls = _calls(model, list(first.values()), batches)
+        for kind, layer in first.items():
+            seen[kind] = look(_probed(layer, calls[layer]))
+    found = {}
+    for layer, kind in kinds.items():
+        things, reasons = seen[kind]
+        operator_of = _counterparts(first[kind], layer)
+        found[layer] = [one.moved(operator_of) for one in things], reasons
+    return found
+
+
+def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
+    """What layers with the same groups share"""
+    with disable_onloading():
+        parameters = tuple(
+            (name, value.shape) for name, value in layer.module.named_parameters()
+        )
+    start = len(layer.name) + 1
+    return (
+        type(layer.module),
+        parameters,
+        tuple(o.name[start:] for o in layer.operators),
+    )
+
+
+def _calls(
+    model: PreTrainedModel,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[dict[str, Any]],
+) -> dict[DecoderLayer, LayerInputs]:
+    """The calls of layers in the first batches, which run as far as the last layer"""
+    inputs = {layer: LayerInputs(layer.module) for layer in layers}
+
+    def stop(*_: Any) -> None:
+        if all(len(one) for one in inputs.values()):
+            raise _Stop
+
+    device = get_execution_device(model)
+    with ExitStack() as hooks:
+        for one in inputs.values():
+            hooks.enter_context(
+                one.layer.register_forward_pre_hook(one.remember, with_kwargs=True)
+            )
+            hooks.enter_context(one.layer.register_forward_pre_hook(stop))
+        for batch in islice(batches, PROBED):
+            with suppress(_Stop):
+                model(**tensors_to_device(batch, device))
+    return inputs
+
+
+class _Stop(Exception):
+    """Ends a run when all layers have been called."""
+
+
+def _probed(layer: DecoderLayer, calls: Iterable[LayerCall]) -> ProbedLayer:
+    known = {operator.module: operator for operator in layer.operators}
+    operators = [
+        known.get(operator.module, operator)
+        for operator in operators_in(layer.module, layer.name)
+    ]
+    calls = list(calls)
+    return ProbedLayer(layer.operators, operators, find_groups(operators, calls), calls)
+
+
+def _counterparts(
+    source: DecoderLayer, target: DecoderLayer
+) -> Callable[[Operator], Operator]:
+    of_name = {operator.name: operator for operator in target.operators}
+    start = len(source.name)
+    return lambda operator: of_name[target.name + operator.name[start:]]
