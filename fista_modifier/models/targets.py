@@ -33,7 +33,7 @@ __all__ = [
 LOOKED_AT = 8
 """operators whose zeros are counted"""
 ZEROS = 0.05
-"""a share of zeros that no dense operator has"""
+"""a share of zeros that few dense operators have, such as some that once had 4 bits"""
 SHOWN = 4
 """how many operators a message names"""
 

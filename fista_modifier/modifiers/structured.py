@@ -16,7 +16,6 @@ from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.resizing import apply_changes
 from fista_modifier.models.targets import (
-    ZEROS,
     check_prunable,
     check_quantisable,
     share_of_zeros,
@@ -51,6 +50,8 @@ __all__ = [
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "alternating", "bias", "none"]
 RECONSTRUCTION = {"default": Reconstruction(), "paper": Reconstruction(epochs=0)}
+SPARSE = 0.2
+"""a share of zeros that only pruning leaves: weights that once had 4 bits have 8 %"""
 PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
 
@@ -286,7 +287,7 @@ class StructuredModifier(LayerwiseModifier):
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
         name, share = share_of_zeros(operators)
-        if share > ZEROS:
+        if share > SPARSE:
             raise ValueError(
                 f"{100 * share:.0f} % of {name} are zeros, which would get values "
                 "again: take channels out first, and prune to a pattern afterwards"

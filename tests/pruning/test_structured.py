@@ -579,6 +579,17 @@ def test_a_family_that_has_no_such_channels_is_refused(
     check_refused(zoo_model(name, tmp_path), message, **fields)
 
 
+def test_some_zeros_make_no_sparse_model() -> None:
+    """As of weights that once had four bits, of which a twelfth are zeros."""
+    model = tiny_model("llama")
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data[:, ::12] = 0
+    fields = {"sparsity": 0.2, "multiple_of": 4, "preset": "paper"}
+    run(model, FASPPruningModifier(**fields))
+    assert model.config.intermediate_size < 48
+
+
 def test_a_sparse_model_is_refused() -> None:
     model = tiny_model("llama")
     run(model, FISTAPruningModifier(mask_structure="2:4", preset="fast"))
