@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,14 +52,18 @@ class Interchangeable:
         :param size: m of a pattern n:m
         :return: whether each set has whole groups of m consecutive columns
         """
-        columns = self.columns
-        expected = columns[:, :1] + torch.arange(columns.shape[1])[:, None]
-        aligned = not bool((columns[:, 0] % size).any())
-        return (
-            aligned
-            and columns.shape[1] % size == 0
-            and (bool((columns == expected).all()))
-        )
+        first = self.columns[:, :1]
+        count = self.sets.shape[1]
+        in_a_row = torch.equal(self.columns, first + torch.arange(count)[:, None])
+        return in_a_row and count % size == 0 and not bool((first % size).any())
+
+    def columns_in(self, order: Tensor) -> Tensor:
+        """
+        :param order: long, the channel that comes to each place
+        :return: long n, the consumer's column that comes to each place
+        """
+        indices = self.group.consumers[0].indices
+        return _permutation(indices, order, self.consumer.shape[1])
 
 
 def interchangeable(found: LayerGroups) -> list[Interchangeable]:
@@ -117,39 +121,32 @@ def reordered(
     changed: dict[Operator, Tensor] = {}
     for operator, rows in channels.group.producers:
         weight = weights.get(operator, operator.weight)
-        places = permutation(rows, order, len(weight)).to(weight.device)
+        places = _permutation(rows, order, len(weight)).to(weight.device)
         found[operator] = weight[places]
         own = operator.module.bias
         if own is not None:
             changed[operator] = biases.get(operator, own.data)[places.to(own.device)]
-    for operator, columns in channels.group.consumers:
-        weight = found.get(operator, weights.get(operator, operator.weight))
-        places = permutation(columns, order, weight.shape[1])
-        found[operator] = weight[:, places.to(weight.device)]
+    consumer = channels.consumer
+    weight = found.get(consumer, weights.get(consumer, consumer.weight))
+    found[consumer] = weight[:, channels.columns_in(order).to(weight.device)]
     return found, changed
 
 
-def permutation(indices: Tensor, order: Tensor, size: int) -> Tensor:
-    """
-    :param indices: channels×r, rows or columns of each channel
-    :param order: long, the channel that comes to each place
-    :param size: number of rows or columns
-    :return: long, the row or column that comes to each place
-    """
+def _permutation(indices: Tensor, order: Tensor, size: int) -> Tensor:
+    """The row or column at each place, with those of each channel, channels×r"""
     places = torch.arange(size)
     places[indices] = indices[order.cpu()]
     return places
 
 
 def check_order(
-    channels: Iterable[Interchangeable], calls: Sequence[LayerCall]
+    channels: Iterable[Interchangeable], call: LayerCall
 ) -> list[Interchangeable]:
     """
     :param channels: of a layer
-    :param calls: of the layer, which is the same afterwards
+    :param call: of the layer, which is the same afterwards
     :return: those with which the layer computes the same in another order
     """
-    call = calls[0]
     with torch.no_grad():
         expected = call.run()
     sound = []
@@ -158,6 +155,6 @@ def check_order(
         order[one.sets] = one.sets.flip(1)
         with torch.no_grad(), replaced_weights(*reordered(one, order)):
             found = call.run()
-        if found.shape == expected.shape and same_output(found, expected):
+        if same_output(found, expected):
             sound.append(one)
     return sound

@@ -13,7 +13,6 @@ from fista_modifier.calibration.orders import (
     Interchangeable,
     check_order,
     interchangeable,
-    permutation,
 )
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
@@ -21,7 +20,7 @@ from fista_modifier.pruning.probes import ProbedLayer, probed_layers
 from fista_modifier.solver import GramStatistics, NofM, SparsityPattern
 from fista_modifier.solver.orders import regrouped
 
-__all__ = ["best_order", "columns_in", "plan_orders"]
+__all__ = ["best_order", "plan_orders"]
 
 
 def plan_orders(
@@ -57,7 +56,7 @@ def _usable(layer: ProbedLayer) -> tuple[list[Interchangeable], str]:
     known = set(layer.targets)
     found = interchangeable(layer.found)
     usable = [one for one in found if one.group.operators <= known]
-    return check_order(usable, layer.calls), ""
+    return check_order(usable, layer.calls[0]), ""
 
 
 def best_order(
@@ -82,13 +81,3 @@ def best_order(
         stacked = torch.cat([scores[:, one] for one in columns.T.to(device)])
         order[some] = some[regrouped(stacked, NofM(*pattern.group)).cpu()]
     return order
-
-
-def columns_in(channels: Interchangeable, order: Tensor) -> Tensor:
-    """
-    :param channels: before one operator
-    :param order: long, the channel that comes to each place
-    :return: long n, the operator's column that comes to each place
-    """
-    operator, columns = channels.group.consumers[0]
-    return permutation(columns, order, operator.shape[1])

@@ -16,7 +16,7 @@ from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.distributed import Ranks, shared_out
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.corrected import CorrectedProcedure
-from fista_modifier.pruning.orders import best_order, columns_in
+from fista_modifier.pruning.orders import best_order
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
 from fista_modifier.pruning.reconstruction import reconstructed
 from fista_modifier.pruning.results import OperatorResult
@@ -175,7 +175,7 @@ class SparseProcedure(CorrectedProcedure):
             for channels, order in zip(
                 self.interchangeable[operator], orders, strict=True
             ):
-                columns = columns[columns_in(channels, order)]
+                columns = columns[channels.columns_in(order)]
             pattern = Reordered(pattern, columns)
         if not self.preserve_sparsity_mask:
             return pattern

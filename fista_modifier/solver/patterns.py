@@ -288,7 +288,7 @@ def _smallest(values: Tensor, rank: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class OfOneWeight:
+class _OfOneWeight:
     """
     A pattern with what is particular to one weight. Its name and all else are those of
     the pattern asked for.
@@ -322,7 +322,7 @@ class OfOneWeight:
 
 
 @dataclass(frozen=True, eq=False)
-class Within(OfOneWeight):
+class Within(_OfOneWeight):
     """
     A pattern on the support of a weight that is sparse already: its zeros stay.
 
@@ -342,7 +342,7 @@ class Within(OfOneWeight):
 
 
 @dataclass(frozen=True, eq=False)
-class Reordered(OfOneWeight):
+class Reordered(_OfOneWeight):
     """
     A pattern that a weight is to have once its columns are in another order.
 
