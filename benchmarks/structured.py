@@ -18,12 +18,16 @@ from typing import Any
 
 import inputs
 from compare import common_arguments, measurement
+from datasets import Dataset
+from recovery import train
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier import FASPPruningModifier, pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, recipe
 from fista_modifier.evaluation.results import Row
+from fista_modifier.recovery.recover import Training
 from fista_modifier.solver import pattern_of
 
 REFERENCE = "Wanda's score"
@@ -44,6 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "reconstruction_rate": 0.003,
     },
 }
+RECOVERED = {"FASP, paper, recovered": "FASP, paper"}
+"""pruned as the second, and then trained end to end on the same tokens"""
 SPARSEGPT = "SparseGPT 2:4"
 
 
@@ -51,7 +57,9 @@ def main() -> None:
     parser = common_arguments(__doc__ or "", 32, 16384)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, SPARSEGPT])
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS, *RECOVERED, SPARSEGPT]
+    )
     args = parser.parse_args()
     file = args.out.with_suffix(".json")
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -83,11 +91,26 @@ def measured(
         return measurement(args).run(None, None)
     modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
     if method != SPARSEGPT:
-        fields = {"sparsity": level, "ignore": IGNORE} | METHODS[method]
-        modifier = FASPPruningModifier(**fields)
+        own = METHODS[RECOVERED.get(method, method)]
+        modifier = FASPPruningModifier(**{"sparsity": level, "ignore": IGNORE} | own)
     prune = partial(pipeline.prune, recipe=modifier)
+    if method in RECOVERED:
+        prune = partial(recovered, recipe=modifier, teacher=args.model)
     row = measurement(args).run(prune, inputs.calibration(args, seed=seed))
     return row | {"removed": getattr(modifier, "removed", 0.0)}
+
+
+def recovered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    recipe: Any,
+    teacher: str,
+) -> pipeline.PruningRun:
+    """Prune, and train what is left on the same tokens."""
+    pipeline.prune(model, tokenizer, calibration, recipe)
+    return train(model, calibration, teacher, Training())
 
 
 def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
@@ -95,7 +118,7 @@ def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
     texts = dense["perplexity"]
     lines = [["", "dense", "", *(f"{value:.2f}" for value in texts.values()), "", ""]]
     for level in [*args.levels, 0]:
-        for method in [*METHODS, SPARSEGPT]:
+        for method in [*METHODS, *RECOVERED, SPARSEGPT]:
             of_seeds = [
                 (rows[key], rows.get(f"{REFERENCE} | {level} | {seed}", {}))
                 for seed in args.seeds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,8 @@ def whole(target: Path) -> Iterator[Path]:
             with unfinished.open("rb+") as written:
                 os.fsync(written.fileno())
         elif target.exists():
-            shutil.rmtree(target)
+            # deleting a folder takes long, and a kill would leave half of it
+            os.replace(target, unfinished.with_name(f"{target.name}-before"))
         os.replace(unfinished, target)
 
 

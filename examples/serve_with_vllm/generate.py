@@ -13,9 +13,19 @@ def main() -> None:
     parser.add_argument("prompts", nargs="*", default=["The capital of France is"])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="do not compile the model: it starts sooner and generates more slowly",
+    )
     args = parser.parse_args()
 
-    model = LLM(args.checkpoint, dtype=args.dtype, max_model_len=512)
+    model = LLM(
+        args.checkpoint,
+        dtype=args.dtype,
+        max_model_len=512,
+        enforce_eager=args.enforce_eager,
+    )
     settings = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     for request in model.generate(args.prompts, settings):
         print(f"{request.prompt}{request.outputs[0].text}")

@@ -310,7 +310,7 @@ def test_the_example_generates_offline(
 ) -> None:
     example = ROOT / "examples" / "serve_with_vllm" / "generate.py"
     process = subprocess.run(
-        [vllm_python, example, smollm2_pruned("2:4"), PROMPTS[0]],
+        [vllm_python, example, smollm2_pruned("2:4"), PROMPTS[0], "--enforce-eager"],
         env=vllm_environment,
         capture_output=True,
         text=True,
