@@ -71,7 +71,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
-    """Prune by the default with some fields changed; None only evaluates."""
+    """
+    Prune by the default with some fields changed, and measure the model. Without a
+    variant, only measure the dense model.
+    """
     if variant is None:
         return measure(args, None, args.samples, args.seed)
     fields = dict(variant) | {"ignore": inputs.ignored(args)}
@@ -82,7 +85,7 @@ def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
 
 
 def table(results: Results) -> str:
-    """Markdown: a row for each variant."""
+    """Return the table in Markdown, with a row for each variant."""
     setup, dense = results.setup, results.find(variant=None)
     if dense is None:
         return ""
@@ -124,12 +127,12 @@ def table(results: Results) -> str:
 
 
 def _ratio(one: float | None, other: float | None) -> str:
-    """A ratio of times; empty if one was taken beside other work"""
+    """Return a ratio of times; empty if one was taken beside other work."""
     return f"{one / other:.2f}" if one and other else ""
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that all results of this table share"""
+    """Return the settings that all results of this table share."""
     own = {key: getattr(args, key) for key in ("pattern", "seed", "every")}
     return common_setup(args) | own
 

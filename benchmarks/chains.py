@@ -1,7 +1,7 @@
 """
 Perplexity of a pruned model, quantised by three quantisers that follow in its recipe.
 
-The model is pruned to 2:4 once, with the default preset; each quantiser then starts
+The model is pruned to 2:4 once, with the default preset. Each quantiser then starts
 from the same pruned checkpoint and calibrates on the same tokens. Every checkpoint is
 loaded as users load it. "zeros lost" counts pruned entries that quantisation revived.
 
@@ -50,7 +50,7 @@ QUANTISERS: dict[str, type[Modifier]] = {
 
 
 def revived(folder: str | Path, zeros: dict[str, torch.Tensor]) -> float:
-    """The share of these entries that are not zero in a checkpoint, decompressed."""
+    """Return the share of these zeros that a decompressed checkpoint has lost."""
     decompressed = CompressedTensorsConfig(run_compressed=False)
     quantised = hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
     model = AutoModelForCausalLM.from_pretrained(

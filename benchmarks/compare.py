@@ -10,10 +10,10 @@ is not measured again.
         --samples 128 --seq-len 512 --seeds 0 1 2 --out benchmarks/results/compare
 
 Methods run with their own defaults. "fista-paper" is Algorithm 1 as published,
-"fista-operators" the default without reconstruction of layers, "fista-dense" that from
-dense weights, "sparsegpt-damped" SparseGPT with forty times its damping. "alps" and
-"boza" are the solvers of peers.py in the place of this project's, without
-reconstruction.
+"fista-operators" is the default without reconstruction of layers, "fista-dense" is the
+same from dense weights, and "sparsegpt-damped" is SparseGPT with forty times its
+damping. "alps" and "boza" are the solvers of peers.py in the place of this project's,
+without reconstruction.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
 def method_pruner(method: str, pattern: str) -> Pruner:
-    """A method of the package, or one that only the benchmarks have"""
+    """Return a method of the package, or one that only the benchmarks have."""
     if method not in VARIANTS:
         return pruner(method, pattern_of(pattern))
     base, fields = VARIANTS[method]
@@ -81,7 +81,7 @@ def prune_by_fields(
     fields: dict[str, Any],
     solver: SolverFactory | None = None,
 ) -> pipeline.PruningRun:
-    """A method's recipe with some fields changed, and maybe another's solver."""
+    """Prune by a method's recipe with some fields changed, and maybe another solver."""
     modifier = recipe(method, pattern_of(pattern), **fields)
     if solver is not None:
         modifier = modifier.with_solver(solver)
@@ -91,7 +91,7 @@ def prune_by_fields(
 def common_arguments(
     documentation: str, samples: int, eval_tokens: int | None
 ) -> argparse.ArgumentParser:
-    """The options of every benchmark, and the text that models are evaluated on"""
+    """Return a parser with the options of every benchmark, and those of evaluation."""
     parser = inputs.arguments(documentation, samples)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--eval-seq-len", type=int, default=512)
@@ -100,7 +100,7 @@ def common_arguments(
 
 
 def common_setup(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that all results of one table share"""
+    """Return the settings that all results of one table share."""
     keys = ("samples", "seq_len", "eval_seq_len", "eval_tokens")
     return {key: getattr(args, key) for key in keys} | {
         "model": Path(args.model).name,
@@ -117,7 +117,7 @@ def measure(
 
 
 def measurement(args: argparse.Namespace) -> Measurement:
-    """The measurement on the texts that all benchmarks evaluate on"""
+    """Return the measurement of the model on the texts that the options name."""
     texts = load_texts(args.text)
     return Measurement(
         args.model, texts, args.eval_seq_len, args.eval_tokens, "float32"
@@ -125,7 +125,10 @@ def measurement(args: argparse.Namespace) -> Measurement:
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
-    """The same, and the machine, because the table has times and memory"""
+    """
+    Return the settings that all results share. The machine is one of them, because the
+    table has times and memory.
+    """
     return common_setup(args) | {
         "cpus": os.cpu_count(),
         "versions": package_versions(*PACKAGES),

@@ -72,7 +72,7 @@ def counter() -> FlopCounterMode:
 def counted(
     model: Any, tokenizer: Any, data: Dataset, modifier: LayerwiseModifier
 ) -> dict[str, float]:
-    """Operations of a run, by phase; the toolkit's pass is what is left."""
+    """Count the operations of a run by phase. The toolkit's pass is what is left."""
     found: Counter[str] = Counter()
 
     def counting(phase: str, function: Any) -> Any:
@@ -99,7 +99,10 @@ def counted(
 def predicted(
     config: Any, shape: LayerShape, samples: int, procedure: CorrectedProcedure
 ) -> dict[str, float]:
-    """The same by the formulas, and the output embedding, which is in no layer."""
+    """
+    Predict the operations of a run by phase, with those of the output embedding, which
+    is in no layer.
+    """
     cost = layer_cost(shape, samples, procedure)
     inverses = 0.0
     if isinstance(procedure, SparseProcedure):

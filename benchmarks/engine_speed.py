@@ -1,6 +1,6 @@
 """
-What one engine makes of one checkpoint, as JSON: run by serving_speed.py, by the Python
-that has the engine.
+Speed and memory of one engine with one checkpoint, as JSON. serving_speed.py runs this
+script by the Python that has the engine.
 
     python engine_speed.py transformers|vllm CHECKPOINT '{"prompt": 512, ...}'
 """
@@ -62,7 +62,7 @@ def vllm_engine(checkpoint: str, sizes: dict[str, Any]) -> Generate:
 
 
 def seconds(generate: Generate, prompts: list[list[int]], new: int) -> float:
-    """The least of three runs, after one that warms up"""
+    """Return the least time of three runs, after one that warms up."""
     generate(prompts, new)
     taken = []
     for _ in range(3):

@@ -88,11 +88,11 @@ CASES: list[Case] = [
 @dataclass(frozen=True)
 class Outcome:
     """
-    Of one operator.
+    The outcome of the pruning of one operator.
 
-    :param support: bool out×in, on the CPU
-    :param error: as the solver left it
-    :param stored: of the weight as it is stored
+    :param support: the support, bool out×in, on the CPU
+    :param error: the error as the solver left it
+    :param stored: the error of the weight as it is stored
     """
 
     support: Tensor
@@ -149,7 +149,10 @@ def agree(args: argparse.Namespace) -> None:
 
 
 def random_model(shape: str, layers: int) -> PreTrainedModel:
-    """A model in bfloat16 in main memory, where the toolkit takes layers from"""
+    """
+    Make a model with random weights in bfloat16. It is in main memory, where the
+    toolkit takes layers from.
+    """
     config = LlamaConfig(
         **SHAPES[shape], num_hidden_layers=layers, max_position_embeddings=8192
     )
@@ -179,7 +182,10 @@ def random_tokens(args: argparse.Namespace, vocabulary: int) -> Dataset:
 
 
 def timed(phase: str, function: Callable[..., Any], found: Counter[str]) -> Any:
-    """A function that adds up its seconds, with all that it gave to the device"""
+    """
+    Wrap a function, so that its seconds are added up in ``found``. They include the
+    work that it gave to the device.
+    """
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -194,7 +200,7 @@ def timed(phase: str, function: Callable[..., Any], found: Counter[str]) -> Any:
 
 
 def measured(args: argparse.Namespace, method: str, pattern: str) -> dict[str, Any]:
-    """Time and memory of one run, and where the time went"""
+    """Prune once, and measure time and memory, also the time of each phase."""
     model = random_model(args.shape, args.layers)
     data = random_tokens(args, model.config.vocab_size)
     found: Counter[str] = Counter()
@@ -231,7 +237,7 @@ def measured(args: argparse.Namespace, method: str, pattern: str) -> dict[str, A
 
 
 def predicted(args: argparse.Namespace, method: str) -> tuple[float, float]:
-    """The seconds and bytes that ``plan`` predicts; none for methods of others"""
+    """Return the seconds and bytes that ``plan`` predicts for a FISTAPruner preset."""
     config = LlamaConfig(
         **SHAPES[args.shape],
         num_hidden_layers=args.layers,

@@ -25,11 +25,14 @@ def arguments(
     documentation: str, samples: int, layers: int | None = None
 ) -> argparse.ArgumentParser:
     """
-    :param documentation: of the script; its first paragraph is its description
-    :param samples: how many it calibrates on where nothing else is said
-    :param layers: how many, from the first, are pruned where nothing else is said; None
-        for a benchmark that does not cut the model short
-    :return: options of every benchmark
+    Return a parser with the options of every benchmark.
+
+    :param documentation: docstring of the script; its first paragraph is the
+        description
+    :param samples: default number of calibration sequences
+    :param layers: default number of layers, from the first, that are pruned; None for a
+        benchmark that does not cut the model short
+    :return: the parser
     """
     parser = argparse.ArgumentParser(description=documentation.split("\n\n")[0])
     parser.add_argument("--model", required=True)
@@ -48,7 +51,7 @@ def calibration(
     seed: int = 0,
     text: str | None = None,
 ) -> Dataset:
-    """The calibration tokens that the options ask for, or others"""
+    """Read the calibration tokens that the options ask for, or other ones."""
     return calibration_dataset(
         text or args.calibration,
         pipeline.load_tokenizer(args.model),
@@ -59,7 +62,7 @@ def calibration(
 
 
 def first_layers(model: str, layers: int) -> PreTrainedModel:
-    """The model with its first layers only: all layers take the same time"""
+    """Load a model with its first layers only, as all layers take the same time."""
     config = AutoConfig.from_pretrained(model)
     config.num_hidden_layers = layers
     return model_class(config).from_pretrained(
@@ -68,8 +71,10 @@ def first_layers(model: str, layers: int) -> PreTrainedModel:
 
 
 def ignored(args: argparse.Namespace) -> list[str]:
-    """Patterns of the names of what is left dense: the head, and all but one layer in
-    so many."""
+    """
+    Return patterns of the names that are left dense: the output embedding, and all but
+    one layer in ``args.every``.
+    """
     layers = AutoConfig.from_pretrained(args.model).num_hidden_layers
     left = (number for number in range(layers) if number % args.every)
     return IGNORE + [rf"re:.*layers\.{number}\..*" for number in left]

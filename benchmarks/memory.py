@@ -33,7 +33,11 @@ RETURN_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """:return: the most anonymous memory of this process so far, in GiB"""
+    """
+    Watch the memory of this process.
+
+    :return: a list with the most anonymous memory so far, in GiB
+    """
     peak, ended = [0.0], threading.Event()
 
     def watch() -> None:

@@ -65,7 +65,14 @@ Solve = Callable[[Tensor, GramStatistics], PrunedWeight]
 
 @dataclass
 class Measured:
-    """Of an operator by variant: W*, seconds, squared relative errors."""
+    """
+    The results of all variants for one operator.
+
+    :param kind: the last part of the operator's name
+    :param solved: W* by variant
+    :param seconds: seconds by variant
+    :param unseen: squared relative error on the other text, by variant
+    """
 
     kind: str = ""
     solved: dict[str, PrunedWeight] = field(default_factory=dict)
@@ -83,8 +90,8 @@ def prune_with(
     solve: Solve, args: argparse.Namespace, pattern: str, data: Dataset
 ) -> list[str]:
     """
-    Run the default with another solver. Returns the operators' names, in the order in
-    which it was asked.
+    Run the default with another solver, and return the operators' names in the order in
+    which the solver had them.
     """
 
     class Solver:
@@ -109,7 +116,7 @@ def prune_with(
 
 
 def measure(args: argparse.Namespace, name: str) -> list[Measured]:
-    """Measure all variants for each operator, on the same statistics, for a pattern."""
+    """Measure all variants for a pattern, for each operator on the same statistics."""
     pattern = pattern_of(name)
     operators: list[Measured] = []
 
@@ -141,7 +148,10 @@ def measure(args: argparse.Namespace, name: str) -> list[Measured]:
 
 
 def row(variant: str, operators: Sequence[Measured]) -> list[str]:
-    """The errors of SparseGPT, or those of another method as shares of SparseGPT's"""
+    """
+    Return the cells of a variant: the errors of SparseGPT, or those of another variant
+    as shares of SparseGPT's.
+    """
     kinds: defaultdict[str, list[Measured]] = defaultdict(list)
     for operator in operators:
         kinds[operator.kind].append(operator)
@@ -160,7 +170,7 @@ def row(variant: str, operators: Sequence[Measured]) -> list[str]:
 
 
 def mean(variant: str, errors: Sequence[dict[str, float]]) -> str:
-    """The mean over operators: SparseGPT's error, or a share of it"""
+    """Return SparseGPT's mean error over operators, or another's as a share of it."""
     reference = fmean(one[REFERENCE] for one in errors)
     if variant == REFERENCE:
         return f"{reference:.4f}"

@@ -31,9 +31,9 @@ from fista_modifier.solver.stage import OperatorProblem, StageProblem
 
 class Peer(ABC):
     """
-    A solver of one operator after the other.
+    A solver that prunes one operator of a stage after the other.
 
-    :param stage: that they share
+    :param stage: the problem that the operators of the stage share
     """
 
     def __init__(self, stage: StageProblem) -> None:
@@ -42,7 +42,7 @@ class Peer(ABC):
     def prune(
         self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedWeight]:
-        """As :class:`~fista_modifier.solver.Solver` says."""
+        """Prune the operators, as :class:`~fista_modifier.solver.Solver` says."""
         return [
             self._pruned(self._stage.operator(weight, pattern))
             for weight, pattern in zip(weights, patterns, strict=True)
@@ -54,11 +54,11 @@ class Peer(ABC):
 
 class ALPS(Peer):
     """
-    Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for
-    large language models", NeurIPS 2024. ρ starts at 0.1 and grows with the number of
-    entries of the support that changed in three steps; when none did, conjugate
-    gradients on the support give the weights. Damping 0.01 of the mean of diag(G),
-    then columns scaled to norm one.
+    The solver of Meng et al., "ALPS: Improved optimization for highly sparse one-shot
+    pruning for large language models", NeurIPS 2024. ρ starts at 0.1 and grows with the
+    number of entries of the support that changed in three steps. When none did,
+    conjugate gradients on the support give the weights. The damping is 0.01 of the mean
+    of diag(G); columns are then scaled to norm one.
 
     :param statistics: Gram matrices of the input of a stage
     """
@@ -101,7 +101,7 @@ class ALPS(Peer):
 
     @staticmethod
     def _growth(changed: int, support: Tensor) -> float | None:
-        """The factor by which ρ grows; None ends the search for the support."""
+        """Return the factor by which ρ grows; None ends the search for the support."""
         kept = int(support.sum())
         if changed >= 0.1 * kept:
             return 1.3
@@ -112,10 +112,10 @@ class ALPS(Peer):
 
 class Boza(Peer):
     """
-    Boža, "Fast and effective weight update for pruned large language models", TMLR
-    2024: ρ = 1 with columns scaled to norm one, damping 0.1 of the scaled G. Over 15
-    steps the sparsity grows to the one asked for (cubically and unstructured; n:m at
-    once), then 5 more with the support held.
+    The solver of Boža, "Fast and effective weight update for pruned large language
+    models", TMLR 2024. It has ρ = 1, columns scaled to norm one, and a damping of 0.1
+    of the scaled G. Over 15 steps the sparsity grows to the one asked for (cubically
+    and unstructured; n:m at once). In 5 more steps the support is held.
 
     :param statistics: Gram matrices of the input of a stage
     """

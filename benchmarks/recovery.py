@@ -44,7 +44,7 @@ TIMES = (0, 1, 8)
 
 
 class Job(NamedTuple):
-    """A method, and how often the calibration's tokens its recovery sees."""
+    """A method, and the tokens of its recovery as a multiple of the calibration's."""
 
     method: str
     times: int
@@ -95,7 +95,7 @@ def keep(
     prune: Pruner,
     file: Path,
 ) -> pipeline.PruningRun:
-    """Prune, and write what that made of the operators."""
+    """Prune a model, and write the weights of its operators to a file."""
     run = prune(model, tokenizer, calibration)
     weights = {
         operator.name: operator.weight.contiguous()
@@ -165,7 +165,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
 
 
 def line(rows: list[Row], dense: Row, results: Results) -> list[str]:
-    """Of one method and one number of tokens, the mean over the seeds."""
+    """Return the cells of one method and number of tokens: means over the seeds."""
     method, times = rows[0]["method"], rows[0]["times"]
     cells = [method, f"{times} × the tokens" if times else ""]
     for text in dense["perplexity"]:

@@ -44,9 +44,10 @@ VLLM = {
 
 def smaller(args: argparse.Namespace, level: str, folder: Path) -> float:
     """
-    Write a checkpoint with so much less in its layers.
+    Write a checkpoint of the model with smaller layers.
 
-    :return: the share of their parameters that left, exactly
+    :param level: the sparsity, which is the share of the layers' parameters to remove
+    :return: the exact share of their parameters that left
     """
     modifier = FASPPruningModifier(sparsity=float(level), preset="paper", ignore=IGNORE)
     model = pipeline.load_model(args.model, args.dtype)
@@ -58,6 +59,8 @@ def smaller(args: argparse.Namespace, level: str, folder: Path) -> float:
 
 def run(args: argparse.Namespace, engine: str, checkpoint: str) -> dict[str, float]:
     """
+    Measure an engine with a checkpoint, in a process of its own.
+
     :raises CalledProcessError: if the engine failed; it has said why
     """
     keys = ("threads", "dtype", "sequences", "prompt", "new")
@@ -76,8 +79,9 @@ def run(args: argparse.Namespace, engine: str, checkpoint: str) -> dict[str, flo
 
 def bounds(config: PretrainedConfig) -> tuple[int, int]:
     """
-    Parameters that a token of a prompt passes through, and one that is generated: of
-    the layers, and with the output embedding, which a prompt needs once.
+    Count the parameters that a token of a prompt passes through, and those that a
+    generated token passes through. The former are the layers'. The latter include the
+    output embedding, which a prompt needs only once.
     """
     model = weightless_model(config)
     embeddings = model.get_input_embeddings().weight.numel()

@@ -34,7 +34,7 @@ def prune(args: argparse.Namespace, method: str, **fields: Any) -> tuple[float, 
     """
     Prune the first layers of the model to 2:4.
 
-    :return: wall time and processor time of it, in seconds
+    :return: wall time and processor time of the pruning, in seconds
     """
     model = inputs.first_layers(args.model, args.layers)
     tokenizer = pipeline.load_tokenizer(args.model)
@@ -60,6 +60,8 @@ def run(
 
 def measure(args: argparse.Namespace, method: str, size: int, threads: int) -> None:
     """
+    Run all ranks of a method, each in a process of its own.
+
     :raises RuntimeError: if a process failed; what went wrong is in its own output
     """
     with socket.socket() as free:

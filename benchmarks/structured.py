@@ -1,7 +1,7 @@
 """
-Channels leave the MLPs: selectors, restorers and the training of layers are compared
-on the same calibration tokens. The table has how far the ln perplexity is above the
-dense model's, as a share of that of Wanda's score without restoration.
+Selectors, restorers and the training of layers, compared on the same calibration tokens
+when channels leave the MLPs. The table has how far the ln perplexity is above the dense
+model's, as a share of that of Wanda's score without restoration.
 
     python benchmarks/structured.py --model DIR --calibration FILE.txt \\
         --text FILE.txt FILE.txt --out benchmarks/results/structured
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def wanted(args: argparse.Namespace) -> dict[str, tuple[str | None, float, int]]:
-    """Method, level and seed of each row."""
+    """Return method, level and seed of each row of the table, by the row's key."""
     found: dict[str, tuple[str | None, float, int]] = {"dense": (None, 0.0, 0)}
     for seed in args.seeds:
         for level in args.levels:

@@ -87,7 +87,7 @@ def stamp(pyproject: bytes, extras: list[str]) -> str:
 
 
 def covers(installed: str, wanted: str) -> bool:
-    """Tell whether one stamp is of the same project with all the extras of another."""
+    """Say whether one stamp is of the same project with all the extras of another."""
     try:
         old, new = json.loads(installed), json.loads(wanted)
         return old["source"] == new["source"] and {*new["extras"]} <= {*old["extras"]}
@@ -124,9 +124,9 @@ def install_torch() -> None:
 def choose_backend(vendor: str | None, cpu_by_pip: Callable[[], bool]) -> str | None:
     """Choose the build of torch.
 
-    :param vendor: of the GPU: ``"nvidia"``, ``"amd"`` or none.
+    :param vendor: the vendor of the GPU: ``"nvidia"``, ``"amd"`` or ``None``.
     :param cpu_by_pip: tells whether pip by itself would install a build without GPU
-        libraries; asked only if that matters.
+        libraries; it is called only if that matters.
     :return: uv's name of the build, or ``None`` to leave the choice to pip.
     """
     if vendor == "nvidia":
@@ -137,14 +137,14 @@ def choose_backend(vendor: str | None, cpu_by_pip: Callable[[], bool]) -> str | 
 
 
 def gpu_vendor() -> str | None:
-    """Look for a GPU that torch has builds for."""
+    """Return the vendor of a GPU that torch has builds for, or ``None``."""
     if succeeds(["nvidia-smi", "--list-gpus"]):
         return "nvidia"
     return "amd" if Path("/dev/kfd").exists() else None
 
 
 def pip_offers_cpu_build() -> bool:
-    """Ask pip what it would install; that takes metadata alone, not the build."""
+    """Ask pip whether it would install a CPU build, from the metadata alone."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         dry_run = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
@@ -157,13 +157,14 @@ def pip_offers_cpu_build() -> bool:
 
 
 def is_cpu_build(report: Report, system: str) -> bool:
-    """Tell a build of torch for the CPU from one that needs GPU libraries.
+    """Say whether a build of torch is for the CPU and needs no GPU libraries.
 
     The builds of one version share a list of requirements, in which the GPU libraries
     are marked as for Linux.
 
     :param report: pip's installation report, of torch alone.
     :param system: ``platform.system()``.
+    :return: whether the build is for the CPU.
     """
     (torch,) = report["install"]
     requirements = torch["metadata"].get("requires_dist", [])

@@ -46,15 +46,21 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> None:
-        """:param tensor: replaced by the sum over all ranks, on whichever device"""
+        """
+        Replace a tensor by its sum over all ranks.
+
+        :param tensor: changed in place; on any device
+        """
         if self.size > 1:
             on_cpu = tensor.device.type == "cpu"
             dist.all_reduce(tensor, group=self.group if on_cpu else None)
 
     def all(self, value: Value) -> list[Value]:
         """
-        :param value: this rank's, with tensors on the CPU
-        :return: those of all ranks, in their order
+        Return the values of all ranks to each of them.
+
+        :param value: this rank's value, with tensors on the CPU
+        :return: the values of all ranks, in the order of the ranks
         """
         if self.size == 1:
             return [value]
@@ -64,11 +70,11 @@ class Ranks:
 
     def each(self, work: Callable[[], Value]) -> list[Value]:
         """
-        Let every rank do something that may fail. If one fails, all of them fail.
+        Let every rank do work that may fail. If it fails on one, all of them fail.
 
-        :param work: of this rank; what it returns has its tensors on the CPU
-        :return: what the work of each rank returned, in their order
-        :raises RuntimeError: if it failed elsewhere, with the number of the rank
+        :param work: the work of this rank; it returns tensors on the CPU
+        :return: what the work of each rank returned, in the order of the ranks
+        :raises RuntimeError: if it failed on another rank, with the number of that rank
         """
         if self.size == 1:
             return [work()]
@@ -88,11 +94,11 @@ class Ranks:
 
     def in_turn(self, work: Callable[[], object]) -> None:
         """
-        Let one rank after the other do something, such as a change of weights that they
-        share. The first one begins when all have come here: before, some may still read
-        what it changes.
+        Let one rank after the other do its work, such as a change of weights that they
+        share. The first one begins when all have come here, because some may still read
+        what it changes until then.
 
-        :param work: of this rank
+        :param work: the work of this rank
         """
         self.all(None)
         for rank in range(self.size):
@@ -102,9 +108,12 @@ class Ranks:
 
     def gather(self, value: Value, to: int) -> list[Value] | None:
         """
-        :param value: this rank's, with tensors on the CPU
-        :param to: the rank that is to have them
-        :return: those of all ranks in their order, or None elsewhere
+        Return the values of all ranks to one of them.
+
+        :param value: this rank's value, with tensors on the CPU
+        :param to: the number of the rank that gets the values
+        :return: on that rank, the values of all ranks in the order of the ranks; None
+            on the others
         """
         if self.size == 1:
             return [value]
@@ -119,7 +128,7 @@ ALONE = Ranks()
 
 def join_ranks() -> Ranks:
     """
-    Under ``torchrun``, become one of its ranks.
+    Become a rank of ``torchrun``, if it has started this process.
 
     :return: the processes of the run
     """
@@ -133,8 +142,11 @@ def join_ranks() -> Ranks:
 
 def current_ranks() -> Ranks:
     """
-    :return: the processes of ``torch.distributed``'s default group (``torchrun`` and
-        ``init_dist()``, or ``init_process_group("gloo")`` on CPUs), if there is one
+    Return the ranks of this run, as ``torch.distributed`` knows them.
+
+    :return: the processes of its default group (``torchrun`` and ``init_dist()``, or
+        ``init_process_group("gloo")`` on CPUs); ``ALONE`` if there is no such group,
+        or only this process in it
     """
     if not is_distributed() or dist.get_world_size() == 1:
         return ALONE
@@ -143,16 +155,21 @@ def current_ranks() -> Ranks:
 
 @cache
 def _objects(_world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """One group for all runs in the same world: each costs connections."""
+    """
+    Return the group that exchanges objects on the CPU. All runs in the same world share
+    one, because each group costs connections.
+    """
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return group
 
 
 def shared_out(costs: list[int], ranks: Ranks) -> list[int]:
     """
+    Spread pieces of work evenly over the ranks.
+
     :param costs: what each piece of work costs, the same list on all ranks
     :param ranks: the processes that share the work
-    :return: the rank of each piece, the work spread evenly
+    :return: the number of the rank that does each piece
     """
     _, _, owners = greedy_bin_packing(
         list(range(len(costs))), ranks.size, lambda piece: costs[piece]

@@ -1,4 +1,4 @@
-"""What the command line says of an error: what is wrong, and what lay behind it."""
+"""The message of the command line for an error: what is wrong, and what caused it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ LISTING = re.compile(r"--- <Autowrapped (\w+) \d+>:\d+ ---\n")
 
 def describe(error: BaseException) -> str:
     """
-    :param error: that ended a command
-    :return: its message and those of its causes that say more; of an error that no user
-        can mend also its type, and how to see where it came from
+    Return the message of an error for the user.
+
+    :param error: the error that ended a command
+    :return: its message, and those of its causes that say more; for an error that no
+        user can mend also its type, and how to see where it came from
     """
     message = _text(error)
     told = message
@@ -46,7 +48,7 @@ def describe(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """The message, with the type if it says little alone, as that of a KeyError"""
+    """Return the message, with the type if it says little alone, as with KeyError."""
     text = str(error).strip()
     if listing := LISTING.match(text):
         return f"{listing[1]} could not be run on the calibration data"
@@ -57,7 +59,7 @@ def _text(error: BaseException) -> str:
 
 
 def _first_line(text: str) -> str:
-    """The first line. Later lines are hints of other libraries, for other programs."""
+    """Return the first line. Later lines are hints of other libraries on their use."""
     return text.partition("\n")[0]
 
 

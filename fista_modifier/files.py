@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["whole", "write_whole"]
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """
-    Write a file or a folder completely or not at all, whenever the process is killed:
-    what is written beside the target takes its place in the end, a file once the disk
-    has it.
+    Write a file or a folder completely or not at all, even if the process is killed.
+    The new content is written beside the target and takes its place in the end. A file
+    does so only once the disk has it.
 
     :param target: replaced if it exists; its folder is made
-    :return: where to write; there is nothing yet
+    :return: the path to write to; nothing exists there yet
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -38,7 +38,9 @@ def whole(target: Path) -> Iterator[Path]:
 
 def write_whole(file: Path, text: str) -> None:
     """
-    :param file: written as by :func:`whole`
+    Write a text file completely or not at all, by :func:`whole`.
+
+    :param file: replaced if it exists
     :param text: the new content
     """
     with whole(file) as unfinished:

@@ -1,4 +1,4 @@
-"""Which releases this package works with, and which are installed."""
+"""The releases of llm-compressor that this package works with, and installed ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TESTED = "0.14"
 
 def check_host(installed: str | None = None) -> None:
     """
-    Warn of a release that this one was not tested with, and refuse one that is too old.
+    Refuse an llm-compressor that is too old, and warn of one newer than was tested.
 
     :param installed: version of llmcompressor; that of the environment if left out
     :raises ImportError: if it is older than ``OLDEST``
@@ -39,10 +39,12 @@ def check_host(installed: str | None = None) -> None:
 
 def package_versions(*packages: str) -> dict[str, str]:
     """
-    :param packages: names of installed distributions, or this package's, which may be
-        run from its source folder
+    Return the versions of packages.
+
+    :param packages: names of installed distributions, or the name of this package,
+        which may also run from its source folder
     :return: the version of each
-    :raises PackageNotFoundError: if another is not installed
+    :raises PackageNotFoundError: if one other than this package is not installed
     """
     own = {"fista-modifier": __version__}
     return {name: own.get(name) or version(name) for name in packages}

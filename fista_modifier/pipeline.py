@@ -1,4 +1,4 @@
-"""From a model's name to a pruned checkpoint on disk."""
+"""The way from a model's name to a pruned checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ class PruningRun:
     A model after its recipe was applied.
 
     :param model: the pruned model, in memory
-    :param report: what this package did to it; None if the recipe is all others'
-    :param unfinished: layers that are left to other runs
+    :param report: what this package did to it; None if the recipe has no modifier of
+        this package
+    :param unfinished: names of the layers that are left to other runs
     """
 
     model: PreTrainedModel
@@ -57,7 +58,7 @@ class PruningRun:
 
     @property
     def results(self) -> Sequence[OperatorResult]:
-        """what became of each operator"""
+        """The result of each operator; none without a report."""
         return self.report.operators if self.report else ()
 
 
@@ -65,9 +66,11 @@ def calibration_tokens(
     data: Calibration, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """
+    Read the calibration data that the user has chosen, as tokens.
+
     :param data: the user's choice
-    :param tokenizer: the model's
-    :return: the tokens
+    :param tokenizer: the model's tokenizer
+    :return: the sequences of tokens
     """
     return calibration_dataset(
         data.dataset,
@@ -81,7 +84,8 @@ def calibration_tokens(
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """
-    A checkpoint is written beside its folder and takes its place in the end.
+    Refuse a folder that no checkpoint can be written to. A checkpoint is written beside
+    its folder and takes its place in the end.
 
     :param folder: where a checkpoint is about to be written
     :param overwrite: whether what is there may be replaced
@@ -117,8 +121,8 @@ def prune(
     batch_size: int = 1,
 ) -> PruningRun:
     """
-    Apply a recipe with the toolkit's ``oneshot``, on all of a calibration set and
-    in its order, so that the same call gives the same weights. Of several ranks each
+    Apply a recipe with the toolkit's ``oneshot``. It uses the whole calibration set in
+    its order, so that the same call gives the same weights. With several ranks, each
     takes its part of the set.
 
     :param model: changed in place
@@ -128,7 +132,7 @@ def prune(
     :param batch_size: sequences in one forward pass
     :return: the pruned model and what became of each operator
     :raises ValueError: if there are more ranks than sequences, the model cannot be run
-        on them, or the recipe is none or would have no effect
+        on the sequences, the recipe is not one, or it would have no effect
     """
     ranks = current_ranks()
     if ranks.size > len(calibration):
@@ -140,7 +144,7 @@ def prune(
     check_calibration(model, calibration)
     # oneshot gives all ranks the first part of a set that they share
     calibration = calibration.shard(ranks.size, ranks.rank, contiguous=True)
-    # the propagation pass would run each layer a second time, for other modifiers only
+    # only modifiers of others need the propagation pass, which runs each layer again
     propagate = any(
         not isinstance(modifier, LayerwiseModifier) for modifier in applied.modifiers
     )
@@ -172,18 +176,19 @@ def save(
     storage_format: StorageFormat = "dense",
 ) -> None:
     """
-    Write a checkpoint, its report and its model card, completely or not at all: into a
-    folder beside the target, which then takes its place. Tensors get the names of the
-    checkpoint that the model came from; the model itself stays as it is.
+    Write a checkpoint, its report and its model card, completely or not at all. They
+    are written to a folder beside the target, which then takes its place. Tensors get
+    the names of the checkpoint that the model came from; the model stays as it is.
 
     :param model: what to save
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
     :param report: what was done to the model, saved with it and a model card; if left
         out, what was done to it in this process
-    :param storage_format: of the operators in the report
+    :param storage_format: the format of the operators in the report
     :raises ValueError: if they cannot have the format; the checkpoint is then dense
-    :raises OSError: if the disk is full, naming the folder; what was there stays
+    :raises OSError: if the checkpoint cannot be written, for example on a full disk;
+        the message names the folder, and what was there stays
     """
     if current_ranks().rank:
         with native_experts(model):
@@ -201,7 +206,7 @@ def save(
                 share = 1.0
                 try:
                     share = convert(unfinished, operators, storage_format)
-                except ValueError as error:  # for which no work is to be lost
+                except ValueError as error:  # the work must not be lost for it
                     refused, storage_format = error, "dense"
                 report = replace(
                     report, storage_format=storage_format, stored_share=share

@@ -1,4 +1,4 @@
-"""vLLM reads the packed formats of this package: a plugin that unpacks on loading."""
+"""A plugin for vLLM that unpacks the packed formats of this package on loading."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ __all__ = ["register", "unpacked"]
 
 def register() -> None:
     """
-    Called by vLLM in each of its processes (entry point ``vllm.general_plugins``).
+    Register the load format ``sparse-bitmask`` with vLLM.
 
-    Registers the load format ``sparse-bitmask``, for checkpoints in either of the
-    bitmask formats, and lets vLLM's reader of compressed-tensors configurations accept
-    those formats, which it has refused since 2026. The weights are dense from then on.
+    vLLM calls this in each of its processes (entry point ``vllm.general_plugins``). The
+    load format is for checkpoints in either of the bitmask formats. vLLM's reader of
+    compressed-tensors configurations has refused those formats since 2026, and is made
+    to accept them. The weights are dense once they are loaded.
     """
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.compressed_tensors import (
@@ -36,7 +37,7 @@ def register() -> None:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     class BitmaskLoader(DefaultModelLoader):  # type: ignore[misc]
-        """Finds and reads files as for safetensors."""
+        """A loader that reads safetensors files and unpacks their weights."""
 
         def __init__(self, load_config: Any) -> None:
             load_config = copy(load_config)
@@ -51,7 +52,7 @@ def register() -> None:
     class BitmaskConfig(
         compressed_tensors.CompressedTensorsConfig  # type: ignore[misc]
     ):
-        """Knows no sparsity once the weights are unpacked."""
+        """A configuration without the sparsity of weights that the loader unpacks."""
 
         @classmethod
         def _parse_sparsity_config(cls, config: dict[str, Any]) -> Any:
@@ -66,8 +67,10 @@ def register() -> None:
 
 def unpacked(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """
-    :param tensors: of a checkpoint, with their names, in any order
-    :return: the same, where a weight that was packed is a dense one
+    Unpack the packed weights among the tensors of a checkpoint.
+
+    :param tensors: the tensors with their names, in any order
+    :return: the same tensors, with a dense weight in place of the parts of a packed one
     :raises ValueError: if parts of a packed weight are missing or contradict each other
     """
     waiting: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)

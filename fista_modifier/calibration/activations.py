@@ -1,4 +1,4 @@
-"""Where activations wait between the passes: in main memory, or in files."""
+"""The places where activations wait between the passes: main memory, or files."""
 
 from __future__ import annotations
 
@@ -22,23 +22,28 @@ SMALLEST = 16 * mmap.PAGESIZE
 @dataclass(frozen=True)
 class ActivationStorage:
     """
-    Keeps tensors off the device.
+    A place off the device where tensors wait: main memory, or files.
 
-    In files they are mapped into memory, read from there when they are used, and given
-    up by the system when it needs the memory. A file has no name any longer once it is
-    mapped: its space is free again when its tensor is forgotten, or the process dies.
+    A tensor in a file is mapped into memory. It is read from there when it is used, and
+    the system takes its memory back when it needs it. A file loses its name as soon as
+    it is mapped. So its space is free again when its tensor is forgotten, or the
+    process dies.
 
-    :param folder: where the files are; None for main memory
+    :param folder: the folder of the files; None for main memory
     """
 
     folder: Path | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
         """
-        :param tensor: on any device
-        :return: the same values on the CPU; one object for one tensor, in the toolkit's
-            caches too
-        :raises OSError: if the disk is full, naming the folder
+        Copy a tensor off the device: to a file if there is a folder and the tensor is
+        not small, otherwise to main memory.
+
+        :param tensor: a tensor on any device
+        :return: the same values on the CPU; always one object for one tensor, in the
+            toolkit's caches too
+        :raises OSError: if the file cannot be written, as on a full disk; the message
+            names the folder
         """
         folder = self.folder if tensor.nbytes >= SMALLEST else None
         if tensor.device.type == "cpu" and (folder is None or _is_mapped(tensor)):
@@ -51,16 +56,18 @@ class ActivationStorage:
         return kept
 
     def cache(self) -> IntermediatesCache:
-        """:return: an empty cache of the toolkit, for :meth:`append`"""
+        """Return an empty cache of the toolkit, for :meth:`append`."""
         return IntermediatesCache(None, torch.device("cpu"))
 
     def append(self, cache: IntermediatesCache, values: dict[str, Any]) -> None:
         """
-        :param cache: whose next batch these are
-        :param values: tensors and containers of tensors
+        Add the values of the next batch to a cache.
+
+        :param cache: the cache, from :meth:`cache`
+        :param values: tensors and containers of tensors, by their names
         """
         if self.folder is not None:
-            tree_map_only(Tensor, self.keep, values)  # the cache finds them
+            tree_map_only(Tensor, self.keep, values)  # the cache takes the copies
         cache.append(values)
 
 

@@ -1,4 +1,4 @@
-"""Fused attention in the toolkit's passes, where it computes the same."""
+"""Fused attention in the toolkit's passes, where it agrees with eager attention."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ ROUNDING = 1e-4
 
 def same_output(one: Tensor, other: Tensor) -> bool:
     """
+    Say whether two outputs of a module are the same up to rounding.
+
     :param one: an output of a module
     :param other: its output in another run
     :return: whether they have one shape and differ by no more than kernels do, in the
@@ -47,17 +49,20 @@ def same_output(one: Tensor, other: Tensor) -> bool:
 
 class FusedAttention:
     """
-    Runs attention by torch's fused kernels in the place of the eager one that the
-    toolkit asks for, which holds a matrix of tokens×tokens for each head. The two are
-    the same up to rounding, but not in every model: transformers leaves out soft caps
-    of the scores, and puts in a causal mask where there is none. So the first batch of
-    the first layer of each class is run both ways, and only if the outputs agree is
-    the eager one left. The outputs of the first part of the layer that differs at all
-    are compared, which is attention itself. Once they are added to the residual stream,
-    a change of them may look like rounding.
+    Attention by torch's fused kernels, in the place of the eager attention that the
+    toolkit asks for.
 
-    The choice holds while a layer of the class runs, and not between layers, where
-    masks are made: those of a text model come after its vision tower.
+    Eager attention holds a matrix of tokens×tokens for each head. The fused kernels
+    compute the same up to rounding, but not in every model: transformers leaves out
+    soft caps of the scores, and puts in a causal mask where there is none. So the first
+    batch of the first layer of each class is run both ways, and fused kernels are used
+    only if the outputs agree. The outputs of the first part of the layer that differs
+    at all are compared, which is attention itself. Once they are added to the residual
+    stream, a change of them may look like rounding.
+
+    The choice holds while a layer of the class runs. It does not hold between layers,
+    because masks are made there: a text model makes its masks after its vision tower
+    has run.
 
     :param model: the model being calibrated
     """
@@ -72,11 +77,12 @@ class FusedAttention:
         self, layers: Iterable[torch.nn.Module], padding: Padding
     ) -> Iterator[None]:
         """
-        Within this, the toolkit's passes have it, also those without hooks of its own.
+        Use fused attention in the toolkit's passes, also in those without the toolkit's
+        own hooks.
 
         :param layers: decoder layers
-        :param padding: says of a layer and its hidden states in the batch that runs now
-            which tokens are real, None for all
+        :param padding: given a layer and its hidden states in the batch that runs now,
+            says which tokens are real; None for all
         """
         running = ExitStack()
 
@@ -103,14 +109,17 @@ class FusedAttention:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within this, passes do without."""
+        """
+        Leave attention as the model's configuration has it, also within
+        :meth:`in_passes`.
+        """
         with patch_attr(self, "_suspended", True):
             yield
 
     @contextmanager
     def used(self, layer: torch.nn.Module) -> Iterator[None]:
         """
-        Within this, a layer runs as it does in the toolkit's passes.
+        Give a layer the attention that it has in the toolkit's passes.
 
         :param layer: a decoder layer, or a lone operator
         """
@@ -145,7 +154,7 @@ class FusedAttention:
 def _attention_implementation(
     model: PreTrainedModel, layer: torch.nn.Module, implementation: str
 ) -> Iterator[None]:
-    """Sets it for a layer, and for all parts with the same configuration."""
+    """Set the attention of a layer, and of all parts with the same configuration."""
     with ExitStack() as stack:
         for config in configs_of(layer) or [model.config]:
             stack.enter_context(

@@ -23,8 +23,9 @@ FirstBatch = Callable[[dict[str, Any]], object]
 
 class CalibrationBatches:
     """
-    What the user's data say about each batch. A family's own masks are not asked: some
-    are True where a token is hidden, and others carry positions.
+    The padding and the number of tokens of each batch, as the user's data give them.
+    The masks that a model's family makes are not used: some are True where a token is
+    hidden, and others carry positions.
     """
 
     def __init__(self) -> None:
@@ -38,8 +39,8 @@ class CalibrationBatches:
     @contextmanager
     def watched(self, on_first: FirstBatch) -> Iterator[None]:
         """
-        Look at the batches as the sequential pipeline loads them, once and in its
-        order: each walk through a data loader may shuffle anew.
+        Record the batches as the sequential pipeline loads them, once and in its order.
+        A second walk through the data loader might shuffle anew.
 
         :param on_first: called with the first batch, ready to be run
         """
@@ -60,12 +61,17 @@ class CalibrationBatches:
     def on_model_call(
         self, _model: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A forward pre-hook of the model, for pipelines that call it as a whole."""
+        """
+        Record the batch of a call of the model. This is a forward pre-hook of the
+        model, for pipelines that call it as a whole.
+        """
         self.add(kwargs)
 
     def add(self, batch: dict[str, Any]) -> None:
         """
-        :param batch: the next one, arguments of the model by their names
+        Record the next batch.
+
+        :param batch: arguments of the model by their names
         """
         masks = {
             name: value.bool().cpu()
@@ -83,10 +89,13 @@ class CalibrationBatches:
 
     def real(self, mask_name: MaskName | None, hidden_states: Tensor) -> RealTokens:
         """
-        :param mask_name: of the mask that goes with a layer's input, if any does
+        Say what is not padding in the batch that runs now.
+
+        :param mask_name: name of the mask that goes with a layer's input; None if no
+            mask does
         :param hidden_states: the layer's input in the batch that runs now
-        :return: what of the batch is not padding, in the layer's input and, for one of
-            a decoder, in the encoder's output
+        :return: the tokens that are not padding, in the layer's input and, for a layer
+            of a decoder with an encoder, in the encoder's output
         """
         own = self.real_tokens(mask_name, hidden_states)
         if mask_name != "decoder_attention_mask":
@@ -94,7 +103,10 @@ class CalibrationBatches:
         return RealTokens(own, self._mask("attention_mask"))
 
     def _mask(self, name: MaskName) -> Tensor | None:
-        """The mask of the batch that runs now; None if all of it is true"""
+        """
+        Return a mask of the batch that runs now; None if the batch has no such mask, or
+        all of it is True.
+        """
         batch = active_session().state.current_batch_idx
         if not 0 <= batch < len(self._masks):
             return None
@@ -103,16 +115,24 @@ class CalibrationBatches:
 
     @property
     def tokens(self) -> int:
-        """of all batches, padding left out; 0 if they are no tokens"""
+        """
+        The number of tokens of all batches without padding; 0 if the data hold no
+        tokens.
+        """
         return sum(self._sizes)
 
     def real_tokens(
         self, mask_name: MaskName | None, hidden_states: Tensor
     ) -> Tensor | None:
         """
-        :param mask_name: of the mask that goes with a layer's input, if any does
+        Say which tokens of a layer's input are not padding.
+
+        :param mask_name: name of the mask that goes with the layer's input; None if no
+            mask does
         :param hidden_states: the layer's input in the batch that runs now
-        :return: bool batch×sequence, what of it is not padding; None if all is
+        :return: bool batch×sequence, True where a token is not padding; None if all are
+            taken for tokens, as where the shape of the mask does not fit (with a
+            warning)
         """
         real = None if mask_name is None else self._mask(mask_name)
         if mask_name is None or real is None:

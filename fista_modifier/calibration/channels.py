@@ -1,4 +1,4 @@
-"""Which channels of a layer can leave the model together, found from runs of it."""
+"""The channels of a layer that can leave the model together, found from runs of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Kind = Literal["channels", "values", "heads"]
 
 class Members(NamedTuple):
     """
-    What channels are in one operator.
+    The rows, or the columns, that channels have in one operator.
 
     :param operator: the operator
     :param indices: channels×r: the rows, or columns, of each channel, in ascending
@@ -53,9 +53,9 @@ class ChannelGroup:
         channel is a whole head for keys and values with its queries
     :param producers: operators with the channels' output rows, and biases
     :param consumers: operators with the channels' input columns
-    :param linear: of "channels", rows of a producer, one a channel, in which what the
-        consumers read is linear, as in those of up_proj; None if there are none, as
-        where an activation follows each producer
+    :param linear: for "channels", rows of a producer, one for each channel, such that
+        what the consumers read is linear in the outputs of these rows, as in those of
+        up_proj; None if there are none, as where an activation follows each producer
     """
 
     kind: Kind
@@ -65,18 +65,21 @@ class ChannelGroup:
 
     @property
     def size(self) -> int:
-        """number of channels"""
+        """The number of channels."""
         return len(self.consumers[0].indices)
 
     @property
     def operators(self) -> set[Operator]:
-        """all producers and consumers"""
+        """All producers and consumers."""
         return {operator for operator, _ in (*self.producers, *self.consumers)}
 
     def moved(self, operator_of: Callable[[Operator], Operator]) -> ChannelGroup:
         """
-        :param operator_of: another layer's operator in the place of one of this layer
-        :return: the same group of the other layer
+        Return the group of the same channels in another layer.
+
+        :param operator_of: returns the other layer's operator in the place of one of
+            this layer
+        :return: the other layer's group
         """
 
         def moved(members: Sequence[Members]) -> tuple[Members, ...]:
@@ -94,8 +97,10 @@ class ChannelGroup:
 @dataclass
 class LayerGroups:
     """
-    :param groups: of one layer
-    :param reasons: sentences that say, of operators, why some or all of their rows or
+    The channel groups that were found in one layer.
+
+    :param groups: the groups
+    :param reasons: for operators, sentences that say why some or all of their rows or
         columns are in no group
     """
 
@@ -104,14 +109,18 @@ class LayerGroups:
 
     def of_kind(self, kind: Kind) -> list[ChannelGroup]:
         """
-        :param kind: of groups
-        :return: those groups
+        Return the groups of one kind.
+
+        :param kind: the kind
+        :return: its groups
         """
         return [group for group in self.groups if group.kind == kind]
 
     def why_not(self, operator: Operator) -> str:
         """
-        :param operator: of the layer
+        Say why rows or columns of an operator are in no group.
+
+        :param operator: an operator of the layer
         :return: sentences for a user, "" if there is nothing to say
         """
         return " ".join(self.reasons.get(operator, []))
@@ -121,14 +130,15 @@ def find_groups(
     operators: Sequence[Operator], calls: Iterable[LayerCall]
 ) -> LayerGroups:
     """
-    Probe the layer. Guesses are made from what each input depends on, and only those
-    are returned that hold in further runs: where channels are NaN, all of their
-    columns are NaN, no other column is NaN, and nothing that the layer returns is NaN.
+    Find the channel groups of a layer by probing it. Guesses are made from what each
+    input depends on. Only those are returned that hold in further runs: where channels
+    are NaN, all of their columns are NaN, no other column is NaN, and nothing that the
+    layer returns is NaN.
 
     A few tokens of one call are enough, unless they do not reach all operators.
 
     :param operators: all linear operators of one decoder layer
-    :param calls: of the layer
+    :param calls: calls of the layer
     :return: groups, and reasons for what is in none
     """
     found = LayerGroups()
@@ -138,7 +148,7 @@ def find_groups(
         if unseen.isdisjoint(probe.operators):
             continue
         new = _Search(probe).groups()
-        # a call may show a producer that others do not reach
+        # a call may show a producer that other calls do not reach
         kept = [one for one in found.groups if not _within(one, new.groups)]
         kept += [one for one in new.groups if not _within(one, kept)]
         found.groups = kept
@@ -156,7 +166,9 @@ def find_groups(
 
 
 def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
-    """A probe with few tokens, or with the whole call if the layer takes no less."""
+    """
+    Return a probe with few tokens, or with the whole call if the layer takes no less.
+    """
     try:
         return Probe(shortened(call), operators)
     except Exception:  # noqa: BLE001 - whatever a layer says to arguments cut short
@@ -164,7 +176,9 @@ def _probe(call: LayerCall, operators: Sequence[Operator]) -> Probe:
 
 
 def _within(group: ChannelGroup, others: Iterable[ChannelGroup]) -> bool:
-    """Whether one of the others has all operators of a group, or more"""
+    """
+    Say whether another group of the same kind has all operators of a group, or more.
+    """
     return any(
         group.kind == other.kind and group.operators <= other.operators
         for other in others
@@ -173,14 +187,14 @@ def _within(group: ChannelGroup, others: Iterable[ChannelGroup]) -> bool:
 
 class _Search:
     """
-    The groups that one probe shows.
+    The search for the groups that one probe shows.
 
-    Rows and columns are the nodes of a graph. An edge joins a row and a column if the
-    row reaches no other column of that operator (gates; keys are no such rows), or the
-    column shows no other row when all is zero beside it (values). The channels are the
-    connected components.
+    Rows and columns are the nodes of a graph. An edge joins a row and a column in two
+    cases. Either the row reaches no other column of that operator: rows of gates do so,
+    and rows of keys do not. Or the column shows no other row when all else is zero:
+    columns that read values do so. The channels are the connected components.
 
-    :param probe: of the layer
+    :param probe: a probe of the layer
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -195,7 +209,7 @@ class _Search:
                 self._before[operator] = rows
 
     def groups(self) -> LayerGroups:
-        """:return: groups, and reasons for operators in none"""
+        """Return the groups, and reasons for operators that are in none."""
         channels = self._proved(self._components(*self._edges()))
         mixed = self._mixed(channels)
         channels = [replace(one, kind=self._kind(one, mixed)) for one in channels]
@@ -206,7 +220,7 @@ class _Search:
         return self._found
 
     def _edges(self) -> tuple[Tensor, Tensor]:
-        """The row and the column of each edge"""
+        """Return the row and the column of each edge."""
         edges = [self._values()]
         for consumers in _apart(self._before):
             edges += self._lone_columns(consumers)
@@ -218,7 +232,12 @@ class _Search:
     def _lone_columns(
         self, consumers: list[Operator]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows that reach one column of a consumer only, and that column of each"""
+        """
+        Yield, for each consumer, the rows that reach only one of its columns, and that
+        column of each row.
+
+        :param consumers: consumers of which no two depend on the same row
+        """
         columns = [self._probe.columns_of(one).nonzero()[:, 0] for one in consumers]
         codes = Codes(max(map(len, columns)))
         shown = []
@@ -233,7 +252,10 @@ class _Search:
             yield rows[places >= 0], some[places[places >= 0]]
 
     def _values(self) -> tuple[Tensor, Tensor]:
-        """The columns that one row changes if all else is zero, and that row of each"""
+        """
+        Find the columns that exactly one row changes if all else is zero. Return that
+        row of each such column, and the columns.
+        """
         rows = (~self._probe.returned).nonzero()[:, 0]
         if not len(rows):
             return rows, rows
@@ -245,7 +267,10 @@ class _Search:
         return rows[places[columns]], columns
 
     def _components(self, rows: Tensor, columns: Tensor) -> list[ChannelGroup]:
-        """Connected components, grouped by the places that they have members in"""
+        """
+        Return the connected components as channels. Channels that have members in the
+        same places are in one group.
+        """
         probe = self._probe
         label_of_row = torch.arange(len(probe.returned))
         label_of_column = torch.full((sum(probe.column_counts),), len(label_of_row))
@@ -262,19 +287,22 @@ class _Search:
         self, of_rows: Tensor, of_columns: Tensor, kind: Kind
     ) -> list[ChannelGroup]:
         """
+        Group the channels that have as many members in the same operators.
+
         :param of_rows: the channel of each row, -1 if it is in none
-        :param of_columns: the same of each column
-        :return: groups of channels that have as many members in the same operators
+        :param of_columns: the channel of each column, -1 if it is in none
+        :param kind: the kind of the groups
+        :return: the groups
         """
         labels = torch.cat([of_rows, of_columns])
         node = (labels >= 0).nonzero()[:, 0]
         names, channel = torch.unique(labels[node], return_inverse=True)
-        # rows of each operator, and then columns of each, are places of members
+        # a place is the rows of one operator; behind these come the columns of each
         counts = torch.tensor([*self._probe.row_counts, *self._probe.column_counts])
         ends = counts.cumsum(0)
         place = torch.searchsorted(ends, node, right=True)
         index = node - (ends - counts)[place]
-        # places are numbers at random, whose sum says where a channel has members
+        # each place has a random number; their sum says where a channel has members
         generator = torch.Generator().manual_seed(0)
         numbers = torch.randint(2**62, counts.shape, generator=generator)
         sums = torch.zeros_like(names).scatter_add_(0, channel, numbers[place])
@@ -291,7 +319,9 @@ class _Search:
         return groups
 
     def _group(self, kind: Kind, members: dict[int, Tensor]) -> ChannelGroup:
-        """The group of these members, by the number of the place that they are in"""
+        """
+        Return the group of some members, given by the number of the place they are in.
+        """
         operators = self._probe.operators
         half = len(operators)
         producers = [
@@ -307,7 +337,9 @@ class _Search:
         return ChannelGroup(kind, tuple(producers), tuple(consumers))
 
     def _proved(self, groups: list[ChannelGroup]) -> list[ChannelGroup]:
-        """The groups that hold. If they do not hold together, each is tried alone."""
+        """
+        Return the groups that hold. If they do not hold together, each is tried alone.
+        """
         if not groups or self._fault(groups) is None:
             return groups
         proved = []
@@ -320,7 +352,7 @@ class _Search:
         return proved
 
     def _fault(self, groups: list[ChannelGroup]) -> str | None:
-        """Why some of these groups do not hold; None if all do"""
+        """Say why some of these groups do not hold. Return None if all of them do."""
         probe = self._probe
         sizes = [group.size for group in groups]
         for bit in Codes(sum(sizes)).bits:
@@ -337,7 +369,10 @@ class _Search:
         return None
 
     def _mixed(self, groups: list[ChannelGroup]) -> Tensor:
-        """Columns that depend on rows in no group, whether autograd sees it or not"""
+        """
+        Return the mask of the columns that depend on rows in no group, whether autograd
+        sees it or not.
+        """
         rows = ~self._probe.returned
         for group in groups:
             rows &= ~self._rows(group)
@@ -350,8 +385,8 @@ class _Search:
 
     def _linear(self, groups: list[ChannelGroup]) -> list[Members | None]:
         """
-        Of each group, rows in which its columns are linear. Rows of all groups are
-        tried together, since none of them reaches columns of another.
+        Find, for each group, rows in which its columns are linear. Rows of all groups
+        are tried together, since none of them reaches columns of another group.
         """
         candidates = [_candidates(group) for group in groups]
         found: list[Members | None] = [None] * len(groups)
@@ -370,9 +405,9 @@ class _Search:
     def _find_heads(self, tried: list[Tensor]) -> None:
         """
         Find heads where other rows reach a consumer's columns too. A head is a
-        connected component of all rows that reach them.
+        connected component of the columns and all rows that reach them.
 
-        :param tried: rows of the groups of single channels
+        :param tried: masks of the rows of each group of single channels
         """
         probe, found = self._probe, list(self._found.groups)
         whole = torch.zeros(sum(probe.column_counts), dtype=torch.bool)
@@ -402,7 +437,10 @@ class _Search:
                     self._add(group)
 
     def _component(self, columns: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """All allowed rows and all columns that are connected with some columns"""
+        """
+        Return the masks of all allowed rows and all columns that are connected with
+        some columns.
+        """
         while True:
             rows = self._probe.rows_before(columns) & allowed
             reached = self._probe.columns_behind(rows)[0] | columns
@@ -411,7 +449,10 @@ class _Search:
             columns = reached
 
     def _shared(self, columns: Tensor) -> Tensor:
-        """Rows of operators that reach all heads alike, as one key for all queries"""
+        """
+        Return the mask of the rows of operators that reach all heads alike, such as one
+        key for all queries. It is empty if all rows do so.
+        """
         first = self._probe.rows_before(_first(columns))
         last = self._probe.rows_before(_first(columns.flip(0)).flip(0))
         counts = self._probe.row_counts
@@ -427,7 +468,10 @@ class _Search:
         return torch.zeros_like(shared) if everything else shared
 
     def _add(self, group: ChannelGroup) -> None:
-        """Add a group, unless something would be left of its channels."""
+        """
+        Add a group, unless something would be left of its channels, or other entries
+        would have to be cut with them.
+        """
         if group.kind != "channels" and self._leaves_something(group):
             self._refuse(group, "they are not zero where their rows are")
             return
@@ -437,12 +481,15 @@ class _Search:
         self._found.groups.append(group)
 
     def _leaves_something(self, group: ChannelGroup) -> bool:
-        """Whether consumers read something of channels whose rows are zero"""
+        """Say whether consumers read something of channels whose rows are zero."""
         left = self._probe.columns_left(self._rows(group))
         return bool((left & self._columns(group)).any())
 
     def _own_entries(self, group: ChannelGroup) -> list[str]:
-        """Parameters and arguments that would have to be cut with the channels"""
+        """
+        Return the names of parameters and arguments, besides the operators', that would
+        have to be cut with the channels.
+        """
         half = torch.arange(group.size) % 2 == 0
         some = self._probe.others_before(self._columns(group, half))
         every = self._probe.others_before(self._columns(group))
@@ -482,7 +529,9 @@ class _Search:
             reasons[operator] = [why]
 
     def _rows(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
-        """Mask of the rows of a group's chosen channels"""
+        """
+        Return the mask of the rows of a group's chosen channels; None chooses all.
+        """
         return self._mask_of(group.producers, self._probe.row_counts, chosen)
 
     def _columns(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
@@ -505,7 +554,10 @@ class _Search:
 
 
 def _candidates(group: ChannelGroup) -> list[Members]:
-    """Rows, one a channel, in which the group's one column a channel may be linear"""
+    """
+    Return sets of rows, one row for each channel, in which the group's columns may be
+    linear. There are none if a channel has several columns.
+    """
     columns = [indices.shape[1] for _, indices in group.consumers]
     if group.kind != "channels" or columns != [1]:
         return []
@@ -517,14 +569,14 @@ def _candidates(group: ChannelGroup) -> list[Members]:
 
 
 def _first(mask: Tensor) -> Tensor:
-    """The mask of the first entry of a mask"""
+    """Return the mask of the first entry of a mask."""
     only = torch.zeros_like(mask)
     only[mask.nonzero()[0]] = True
     return only
 
 
 def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
-    """Lists of consumers. Within a list, no two depend on the same row."""
+    """Yield lists of consumers. Within a list, no two depend on the same row."""
     remaining = dict(before)
     while remaining:
         chosen: list[Operator] = []
@@ -539,14 +591,14 @@ def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
 
 def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
     """
-    Whether a layer without some channels computes the same as if nobody read them. For
-    this check the channels are cut, or set to zero if they are "values". Afterwards the
-    layer is as it was before.
+    Check that a layer without some channels computes the same as if nobody read them.
+    For this check the channels are cut, or set to zero if they are "values". Afterwards
+    the layer is as it was before.
 
-    :param group: of the layer
-    :param call: of the layer
-    :param kept: which channels stay, in ascending order
-    :return: why not, None if it does
+    :param group: a group of the layer
+    :param call: a call of the layer
+    :param kept: long, the channels that stay, in ascending order
+    :return: a sentence that says why it does not; None if it does
     """
     unread = {}
     for operator, columns in leaving(group.consumers, kept):
@@ -573,13 +625,13 @@ def without_channels(
     biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> tuple[dict[Operator, Tensor], dict[Operator, Tensor]]:
     """
-    The operators of a group without some of its channels, which are cut or, of
-    "values", are zero.
+    Return the weights and biases of a group's operators without some of its channels.
+    The channels are cut, or set to zero if they are "values".
 
-    :param group: of a layer
-    :param kept: which channels stay, long
-    :param weights: out×in, of operators that have others than the model's own
-    :param biases: likewise
+    :param group: a group of a layer
+    :param kept: long, the channels that stay
+    :param weights: out×in weights of operators that have others than the model's own
+    :param biases: biases of operators that have others than the model's own
     :return: the weights and biases that change
     """
     change = _zeroed if group.kind == "values" else _cut
@@ -600,8 +652,10 @@ def leaving(
     members: Iterable[Members], kept: Tensor
 ) -> Iterator[tuple[Operator, Tensor]]:
     """
-    :param members: of a group
-    :param kept: which of its channels stay, long
+    Yield each operator with its rows or columns of the channels that leave.
+
+    :param members: members of a group
+    :param kept: long, the group's channels that stay
     :return: each operator, and its rows or columns of the channels that leave
     """
     for operator, indices in members:

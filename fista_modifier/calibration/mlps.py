@@ -1,4 +1,4 @@
-"""The tokens of an MLP of a partly pruned layer, from runs of it."""
+"""The tokens of an MLP of a partly pruned layer, from runs of the layer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,22 @@ __all__ = ["MLPTokens"]
 
 class MLPTokens:
     """
-    What an MLP with a linear producer is given and should put out: for each batch, x*
-    and a* of the partly pruned layer, and y of the dense one. x* and a* are of a run of
-    the smallest module around the MLP, anew each time they are asked for, in which the
-    linear producer puts out ones: what the consumer then reads is a*. Kept are only the
-    inputs of that module and y, a hidden state each of each token.
+    The tokens of an MLP with a linear producer: what it is given, and what it should
+    put out.
 
-    :param group: channels with a linear producer
-    :param channels: of the group that stay, in the order of the consumer's columns
+    Each batch has x*, a* and y. x* is the input of the linear producer in the partly
+    pruned layer. a* is what the consumer reads there if the linear producer puts out
+    ones. y is W X, the consumer's output in the dense layer without its bias. x* and a*
+    come from a run of the smallest module around the MLP, anew each time they are asked
+    for. Only the inputs of that module and y are kept, which are two hidden states for
+    each token.
+
+    :param group: a channel group with a linear producer
+    :param channels: the group's channels that stay, in the order of the consumer's
+        columns
     :param replays: the runs that show the consumer's X and X*
     :param calls: how often the operators are called in one run of the layer
-    :param real_tokens: of each batch, what is not padding
+    :param real_tokens: for each batch, what is not padding
     :param storage: where y waits between the passes
     :param on_batch: called after each batch of each pass, for a progress bar
     """
@@ -69,8 +74,10 @@ class MLPTokens:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """
-        :return: of each batch, x*ᵀ (with a last feature of ones if the linear producer
-            has a bias), a*ᵀ and (W X)ᵀ, tokens×d, tokens×c and tokens×m
+        Yield the tokens of each batch.
+
+        :return: x*ᵀ (with a last feature of ones if the linear producer has a bias),
+            a*ᵀ and yᵀ = (W X)ᵀ of each batch, tokens×d, tokens×c and tokens×m
         """
         for batch, outputs in enumerate(self._outputs):
             inputs, activations = self._tokens(batch)
@@ -79,7 +86,9 @@ class MLPTokens:
 
     def fault(self) -> str | None:
         """
-        :return: why the tokens are not those of one MLP, None if they are
+        Say why the tokens are not those of one MLP.
+
+        :return: the reason; None if they are
         """
         for inputs, activations, outputs in self:
             if not len(inputs) == len(activations) == len(outputs):
@@ -93,7 +102,14 @@ class MLPTokens:
     def _narrowed(
         self, operators: Iterable[Operator]
     ) -> tuple[LayerInputs, list[int | None]]:
-        """What the module around the MLP is called with, and where, of each batch"""
+        """
+        Record what the smallest module around the MLP is called with. If that is the
+        layer itself, or the operators are called several times, the inputs for X* serve
+        as they are.
+
+        :return: the inputs, and the place of each batch in them, which is None if the
+            batch does not reach the module
+        """
         around = self._replays.pruned
         module = _smallest_around(around.layer, operators)
         if module is around.layer or self._calls > 1:
@@ -109,7 +125,7 @@ class MLPTokens:
 
     def _tokens(self, batch: int) -> tuple[Tensor, Tensor]:
         place, real = self._places[batch], self._real_tokens[batch]
-        if place is None:  # an expert that no token of the batch is routed to
+        if place is None:  # no token of the batch is routed to this expert
             return self._cat([], self._producer), self._cat([], self._consumer)
         call = self._inputs[place]
         modules = {self._producer.module: self._calls}
@@ -137,7 +153,7 @@ class MLPTokens:
         return output.index_fill(-1, self.rows.to(output.device), 1)
 
     def _dense_outputs(self, batch: int) -> Tensor:
-        """(W X)ᵀ of one batch, float32 tokens×m"""
+        """Return yᵀ = (W X)ᵀ of one batch, float32 tokens×m."""
         real, recorded = self._real_tokens[batch], self._replays.outputs
         weight, bias = self._consumer.weight.float(), self._consumer.module.bias
         if recorded is not None:
@@ -152,7 +168,7 @@ class MLPTokens:
 def _smallest_around(
     layer: torch.nn.Module, operators: Iterable[Operator]
 ) -> torch.nn.Module:
-    """Of the layer's modules with all of the operators in them, the innermost"""
+    """Return the innermost module of a layer that has all of the operators in it."""
     inside = {operator.module for operator in operators}
     *_, innermost = (one for one in layer.modules() if inside <= {*one.modules()})
     return innermost

@@ -1,4 +1,4 @@
-"""Which channels of a layer can change places, found from runs of it."""
+"""The channels of a layer that can change places, found from runs of the layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ __all__ = ["Interchangeable", "check_order", "interchangeable", "reordered"]
 @dataclass(frozen=True)
 class Interchangeable:
     """
-    Channels of a layer that can change places: with their rows of the producers and
-    their columns of the consumer, the layer computes the same.
+    Channels of a layer that can change places. If their rows of the producers and their
+    columns of the consumer move together, the layer computes the same.
 
-    :param group: with one consumer
-    :param sets: long sets×size: channels that can change places with each other; all
-        of an MLP, or those of one head
+    :param group: a channel group with one consumer
+    :param sets: long sets×size; the channels of a set can change places with each
+        other. An MLP has one set with all of its channels, and values have one for each
+        head
     """
 
     group: ChannelGroup
@@ -32,24 +33,31 @@ class Interchangeable:
 
     @property
     def consumer(self) -> Operator:
-        """the operator that reads the channels"""
+        """The operator that reads the channels."""
         return self.group.consumers[0].operator
 
     @property
     def columns(self) -> Tensor:
-        """of the consumer, long sets×size×r"""
+        """
+        The columns of the consumer for each channel of each set, long sets×size×r.
+        """
         return self.group.consumers[0].indices[self.sets]
 
     def moved(self, operator_of: Callable[[Operator], Operator]) -> Interchangeable:
         """
-        :param operator_of: another layer's operator in the place of one of this layer
-        :return: the same of the other layer
+        Return the interchangeable channels of another layer.
+
+        :param operator_of: returns the other layer's operator in the place of one of
+            this layer
+        :return: the same channels of the other layer
         """
         return replace(self, group=self.group.moved(operator_of))
 
     def fits(self, size: int) -> bool:
         """
-        :param size: m of a pattern n:m
+        Say whether the sets suit a pattern n:m.
+
+        :param size: m of the pattern
         :return: whether each set has whole groups of m consecutive columns
         """
         first = self.columns[:, :1]
@@ -59,6 +67,9 @@ class Interchangeable:
 
     def columns_in(self, order: Tensor) -> Tensor:
         """
+        Return the order of the consumer's columns that goes with an order of the
+        channels.
+
         :param order: long, the channel that comes to each place
         :return: long n, the consumer's column that comes to each place
         """
@@ -68,8 +79,11 @@ class Interchangeable:
 
 def interchangeable(found: LayerGroups) -> list[Interchangeable]:
     """
-    :param found: groups of a layer
-    :return: all channels of each MLP, and the dimensions of the values within each head
+    Find the channels of a layer that can change places.
+
+    :param found: channel groups of the layer
+    :return: all channels of each MLP, and the dimensions of the values within each
+        head, where one operator alone reads them
     """
     sets = []
     for group in found.groups:
@@ -91,7 +105,13 @@ def interchangeable(found: LayerGroups) -> list[Interchangeable]:
 
 
 def _within(columns: Tensor, heads: Tensor) -> Tensor | None:
-    """The channels of each head; None unless each is in one, and equally many are"""
+    """
+    Return the channels of each head, heads×size; None unless each channel lies in one
+    head, and all heads have equally many.
+
+    :param columns: the consumer's columns of each channel, channels×r
+    :param heads: the consumer's columns of each head, heads×columns
+    """
     head_of_column = torch.full((int(max(columns.max(), heads.max())) + 1,), -1)
     head_of_column[heads] = torch.arange(len(heads))[:, None]
     head_of = head_of_column[columns]
@@ -111,11 +131,15 @@ def reordered(
     biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> tuple[dict[Operator, Tensor], dict[Operator, Tensor]]:
     """
-    :param channels: of a layer
+    Return the weights and biases of a group's operators with its channels in another
+    order.
+
+    :param channels: channels of a layer
     :param order: long, the channel that comes to each place
-    :param weights: out×in, of operators that have others than the model's own
-    :param biases: likewise
-    :return: weights and biases of the producers and the consumer, in that order
+    :param weights: out×in weights of operators that have others than the model's own
+    :param biases: biases of operators that have others than the model's own
+    :return: weights and biases of the producers and the consumer in the new order;
+        biases of the producers that have one
     """
     found: dict[Operator, Tensor] = {}
     changed: dict[Operator, Tensor] = {}
@@ -133,7 +157,14 @@ def reordered(
 
 
 def _permutation(indices: Tensor, order: Tensor, size: int) -> Tensor:
-    """The row or column at each place, with those of each channel, channels×r"""
+    """
+    Return the row or column that comes to each place.
+
+    :param indices: the rows or columns of each channel, channels×r
+    :param order: the channel that comes to each place of a channel
+    :param size: number of rows or columns
+    :return: long, of that size
+    """
     places = torch.arange(size)
     places[indices] = indices[order.cpu()]
     return places
@@ -143,9 +174,12 @@ def check_order(
     channels: Iterable[Interchangeable], call: LayerCall
 ) -> list[Interchangeable]:
     """
-    :param channels: of a layer
-    :param call: of the layer, which is the same afterwards
-    :return: those with which the layer computes the same in another order
+    Find the channels with which a layer computes the same in another order. For this
+    test the channels of each set are put in reverse order.
+
+    :param channels: interchangeable channels of the layer
+    :param call: a call of the layer; the layer is the same afterwards
+    :return: the channels with which the layer computes the same
     """
     with torch.no_grad():
         expected = call.run()

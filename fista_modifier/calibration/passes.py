@@ -1,4 +1,4 @@
-"""The toolkit's own passes over the layers: what is recorded of them, and checked."""
+"""The recordings and checks of the toolkit's own passes over the layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ __all__ = ["CalibrationPasses"]
 
 class CalibrationPasses:
     """
-    Records what each layer is called with while the pipeline runs it.
+    The toolkit's passes over the layers, and the recordings of what each layer is
+    called with.
 
-    :param model: being calibrated
-    :param layers: of the model; lone operators after the decoder layers
+    :param model: the model being calibrated
+    :param layers: layers of the model, lone operators after the decoder layers
     :param storage: where activations wait
     """
 
@@ -46,17 +47,22 @@ class CalibrationPasses:
         self._reference = ReferenceRun(model, layers)
 
     def count_batches(self) -> Hook:
-        """:return: what is to be hooked until the last layer has run"""
+        """
+        Return a hook that counts the batches. It must stay until the last layer has
+        run.
+        """
         return self._model, self._batches.on_model_call, "forward_pre"
 
     def record(
         self, layer: DecoderLayer, *, outputs: bool, block_outputs: bool
     ) -> Iterator[Hook]:
         """
-        :param layer: to be recorded
-        :param outputs: whether what it returns is recorded, too
-        :param block_outputs: whether what its blocks return is
-        :return: what is to be hooked until the pipeline leaves it
+        Start the recording of a layer.
+
+        :param layer: the layer to record
+        :param outputs: whether to record what the layer returns, too
+        :param block_outputs: whether to record what its blocks return, too
+        :return: the hooks that must stay until the pipeline leaves the layer
         """
         self._recordings[layer] = Recording(
             layer.module,
@@ -70,7 +76,11 @@ class CalibrationPasses:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """The context of the calibration epoch."""
+        """
+        Watch the calibration epoch. The batches are recorded when they are loaded, the
+        first one also runs through the model itself, and layers get fused attention
+        where it agrees with eager attention.
+        """
         masks = {layer.module: layer.mask_name for layer in self._layers}
 
         def padding(layer: torch.nn.Module, hidden_states: Tensor) -> Tensor | None:
@@ -88,16 +98,20 @@ class CalibrationPasses:
             yield
 
     def running(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """:return: a context in which the layer runs as in the toolkit's passes"""
+        """Return a context in which the layer runs as in the toolkit's passes."""
         return self._attention.used(layer.module)
 
     def has_run(self, layer: DecoderLayer) -> bool:
-        """:return: whether the layer was recorded in a batch"""
+        """Say whether the layer was recorded in a batch."""
         recording = self._recordings.get(layer)
         return recording is not None and len(recording.inputs) > 0
 
     def check_any_ran(self) -> None:
-        """:raises ValueError: if the pipeline ran the model on no data"""
+        """
+        Refuse a pipeline that ran no layer that was to be recorded.
+
+        :raises ValueError: if the pipeline ran the model on no data
+        """
         if self._recordings and not any(map(self.has_run, self._recordings)):
             raise ValueError(
                 "FISTAPruningModifier needs calibration, and the pipeline ran the "
@@ -107,15 +121,19 @@ class CalibrationPasses:
 
     def take(self, layer: DecoderLayer) -> Recording | None:
         """
-        :param layer: that the pipeline has left
-        :return: what was recorded of it, if it was; that is not kept here any longer
+        Return what was recorded of a layer, and keep it no longer.
+
+        :param layer: a layer that the pipeline has left
+        :return: its recording; None if there is none
         """
         return self._recordings.pop(layer, None)
 
     def reason_to_skip(self, layer: DecoderLayer) -> str | None:
         """
-        :param layer: that the pipeline has left
-        :return: why it cannot be pruned, if so
+        Say why a layer cannot be pruned. Warn if it can, but was given few tokens.
+
+        :param layer: a layer that the pipeline has left
+        :return: the reason; None if it can be pruned
         :raises RuntimeError: if the layer runs otherwise than in the model itself
         """
         recording = self._recordings[layer]
@@ -133,7 +151,7 @@ class CalibrationPasses:
 
     def _calls_of(self, layer: DecoderLayer, recording: Recording) -> int:
         calls = self._reference.calls(layer)
-        if calls is None:  # a pipeline that runs the model itself
+        if calls is None:  # the pipeline runs the model itself
             calls = len(recording.inputs) // max(len(self._batches), 1)
         return calls
 

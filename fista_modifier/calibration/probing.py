@@ -40,19 +40,21 @@ class Codes:
     def __init__(self, size: int) -> None:
         self.length = next(m for m in count(1) if comb(m, (m + 1) // 2) >= size)
         chosen = combinations(range(self.length), (self.length + 1) // 2)
-        # combinations of sorted bits come in no order of their numbers
+        # combinations() does not yield the codes in the order of their numbers
         keys = sorted(sum(1 << bit for bit in one) for one in islice(chosen, size))
         self._keys = torch.tensor(keys, dtype=torch.long)
 
     @property
     def bits(self) -> Tensor:
-        """bool length×n: who has each bit"""
+        """The codes, bool length×n: which of the n things have each bit."""
         return (self._keys >> torch.arange(self.length)[:, None]) & 1 == 1
 
     def decode(self, shown: Tensor) -> Tensor:
         """
+        Find the things whose codes are shown.
+
         :param shown: bool length×…, the bits that something shows
-        :return: the thing whose code that is, -1 if there is none
+        :return: the thing that has exactly these bits, -1 if there is none
         """
         powers = 1 << torch.arange(self.length)
         keys = (shown.long() * powers[:, None]).sum(0)
@@ -62,9 +64,11 @@ class Codes:
 
 def shortened(call: LayerCall) -> LayerCall:
     """
-    :param call: of a layer, batch×sequence×features
-    :return: one of the first tokens of its first sequence, as far as the shapes of the
-        arguments say which dimension that is
+    Shorten a call of a layer to the first tokens of its first sequence.
+
+    :param call: the call; only one whose input is batch×sequence×features is shortened
+    :return: a call with these tokens, as far as the shapes of the arguments say which
+        dimension is that of tokens
     """
     states = call.hidden_states
     if states.ndim != 3:
@@ -88,11 +92,11 @@ def shortened(call: LayerCall) -> LayerCall:
 @dataclass
 class _Reading:
     """
-    One run of the layer.
+    What was seen in one run of the layer.
 
-    :param inputs: of each operator, one for each of its calls
-    :param outputs: that each operator was made to return
-    :param returned: by the layer, or left by it in what it was given
+    :param inputs: the inputs of each operator, one for each of its calls
+    :param outputs: the outputs that each operator was made to return
+    :param returned: tensors that the layer returned, or left in what it was given
     :param others: what else the layer computes with: parameters, buffers, arguments
     """
 
@@ -110,11 +114,12 @@ class Probe:
     Forwards it marks all inputs that an output reaches. Backwards, as a gradient, it
     marks all outputs that an input depends on. No weight of an operator is read.
 
-    All rows of all operators are one vector, and all columns another: masks of them
-    say what is marked.
+    The rows of all operators are one long vector, and their columns are another. Masks
+    of these vectors say what is marked.
 
-    :param call: of the layer; all experts of a linearised mixture get all its tokens
-    :param operators: of the layer; those that it does not call are left out
+    :param call: a call of the layer; all experts of a linearised mixture get all its
+        tokens
+    :param operators: operators of the layer; those that it does not call are left out
     :raises Exception: whatever the layer raises if it cannot be run like this
     """
 
@@ -132,24 +137,30 @@ class Probe:
 
     def columns_of(self, operator: Operator) -> Tensor:
         """
-        :param operator: one of the probe's
+        Return the mask of an operator's columns.
+
+        :param operator: one of the probe's operators
         :return: mask of its columns
         """
         return _mask_of(self.operators.index(operator), self.column_counts)
 
     def rows_before(self, columns: Tensor) -> Tensor:
         """
-        :param columns: mask
-        :return: mask of the rows that some of these columns depend on
+        Find the rows that some columns depend on.
+
+        :param columns: mask of the columns
+        :return: mask of the rows that at least one of these columns depends on
         """
         inputs, gradients = self._marked(columns)
         return self._rows_before(inputs, gradients)
 
     def others_before(self, columns: Tensor) -> dict[str, Tensor]:
         """
-        :param columns: mask
-        :return: which entries of the layer's other parameters, buffers and arguments
-            some of these columns depend on
+        Find the entries of the layer's other parameters, buffers and arguments that
+        some columns depend on.
+
+        :param columns: mask of the columns
+        :return: mask of the entries of each, by its name
         """
         inputs, gradients = self._marked(columns)
         others = list(self._traced.others.values())
@@ -163,9 +174,11 @@ class Probe:
 
     def columns_behind(self, rows: Tensor) -> tuple[Tensor, bool]:
         """
-        :param rows: mask
+        Find the columns that depend on some rows.
+
+        :param rows: mask of the rows
         :return: mask of the columns that depend on some of these rows, and whether
-            something does that the layer returns
+            something that the layer returns does so, too
         """
         reading = self._outputs(rows, 1.0, float("nan"))
         columns = self._per_column(reading, torch.isnan)
@@ -173,20 +186,22 @@ class Probe:
 
     def columns_left(self, rows: Tensor) -> Tensor:
         """
-        :param rows: mask
-        :return: mask of the columns that are not zero if only these rows are zero
+        Find the columns that are not zero if only some rows are zero.
+
+        :param rows: mask of the rows
+        :return: mask of the columns
         """
         return self._per_column(self._outputs(rows, 1.0, 0.0), lambda one: one != 0)
 
     def columns_changed(self, masks: Tensor) -> Tensor:
         """
-        If all other rows are zero, ones reach the sums that they enter, but not the
-        products with other rows. So the values of attention show, and queries and keys
-        do not.
+        Find the columns that rows change if all other rows are zero. Ones then reach
+        the sums that they enter, but not the products with other rows. So the values of
+        attention show, and queries and keys do not.
 
-        :param masks: of rows, several
-        :return: for each mask, which columns change if these rows are one and all
-            others zero
+        :param masks: several masks of rows, bool masks×rows
+        :return: for each mask, the columns that change if its rows are one and all
+            others zero, bool masks×columns
         """
         none = self._outputs(torch.zeros_like(masks[0]), 0.0, 1.0).inputs
         changed = []
@@ -201,9 +216,11 @@ class Probe:
 
     def columns_linear_in(self, rows: Tensor) -> Tensor:
         """
-        :param rows: mask
-        :return: mask of the columns that are multiplied exactly by what the constants
-            of these rows are, all others staying
+        Find the columns that are linear in some rows.
+
+        :param rows: mask of the rows
+        :return: mask of the columns that are not zero, and change by exactly the factor
+            by which the constants of these rows do, while all others stay
         """
         ones = self._outputs(rows, 1.0, 1.0).inputs
         nonlinear = torch.zeros(sum(self.column_counts), dtype=torch.bool)
@@ -220,7 +237,10 @@ class Probe:
         return ~nonlinear
 
     def _marked(self, columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs, and gradients for them that are NaN in some columns"""
+        """
+        Return the inputs that have some of these columns, and gradients for them that
+        are NaN in the columns.
+        """
         inputs, gradients = [], []
         masks = torch.split(columns, self.column_counts)
         for operator, mask in zip(self.operators, masks, strict=True):
@@ -250,7 +270,10 @@ class Probe:
         return torch.cat(masks)
 
     def _outputs(self, rows: Tensor, base: float, value: float) -> _Reading:
-        """Outputs in which some rows have another value than all others"""
+        """
+        Run the layer with one value in some rows of the outputs, and another in all
+        others.
+        """
         masks = dict(
             zip(self.operators, torch.split(rows, self.row_counts), strict=True)
         )
@@ -291,7 +314,7 @@ class Probe:
                     for name, one in zip(self._names(), leaves, strict=True)
                     if isinstance(one, Tensor) and one.requires_grad
                 }
-            # what is copied may be written to
+            # a layer may write to arguments, and autograd allows that for copies only
             leaves = [one.clone() if isinstance(one, Tensor) else one for one in leaves]
             args, kwargs = tree_unflatten(leaves, structure)
             output = layer(*args, **kwargs)
@@ -306,14 +329,20 @@ class Probe:
         return reading
 
     def _names(self) -> list[str]:
-        """The name of the argument that each leaf is in"""
+        """
+        Return, for each leaf of the call's arguments, the name of the argument it is
+        in.
+        """
         call = self._call
         parameters = [*inspect.signature(call.layer.forward).parameters]
         named = [*zip(parameters, call.args, strict=False), *call.kwargs.items()]
         return [name for name, value in named for _ in tree_leaves(value)]
 
     def _is_attention(self, value: Tensor) -> bool:
-        """Whether a value is attention's weights, which a layer returns for show"""
+        """
+        Say whether a value is attention's weights, which a layer returns only for
+        inspection.
+        """
         given = [self._call.hidden_states, *self._call.context]
         return value.ndim > 3 and value.shape[-1] in {one.shape[-2] for one in given}
 
@@ -326,7 +355,7 @@ def _constant(
     value: float,
     traced: bool,
 ) -> Any:
-    """The forward of an operator that notes its input and returns constants."""
+    """Return a forward for an operator that notes its input and returns constants."""
     rows, _ = operator.shape
 
     def forward(states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -359,7 +388,9 @@ def _forward(module: torch.nn.Module, forward: Any) -> Iterator[None]:
 def _tensors_beside(
     layer: torch.nn.Module, operators: Collection[Any]
 ) -> dict[str, Tensor]:
-    """Parameters and buffers that are no operator's"""
+    """
+    Return the parameters and buffers of a layer that are no operator's, by their names.
+    """
     return {
         f"{prefix}.{name}".removeprefix("."): tensor
         for prefix, module in layer.named_modules()
@@ -401,13 +432,16 @@ def _gradients(
 
 
 def _filled(like: Tensor, mask: Tensor, base: float, value: float) -> Tensor:
-    """A tensor with one of two values for each entry of the last dimension"""
+    """
+    Return a tensor that has one value where a mask of the last dimension is True, and
+    another elsewhere.
+    """
     row = torch.where(mask, value, base).to(like)
     return row.expand_as(like).clone()
 
 
 def _some(marked: Tensor) -> Tensor:
-    """For each channel, whether it is marked for some token"""
+    """Return the mask of the channels that are marked for at least one token."""
     return marked.reshape(-1, marked.shape[-1]).any(0).cpu()
 
 

@@ -1,4 +1,4 @@
-"""What a dense layer does in the toolkit's own pass, so that it need not run again."""
+"""The record of what a dense layer does in the toolkit's own pass."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ Hook = tuple[torch.nn.Module, Callable[..., None], Literal["forward_pre", "forwa
 
 class Recording:
     """
-    What a decoder layer and its blocks are called with and return. A block is a child
-    of the layer with operators in it (attention, MLP). Replays of a stage need no more
-    than the stage's own block; for the first block the layer's input does as well, and
-    its own is not kept. Where a block returns the output of an operator, the dense
-    layer need not be replayed for that operator at all.
+    What a decoder layer and its blocks are called with and return in the toolkit's
+    pass.
 
-    ``real_tokens`` has for each batch which tokens are not padding, ``tokens`` their
-    number, and ``storage`` is where tensors wait.
+    A block is a child of the layer with operators in it (attention, MLP). A replay of a
+    stage needs no more than the stage's own block. For the first block the layer's
+    input does as well, so that the block's own input is not kept. Where a block returns
+    the output of an operator, the dense layer need not be replayed for that operator at
+    all.
 
-    Per token this holds a hidden state for the layer's input and one for its output,
-    one for the output of each block and one for the input of each but the first.
+    ``real_tokens`` says for each batch which tokens are not padding. ``tokens`` is the
+    number of these tokens, and ``storage`` is where tensors wait.
+
+    For each token, a recording holds a hidden state for the layer's input, one for its
+    output, one for the output of each block, and one for the input of each block but
+    the first.
 
     :param layer: the decoder layer, or a lone operator outside all of them
-    :param operators: its operators
+    :param operators: operators of the layer
     :param storage: where tensors wait between the passes
     :param padding: given the layer's hidden states in the batch that runs now, says
         which of its tokens are real
@@ -62,7 +66,7 @@ class Recording:
         self._with_outputs = with_outputs
         blocks = blocks_of(layer, operators)
         self._blocks = {block: LayerInputs(block, storage) for block in blocks}
-        # which runs first, and whether the layer has only just been entered
+        # the block that runs first, and whether the layer has only just been entered
         self._first: torch.nn.Module | None = None
         self._entered = False
         self._block_outputs: dict[torch.nn.Module, list[Tensor]] = {
@@ -74,7 +78,9 @@ class Recording:
 
     def hooks(self) -> Iterator[Hook]:
         """
-        :return: module, hook and kind of hook for all that is to be recorded; those
+        Yield the hooks that record the layer.
+
+        :return: module, hook and kind of hook for all that is to be recorded; hooks
             before a forward take keyword arguments
         """
         yield self.inputs.layer, self._remember, "forward_pre"
@@ -100,7 +106,10 @@ class Recording:
     def _remember_block(
         self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Blocks need not run in the order in which they are registered."""
+        """
+        Remember what a block is called with, unless it runs first. Blocks need not run
+        in the order in which they are registered.
+        """
         if self._entered and self._first is None:
             self._first = block
         self._entered = False
@@ -110,7 +119,10 @@ class Recording:
     def _append_to(
         self, outputs: list[Tensor], *, copied: bool = False
     ) -> Callable[..., None]:
-        """Append a copy if later modules may add to it in place, as Falcon's do."""
+        """
+        Return a hook that appends a module's output to a list. It appends a copy if
+        later modules may add to the output in place, as Falcon's do.
+        """
 
         def append(_module: torch.nn.Module, _args: Any, output: Any) -> None:
             tensor = first_tensor(output)
@@ -119,15 +131,21 @@ class Recording:
         return append
 
     def _move_to_disk(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
-        """The toolkit keeps this for the next layer, and finds it there."""
+        """
+        Move the layer's output to disk. The toolkit keeps this output for the next
+        layer, and finds it there.
+        """
         self.storage.keep(first_tensor(output))
 
     def gathered(self, ranks: Ranks, to: int) -> Recording:
         """
-        :param ranks: that each recorded the same layer, with batches of their own
+        Bring the recordings of all ranks together on one of them.
+
+        :param ranks: the ranks, each of which recorded the same layer, with batches of
+            its own
         :param to: the rank that is to have all of it
-        :return: there, one recording of all batches in the order of the ranks;
-            elsewhere this one
+        :return: on that rank, one recording of all batches in the order of the ranks;
+            on the others, this recording
         """
         if ranks.size == 1:
             return self
@@ -147,25 +165,29 @@ class Recording:
 
     def block_of(self, stage: Stage) -> torch.nn.Module:
         """
+        Return the module that must run to show a stage's inputs.
+
         :param stage: a stage of the layer
-        :return: the block that it is in, or the layer: what to run to see the stage's
-            inputs
+        :return: the block that the stage is in, or the layer if there is no such block
         """
         block = self._around(stage, self._blocks)
         return self.inputs.layer if block is None else block
 
     def inputs_of(self, block: torch.nn.Module) -> LayerInputs:
         """
-        :param block: of the layer, or the layer itself
-        :return: what it was called with
+        Return what a block was called with.
+
+        :param block: a block of the layer, or the layer itself
+        :return: its inputs
         """
         return self._blocks.get(block, self.inputs)
 
     def take_outputs(self, stage: Stage) -> list[Tensor] | None:
         """
+        Return the recorded outputs of a stage's operator, and keep them no longer.
+
         :param stage: a stage of the layer
-        :return: the outputs of its operator, one tensor a batch, if they were recorded;
-            they are not kept any longer
+        :return: the outputs, one tensor a batch; None if they were not recorded
         """
         block = self._around(stage, self._block_outputs) if stage.returned else None
         if block is None:
@@ -178,7 +200,10 @@ class Recording:
     def _around(
         self, stage: Stage, recorded: Mapping[torch.nn.Module, Sized]
     ) -> torch.nn.Module | None:
-        """The block that a stage is in, if that is called once a batch."""
+        """
+        Return the block that a stage is in, if it was recorded once a batch; otherwise
+        None.
+        """
         module = stage.operators[0].module
         for block, batches in recorded.items():
             if len(batches) == len(self.inputs) and module in block.modules():
@@ -187,6 +212,9 @@ class Recording:
 
 
 def _gathered(outputs: list[Tensor], ranks: Ranks, to: int) -> list[Tensor]:
-    """The tensors of all ranks, on one of them"""
+    """
+    Bring the tensors of all ranks together on one of them; return the rank's own on
+    others.
+    """
     parts = ranks.gather([output.cpu() for output in outputs], to)
     return outputs if parts is None else list(chain(*parts))

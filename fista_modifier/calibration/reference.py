@@ -1,4 +1,4 @@
-"""One batch through the model itself, to compare the pipeline's runs with."""
+"""A run of one batch through the model itself, to compare the pipeline's runs with."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ TOLERANCE = {4: 1e-2, 2: 0.25}
 
 class _Outputs(NamedTuple):
     """
-    Of one module.
+    Outputs of one module for some tokens.
 
     :param size: number of tokens, padding included
-    :param chosen: those that are kept, evenly spread over batch and sequence
-    :param rows: the outputs for them, float32 on the CPU
+    :param chosen: the tokens that are kept, evenly spread over batch and sequence
+    :param rows: the outputs for these tokens, float32 on the CPU
     """
 
     size: int
@@ -48,6 +48,8 @@ OfLayers = dict[DecoderLayer, dict[torch.nn.Module, _Outputs]]
 
 class ReferenceRun:
     """
+    A run of the first batch through the model itself, to compare other runs with.
+
     The toolkit's sequential pipeline runs a trace of the model, which may leave out a
     mask or compute it otherwise. So the outputs of the parts of each layer for the
     first batch are recorded from the model itself, for a few tokens, and compared.
@@ -58,7 +60,7 @@ class ReferenceRun:
     model are compared, too.
 
     :param model: the model being calibrated, as the user loaded it
-    :param layers: its decoder layers
+    :param layers: layers of the model, of which only decoder layers count
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> None:
@@ -76,6 +78,9 @@ class ReferenceRun:
 
     def run(self, batch: dict[str, Any]) -> None:
         """
+        Run the first batch through the model as it was loaded, and with the attention
+        and cache of calibration. Warn if a layer's outputs differ.
+
         :param batch: arguments of the model by their names; others are left out
         """
         with ExitStack() as stack:
@@ -130,17 +135,23 @@ class ReferenceRun:
 
     def calls(self, layer: DecoderLayer) -> int | None:
         """
+        Return how often the model calls a layer for one batch.
+
         :param layer: a decoder layer
-        :return: how often the model calls it for one batch; None if that is not known
+        :return: the number of calls; None if the model itself was not run
         """
         return self._calls[layer] if self._done else None
 
     def check(self, layer: DecoderLayer, first: LayerCall, real: Tensor | None) -> None:
         """
+        Refuse a layer that computes something else in the pipeline than in the model
+        itself.
+
         :param layer: a decoder layer
         :param first: its first batch in the pipeline
         :param real: which tokens of it are not padding, None for all
-        :raises RuntimeError: if a part of the layer computes something else there
+        :raises RuntimeError: if a part of the layer computes something else in the
+            pipeline
         """
         expected = self._outputs.get(layer)
         if not expected:
@@ -165,7 +176,11 @@ class ReferenceRun:
         seen: dict[torch.nn.Module, _Outputs],
         real: Tensor | None,
     ) -> tuple[float, str]:
-        """The difference of the first part of a layer that differs, and its class"""
+        """
+        Find the first part of a layer whose outputs differ by more than rounding.
+
+        :return: its relative difference and its class; 0 and "" if no part differs
+        """
         for child, outputs in self._outputs.get(layer, {}).items():
             error = _difference(seen.get(child), outputs, real)
             if not error <= self._tolerance:
@@ -195,8 +210,10 @@ class ReferenceRun:
 @contextmanager
 def _tensors_kept(model: PreTrainedModel) -> Iterator[None]:
     """
+    Put tensors that modules have as attributes back to what they were before a run.
     Some models remember tensors from one run to the next, such as position offsets.
-    Other attributes may stand for what a run has set up for all, such as hooks.
+    Other attributes stay as the run left them, because they may stand for what a run
+    has set up for all, such as hooks.
     """
     before = {module: dict(vars(module)) for module in model.modules()}
     yield
@@ -210,7 +227,7 @@ def _tensors_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _into(seen: dict[torch.nn.Module, _Outputs]) -> Any:
-    """A hook that keeps the first output of a module for some tokens."""
+    """Return a hook that keeps the first output of a module for some tokens."""
 
     def record(module: torch.nn.Module, _args: Any, output: Any) -> None:
         outputs = _outputs(output)
@@ -230,11 +247,14 @@ def _outputs(output: Any) -> _Outputs | None:
 
 
 def _difference(one: _Outputs | None, other: _Outputs, real: Tensor | None) -> float:
-    """The median over tokens of the relative difference; it forgives other experts"""
+    """
+    Return the median over tokens of the relative difference. Unlike a mean, it forgives
+    a few tokens that reach other experts.
+    """
     if one is None or one.rows.shape != other.rows.shape:
         return float("inf")
     norms = other.rows.norm(dim=-1)
-    # infinities of the model itself are named when its inputs are summed
+    # infinities of the model itself are reported when its inputs are summed
     counted = (norms > 0) & norms.isfinite()
     if real is not None and real.numel() == other.size:
         counted &= real.flatten()[other.chosen]
@@ -249,4 +269,4 @@ def _stop(_module: torch.nn.Module, _args: Any) -> None:
 
 
 class _Stop(Exception):
-    """Ends a run before the output embedding."""
+    """The exception that ends a run before the output embedding."""

@@ -1,4 +1,6 @@
-"""What a decoder layer or a part of it was called with, and runs of it over that."""
+"""
+What a decoder layer or a part of it was called with, and runs of it over these calls.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,11 @@ __all__ = [
 @contextmanager
 def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
     """
-    The context of every run of a layer outside the toolkit's own passes: no gradients,
-    no KV cache, evaluation mode, eager attention (unless
+    Prepare for runs of a layer outside the toolkit's own passes: no gradients, no KV
+    cache, evaluation mode, eager attention (unless
     :class:`~fista_modifier.calibration.attention.FusedAttention` sets another), weights
-    that stay onloaded, no hooks of other modifiers, and experts that see the tokens
-    that are routed to them.
+    that stay onloaded, no hooks of other modifiers, and experts that see only the
+    tokens that are routed to them. This is the context of every such run.
 
     :param model: the model being calibrated
     """
@@ -82,8 +84,11 @@ class LayerInputs:
 
     def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """
-        Remember one call of the layer, by what its forward names the arguments.
+        Remember one call of the layer. Its arguments are put in the order of the
+        layer's forward.
 
+        :param args: positional arguments of the call
+        :param kwargs: keyword arguments of the call
         :return: its hidden states
         """
         signature = inspect.signature(self.layer.forward)
@@ -95,7 +100,10 @@ class LayerInputs:
     def remember(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A forward pre-hook with keyword arguments, of the layer."""
+        """
+        Remember one call of the layer. This is a forward pre-hook of the layer, with
+        keyword arguments.
+        """
         self.append(args, kwargs)
 
     def __getitem__(self, batch: int) -> LayerCall:
@@ -110,9 +118,12 @@ class LayerInputs:
 
     def gathered(self, ranks: Ranks, to: int) -> LayerInputs:
         """
-        :param ranks: that each have inputs of the same layer
+        Bring the calls of all ranks together on one of them.
+
+        :param ranks: the ranks, each of which has inputs of the same layer
         :param to: the rank that is to have them
-        :return: there, the calls of all ranks, in their order; elsewhere these
+        :return: on that rank, the calls of all ranks, in the order of the ranks; on the
+            others, these inputs
         """
         if ranks.size == 1:
             return self
@@ -131,10 +142,11 @@ class LayerInputs:
 
     def of_block(self, block: torch.nn.Module) -> LayerInputs:
         """
-        Run the layer as far as one of its blocks.
+        Run the layer as far as one of its blocks, and record what the block is called
+        with.
 
         :param block: a module inside the layer, called once in each run
-        :return: what it is called with
+        :return: the inputs of the block
         """
         inputs = LayerInputs(block, self._storage)
         for call in self:
@@ -143,10 +155,10 @@ class LayerInputs:
 
     def follow(self, call: LayerCall) -> None:
         """
-        Run something around this layer as far as the layer, and remember how that is
-        called, if it is.
+        Run a module around this layer as far as the layer, and remember how the layer
+        is called. If it is not called, nothing is remembered.
 
-        :param call: of what is around it
+        :param call: a call of the module around the layer
         """
 
         def watch(*arguments: Any) -> None:
@@ -161,9 +173,11 @@ class LayerInputs:
 
     def with_hidden_states(self, hidden_states: list[Tensor]) -> LayerInputs:
         """
+        Return the same calls with other hidden states.
+
         :param hidden_states: another input tensor for each batch
-        :return: the same calls with that tensor in the place of the first argument; all
-            others are kept once
+        :return: the calls with that tensor in the place of the first argument; all
+            other arguments are kept once, for both
         """
         assert len(hidden_states) == len(self), "one for each batch"
         other = copy(self)
@@ -174,7 +188,10 @@ class LayerInputs:
 def _renamed(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Some layers are called with an older name of their first argument (Mllama)."""
+    """
+    Return keyword arguments in which the first argument has the name that the layer's
+    forward gives it. Some layers are called with an older name of it (Mllama).
+    """
     first = next(iter(signature.parameters))
     unknown = [name for name in kwargs if name not in signature.parameters]
     if args or first in kwargs or not unknown:
@@ -185,9 +202,10 @@ def _renamed(
 
 def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
     """
-    Of containers, not of tensors: a layer may write into a dictionary that it is given,
-    for layers behind it. A cache of keys and values, which each run would add to, is
-    left out: a run has all of its tokens.
+    Copy the containers of a call's arguments, and not the tensors, because a layer may
+    write into a dictionary that it is given, for layers behind it. A cache of keys and
+    values, which each run would add to, is replaced by None: a run has all of its
+    tokens.
     """
 
     def is_cache(value: Any) -> bool:
@@ -215,23 +233,28 @@ class LayerCall:
 
     def run(self) -> Tensor:
         """
+        Run the layer.
+
         :return: the layer's output hidden states
         """
         return first_tensor(self.layer(*self.args, **self.kwargs))
 
     @property
     def hidden_states(self) -> Tensor:
-        """the layer's input, batch×sequence×features"""
+        """The layer's input, batch×sequence×features."""
         return first_tensor(self.args)
 
     @property
     def tokens(self) -> int:
-        """padding included; one that has several hidden states counts once"""
+        """
+        The number of tokens, padding included. A token that has several hidden states
+        counts once.
+        """
         return self.hidden_states.shape[-3:-1].numel()
 
     @property
     def context(self) -> list[Tensor]:
-        """other states that the layer is given, such as the encoder's for a decoder"""
+        """Other states that the layer is given, such as the encoder's for a decoder."""
         given = tree_leaves((self.args[1:], self.kwargs))
         return [
             one
@@ -241,8 +264,11 @@ class LayerCall:
 
     def is_context(self, value: Tensor) -> bool:
         """
-        :param value: what an operator in the layer is given
-        :return: whether that is the context, as for keys and values of cross-attention
+        Say whether an operator is given the context, as for keys and values of
+        cross-attention.
+
+        :param value: the input of an operator in the layer
+        :return: whether it is one of the states in ``context``
         """
         return any(same_memory(value, one) for one in self.context)
 
@@ -250,10 +276,11 @@ class LayerCall:
 @dataclass(frozen=True)
 class RealTokens:
     """
-    What is not padding in one batch, bool batch×sequence; None where all is.
+    The tokens of one batch that are not padding, bool batch×sequence; None if all are.
 
-    :param own: of the layer's input
-    :param context: of other states that it is given, as of the encoder's in a decoder
+    :param own: those of the layer's input
+    :param context: those of other states that the layer is given, such as the encoder's
+        output in a decoder
     """
 
     own: Tensor | None = None
@@ -263,9 +290,11 @@ class RealTokens:
         self, value: Tensor, call: LayerCall, source: Tensor | None = None
     ) -> Tensor:
         """
+        Return an operator's input or output for the tokens that are not padding.
+
         :param value: input or output of an operator, … × features, an entry a token
-        :param call: of the layer or block in which the operator runs
-        :param source: the operator's input, if value is its output
+        :param call: the call of the layer or block in which the operator runs
+        :param source: the operator's input, if ``value`` is its output
         :return: real tokens × features
         """
         reads_context = call.is_context(value if source is None else source)
@@ -273,17 +302,21 @@ class RealTokens:
 
 
 class _Stop(Exception):
-    """Ends a run of a layer once everything that was asked for has been seen."""
+    """
+    The exception that ends a run of a layer once everything that was asked for has been
+    seen.
+    """
 
 
 def inputs_of(
     calls: Mapping[torch.nn.Module, int], call: LayerCall
 ) -> dict[torch.nn.Module, list[Tensor]]:
     """
-    Run a layer only as far as the inputs of some modules, of its own or inside it.
+    Run a layer only as far as the inputs of some modules.
 
-    :param calls: the modules, and how often each is called in one run of the layer
-    :param call: the batch
+    :param calls: the modules, which are the layer or inside it, and how often each is
+        called in one run of the layer
+    :param call: the call of the layer for one batch
     :return: each module's input at each of its calls
     """
     seen: dict[torch.nn.Module, list[Tensor]] = {module: [] for module in calls}
@@ -306,7 +339,9 @@ def inputs_of(
 
 def outputs_of_parts(call: LayerCall) -> list[Tensor]:
     """
-    :param call: of a layer
+    Run a layer and return the outputs of its parts.
+
+    :param call: a call of the layer
     :return: the output of each of its children, in the order in which they run, and of
         the layer itself
     """
@@ -324,8 +359,10 @@ def outputs_of_parts(call: LayerCall) -> list[Tensor]:
 
 def real_rows(value: Tensor, real: Tensor | None) -> Tensor:
     """
+    Return the rows of the tokens that are not padding.
+
     :param value: … × features, an entry a token
-    :param real: which tokens are not padding, batch×sequence, None for all. It is
+    :param real: which tokens are not padding, batch×sequence; None for all. It is
         ignored for a module that is not given the whole batch (an expert)
     :return: real tokens × features
     """
@@ -338,7 +375,7 @@ def real_rows(value: Tensor, real: Tensor | None) -> Tensor:
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
-    """:return: whether two tensors have the same entries in the same places"""
+    """Say whether two tensors have the same entries in the same places of memory."""
     return one is other or (
         one.data_ptr() == other.data_ptr() != 0
         and one.shape == other.shape
@@ -348,8 +385,9 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
 
 def first_tensor(value: Any) -> Tensor:
     """
-    :param value: what a layer was given or returned: a tensor, or a tuple with the
-        hidden states first
+    Return the hidden states among what a layer was given or returned.
+
+    :param value: a tensor, or a tuple with the hidden states first
     :return: the hidden states
     """
     return value if isinstance(value, Tensor) else value[0]

@@ -1,4 +1,4 @@
-"""Which runs show what the stages of a layer are given, dense and partly pruned."""
+"""The runs that show what the stages of a layer are given, dense and partly pruned."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class Replays:
     """
     The runs of a layer, or of one of its blocks, that show X and X* of some stages.
 
-    :param dense: what it is called with in the dense model, for X
+    :param dense: what the layer or block is called with in the dense model, for X
     :param pruned: what it is called with in the model pruned so far, for X*
-    :param weights: out×in, in the model's dtype, of the operators that are pruned
-        already: those of the runs for X*
+    :param weights: weights of the operators that are pruned already, out×in in the
+        model's dtype; the runs for X* use them
     :param differ: whether X* may differ from X; otherwise one run shows both
-    :param outputs: those of the only operator in the dense model, one tensor a
-        batch, from which drift is summed in place of X; None if X must be run
-    :param biases: of the operators that have got another bias
+    :param outputs: outputs of the only operator of the stages in the dense model, one
+        tensor a batch, from which drift is summed in place of X; None if X must be run
+    :param biases: biases of the operators that have got another bias; the runs for X*
+        use them
     """
 
     dense: LayerInputs
@@ -41,7 +42,7 @@ class Replays:
     biases: Mapping[Operator, Tensor] = field(default_factory=dict)
 
     def of_dense(self) -> Replays:
-        """:return: runs in which X* is X"""
+        """Return runs in which X* is X."""
         return Replays(self.dense, self.dense, {}, False)
 
 
@@ -53,23 +54,25 @@ def replays_of(
     biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> Iterator[tuple[list[Stage], Replays]]:
     """
-    The stages of each wave, with the smallest runs that show their inputs. The inputs
-    of a block in the partly pruned layer are kept from wave to wave, until an operator
-    before the block is pruned that they depend on.
+    Yield the stages of each wave, block by block, with the smallest runs that show
+    their inputs. The inputs of a block in the partly pruned layer are kept from wave to
+    wave, until an operator before the block is pruned that they depend on.
 
     A block that routes its tokens (a mixture of experts) is always run from its inputs
-    in the dense model: from those of the pruned one other experts would get the tokens,
-    and X and X* be those of different tokens. Inside an expert, X* still follows from
-    what was pruned before.
+    in the dense model. From those of the pruned model, other experts would get the
+    tokens, and X and X* would be those of different tokens. Inside an expert, X* still
+    follows from what was pruned before.
 
     What a block was called with is forgotten when its last wave is done.
 
-    :param stages: of the layer
-    :param recording: of the dense layer
-    :param pruned_inputs: what the layer is called with for X*; None if as for X
-    :param pruned: weights of what is pruned already, to be added to between the steps;
-        none if X* does not follow it
-    :param biases: of what is pruned already, if they changed
+    :param stages: stages of the layer
+    :param recording: recording of the dense layer
+    :param pruned_inputs: what the layer is called with for X*; None if it is called as
+        for X
+    :param pruned: weights of what is pruned already; the caller adds to them between
+        the steps, or leaves them empty if X* does not depend on them
+    :param biases: biases of what is pruned already, if they changed
+    :return: the stages of one wave in one block, and their runs
     """
     layer = recording.inputs.layer
     groups = [
@@ -125,7 +128,10 @@ def _replays(
 def _operators_before(
     groups: Sequence[tuple[torch.nn.Module, list[Stage]]],
 ) -> dict[torch.nn.Module, set[str]]:
-    """Outside each block, those on which what is run in it depends."""
+    """
+    Return, for each block, the names of the operators outside it on which its stages
+    depend.
+    """
     inside: defaultdict[torch.nn.Module, set[str]] = defaultdict(set)
     follows: defaultdict[torch.nn.Module, set[str]] = defaultdict(set)
     for block, group in groups:

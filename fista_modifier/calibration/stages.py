@@ -1,4 +1,4 @@
-"""Which operators share an input, and which of them must be pruned before others."""
+"""The operators that share an input, and which of them must be pruned before others."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Stage:
     Operators that are given the same tensor, such as q/k/v or gate/up: they share all
     Gram matrices, and none of them can disturb the input of another.
 
-    :param operators: in the order of their calls
+    :param operators: the operators, in the order of their calls
     :param calls: how often they are called in one run of the layer
-    :param wave: 0 if no other operator of the layer comes before them, otherwise one
-        more than the highest wave of those whose output their input depends on
+    :param wave: 0 if their input depends on no other operator of the layer, otherwise
+        one more than the highest wave of the operators whose output it depends on
     :param follows: names of the operators whose output their input depends on
-    :param routed: whether they are given a choice of the tokens only, as an expert is
+    :param routed: whether they are given only some of the tokens, as an expert is
     :param returned: whether there is one operator, called once, whose output is what
-        the block that it is in returns (a child of the layer, such as the MLP)
+        its block (a child of the layer, such as the MLP) returns
     """
 
     operators: list[Operator]
@@ -47,11 +47,12 @@ class Stage:
 
 def waves(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
     """
-    Stages that can be pruned at the same time, such as the gate and up projections of
-    all experts of a mixture: none of them can disturb the input of another.
+    Yield stages that can be pruned at the same time, wave by wave. Such stages are the
+    gate and up projections of all experts of a mixture: none of them can disturb the
+    input of another.
 
-    :param stages: of one layer
-    :return: wave by wave
+    :param stages: stages of one layer
+    :return: the stages of each wave
     """
     for _, wave in groupby(
         sorted(stages, key=lambda stage: stage.wave), key=lambda stage: stage.wave
@@ -63,10 +64,10 @@ def find_stages(
     operators: Sequence[Operator], calls: Iterable[LayerCall]
 ) -> list[Stage]:
     """
-    Watch the layer run. No names are needed: a stage is what receives one and the same
-    tensor, and autograd's graph of the run says whose output that tensor depends on.
-    One batch is enough, unless some operators (experts of a mixture) have not been
-    given a token by then.
+    Find the stages of a layer by watching it run. No names are needed: a stage is what
+    receives one and the same tensor, and autograd's graph of the run says whose output
+    that tensor depends on. One batch is enough, unless some operators (experts of a
+    mixture) have not been given a token by then.
 
     :param operators: operators of one decoder layer
     :param calls: batches to watch, until all operators have been seen
@@ -89,10 +90,13 @@ def agreed(
     stages: Sequence[Stage], operators: Sequence[Operator], ranks: Ranks
 ) -> list[Stage]:
     """
-    :param stages: that this rank found in its batches
-    :param operators: of the layer
-    :param ranks: which may have found others, as experts get different tokens
-    :return: those of all ranks, the same on each
+    Agree on the stages of a layer with all ranks.
+
+    :param stages: stages that this rank found in its batches
+    :param operators: operators of the layer
+    :param ranks: the ranks, which may have found other stages, as experts get different
+        tokens
+    :return: the stages of all ranks, the same on each
     """
     if ranks.size == 1:
         return list(stages)
@@ -112,8 +116,10 @@ def agreed(
 @dataclass
 class _Inputs:
     """
-    :param tensors: an operator's input at each of its calls; the tensors are kept, so
-        that no address recurs
+    The inputs of one operator in a run of its layer.
+
+    :param tensors: the input at each call; the tensors are kept, so that no address
+        recurs
     :param origins: what autograd says they were computed by
     """
 
@@ -124,7 +130,7 @@ class _Inputs:
 def _watch(
     unseen: Sequence[Operator], operators: Sequence[Operator], call: LayerCall
 ) -> list[Stage]:
-    """The stages among ``unseen`` that one run of the layer shows."""
+    """Return the stages among ``unseen`` that one run of the layer shows."""
     inputs: dict[Operator, _Inputs] = {}
     returned: list[Tensor] = []
     outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
@@ -181,7 +187,7 @@ def _watch(
                     if source in wave_of
                 ]
                 stage.wave = 1 + max((wave_of[one] for one in before), default=-1)
-            else:  # a layer that keeps autograd out: one stage after the other
+            else:  # the layer keeps autograd out, so the stages follow one another
                 before = list(wave_of)
                 stage.wave = len(stages)
             stage.follows = frozenset(one.name for one in before)
@@ -196,7 +202,9 @@ def _watch(
 
 
 def _is_choice(value: Tensor, call: LayerCall) -> bool:
-    """Whether an operator is given only some of the tokens that the layer is given"""
+    """
+    Say whether an operator is given only some of the tokens that the layer is given.
+    """
     # a layer may be given several hidden states of each token, and context
     width = value.shape[-1]
     whole = {call.tokens, call.hidden_states.shape[:-1].numel()} | {
@@ -209,9 +217,11 @@ def used_without_a_call(
     operators: Sequence[Operator], call: LayerCall
 ) -> list[Operator]:
     """
-    :param operators: that are given no token when the layer runs
-    :param call: a batch of the layer
-    :return: those that are not called, but whose weights another module reads
+    Find the operators that are not called, but whose weights another module reads.
+
+    :param operators: operators that are given no token when the layer runs
+    :param call: a call of the layer
+    :return: the operators that were found
     """
     called: set[torch.nn.Module] = set()
     with ExitStack() as hooks:
@@ -232,9 +242,11 @@ def sources(
     origins: Iterable[Node | None], operators: Sequence[Operator]
 ) -> Iterator[Operator]:
     """
-    :param origins: what autograd says some tensors were computed by
-    :param operators: of the layer
-    :return: those whose weights they depend on
+    Yield the operators on whose weights some tensors depend.
+
+    :param origins: what autograd says these tensors were computed by
+    :param operators: operators of the layer
+    :return: the operators
     """
     of_weight = {id(operator.module.weight): operator for operator in operators}
     nodes = [origin for origin in origins if origin is not None]
@@ -251,5 +263,5 @@ def sources(
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether two operators were called with the same memory, every time."""
+    """Say whether two operators were called with the same memory, every time."""
     return len(one) == len(other) and all(map(same_memory, one, other))

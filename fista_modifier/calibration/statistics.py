@@ -35,20 +35,23 @@ def wave_statistics(
     offload: bool = False,
 ) -> list[GramStatistics]:
     """
-    Sum the Gram matrices of stages over all batches, padding left out. Each batch is
-    run through the layer, or the block that the stages are in, as far as the stages:
-    with what has been pruned so far for X*, and, where that can make a difference and
-    the outputs do not tell as much, with dense weights for X. Where other tokens reach
-    an operator in the partly pruned layer, as behind a router, X* is X.
+    Sum the Gram matrices of stages over all batches, padding left out.
+
+    Each batch is run through the layer, or the block that the stages are in, as far as
+    the stages. For X* it runs with what has been pruned so far. For X it runs with
+    dense weights, where that can make a difference and the outputs do not tell as much.
+    If other tokens reach an operator in the partly pruned layer, as behind a router, X*
+    is X for all of these stages, and a warning says so.
 
     :param wave: stages none of which disturbs the input of another
     :param replays: the runs that show X and X*
-    :param real_tokens: of each batch, what is not padding
+    :param real_tokens: for each batch, what is not padding
     :param on_batch: called after each batch, for a progress bar
-    :param ranks: that hold the other batches
-    :param offload: keep n×n matrices in main memory
+    :param ranks: the ranks that hold the other batches
+    :param offload: whether to keep n×n matrices in main memory
     :return: statistics of each stage, on the device that executes it
-    :raises ValueError: if an activation is NaN or infinite, naming the operators
+    :raises ValueError: if an activation is NaN or infinite; the message names the
+        operators
     """
     accumulate = partial(
         _accumulated, wave, real_tokens=real_tokens, on_batch=on_batch, offload=offload
@@ -74,7 +77,9 @@ def wave_statistics(
 
 
 class _OtherTokens(Exception):
-    """Warns of operators that are given other tokens."""
+    """
+    The exception for operators that are given other tokens in the partly pruned layer.
+    """
 
 
 def _accumulated(
@@ -85,7 +90,7 @@ def _accumulated(
     on_batch: Callable[[], object],
     offload: bool,
 ) -> list[GramStatistics]:
-    """The sums over this rank's batches"""
+    """Return the statistics of each stage over this rank's batches."""
     gathered = [_empty(stage, offload) for stage in wave]
     for batch, real in enumerate(real_tokens):
         with replaced_weights(replays.weights, replays.biases):
@@ -110,7 +115,7 @@ def _accumulated(
 
 
 def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
-    """Make each rank's sums those over the tokens of all ranks."""
+    """Replace each rank's sums by those over the tokens of all ranks."""
     for matrix in statistics.sums():
         ranks.sum(matrix)
     statistics.tokens = sum(ranks.all(statistics.tokens))
@@ -123,7 +128,7 @@ def _empty(stage: Stage, offload: bool) -> GramStatistics:
 
 
 def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Tensor]:
-    """The input of each stage in one batch, real tokens × features."""
+    """Return the input of each stage in one batch, real tokens × features."""
     calls = {stage.operators[0].module: stage.calls for stage in wave}
     with routing_real_tokens(call.layer, real.own):
         seen = inputs_of(calls, call)

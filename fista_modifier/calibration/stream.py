@@ -16,8 +16,8 @@ __all__ = ["PrunedStream"]
 
 class PrunedStream:
     """
-    Carries X* across layers for ``error_correction: full``, while the toolkit's
-    pipeline carries the dense model's activations.
+    The hidden states X* that ``error_correction: full`` carries from layer to layer,
+    while the toolkit's pipeline carries the dense model's activations.
 
     :param storage: where the hidden states wait, one tensor a batch
     """
@@ -29,8 +29,10 @@ class PrunedStream:
 
     def inputs_of(self, dense_inputs: LayerInputs, name: str) -> LayerInputs:
         """
-        :param dense_inputs: the next layer's inputs in the dense model
-        :param name: its name, for messages
+        Return a layer's inputs in the model pruned so far.
+
+        :param dense_inputs: the layer's inputs in the dense model
+        :param name: the layer's name, for messages
         :return: its inputs in the model pruned so far
         :raises ValueError: if the layer is not given what the layer before it returned
         """
@@ -53,12 +55,12 @@ class PrunedStream:
         biases: Mapping[Operator, Tensor] = UNCHANGED,
     ) -> None:
         """
-        Run the pruned layer, whose outputs are the next layer's inputs.
+        Run the pruned layer. Its outputs are the next layer's inputs.
 
         :param dense_inputs: the layer's inputs in the dense model
         :param pruned_inputs: its inputs in the model pruned so far
         :param pruned: its pruned weights, out×in
-        :param biases: of operators that have got another bias
+        :param biases: biases of its operators that have got another bias
         """
         self._dense_output = next(iter(dense_inputs)).run()
         with replaced_weights(pruned, biases):

@@ -32,7 +32,9 @@ TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 def has_foreign_card(folder: Path) -> bool:
     """
-    :param folder: of a checkpoint
+    Say whether a checkpoint has a model card that this package did not write.
+
+    :param folder: the checkpoint's folder
     :return: whether somebody else's card is there
     """
     card = folder / CARD_NAME
@@ -41,8 +43,10 @@ def has_foreign_card(folder: Path) -> bool:
 
 def update_model_card(folder: Path, report: PruningReport) -> None:
     """
-    :param folder: of the checkpoint; a card of somebody else's stays
-    :param report: what was done to it
+    Write the model card of a checkpoint, unless somebody else's card is there.
+
+    :param folder: the checkpoint's folder
+    :param report: what was done to the model
     """
     if not has_foreign_card(folder):
         write_model_card(folder, report)
@@ -54,9 +58,11 @@ def write_model_card(
     perplexities: Mapping[str, float] | None = None,
 ) -> None:
     """
-    :param folder: of the checkpoint; a card that is there is replaced
-    :param report: what was done to it
-    :param perplexities: of the checkpoint, by the names of the texts
+    Write the model card of a checkpoint.
+
+    :param folder: the checkpoint's folder; a card that is there is replaced
+    :param report: what was done to the model
+    :param perplexities: perplexities of the checkpoint, by the names of the texts
     """
     card = model_card(folder.name, report, perplexities or {})
     (folder / CARD_NAME).write_text(f"{card}\n", encoding="utf-8")
@@ -66,12 +72,12 @@ def model_card(
     name: str, report: PruningReport, perplexities: Mapping[str, float]
 ) -> ModelCard:
     """
-    The card names local files without their folders. It links only models and data sets
-    that have an id on the hub.
+    Return the model card of a checkpoint. It names local files without their folders,
+    and links only models and data sets that have an id on the hub.
 
-    :param name: of the checkpoint
-    :param report: what was done to it
-    :param perplexities: of the checkpoint, by the names of the texts
+    :param name: the checkpoint's name
+    :param report: what was done to the model
+    :param perplexities: perplexities of the checkpoint, by the names of the texts
     :return: the card
     """
     sparse = replace(report, operators=report.sparse)
@@ -110,7 +116,7 @@ def model_card(
 
 
 def _hub_id(source: str) -> str | None:
-    """A model or data set by its id, unless it is a file or a folder."""
+    """Return the hub's id of a model or data set; None if it is local or has no id."""
     path = Path(source)
     if path.exists() or is_local(source):
         return None
@@ -118,12 +124,12 @@ def _hub_id(source: str) -> str | None:
 
 
 def _shown(source: str) -> str:
-    """Of a local file or folder the name, not where it lies."""
+    """Return the hub's id of a source, or the name of a local one without folders."""
     return _hub_id(source) or Path(source).name
 
 
 def _told(recovery: RecoveryResult) -> RecoveryResult:
-    """As a card may tell it to others."""
+    """Return the result of a recovery with the folders of local files left out."""
     data = recovery.calibration
     local = is_local(data.dataset) or Path(data.dataset).exists()
     dataset = Path(data.dataset).name if local else data.dataset
@@ -135,7 +141,10 @@ def _told(recovery: RecoveryResult) -> RecoveryResult:
 
 
 def _patterns(report: PruningReport) -> list[str]:
-    """Each pattern with its meaning and how many operators have it."""
+    """
+    Return each pattern with its meaning and the number of operators that have it; one
+    summary if there are more than ``SHOWN``.
+    """
     if len(report.patterns) > SHOWN:
         return [report.summary_of_patterns]
     return [
@@ -145,12 +154,12 @@ def _patterns(report: PruningReport) -> list[str]:
 
 
 def _as_stored(report: PruningReport) -> Sequence[OperatorResult]:
-    """The last result of each operator, which a chain may prune twice."""
+    """Return the last result of each operator; a chain may prune an operator twice."""
     return list({operator.name: operator for operator in report.operators}.values())
 
 
 def _short(method: str) -> str:
-    """The name of a method, without its reference"""
+    """Return the name of a method, without its reference."""
     return method.partition(" ")[0]
 
 

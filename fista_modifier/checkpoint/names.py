@@ -20,14 +20,15 @@ def names_in_memory(
     model: PreTrainedModel, stored: Iterable[str]
 ) -> dict[str, str] | None:
     """
-    Transformers keeps the names of old checkpoints on disk: GPT-NeoX's output embedding
-    is ``embed_out`` there and ``lm_head`` in memory.
+    Find the names that a checkpoint's tensors have in the model. Transformers keeps the
+    names of old checkpoints on disk: GPT-NeoX's output embedding is ``embed_out`` there
+    and ``lm_head`` in memory.
 
-    :param model: may be without weights
-    :param stored: names of tensors in a checkpoint of it
-    :return: the name in the model of each, its own for one that is no part of it; None
-        if some are joined or split when they are loaded, so that no single tensor of
-        the model is what is stored
+    :param model: the model, which may be without weights
+    :param stored: names of tensors in a checkpoint of the model
+    :return: the name in the model of each stored name; a tensor that is no part of the
+        model keeps its name. None if some tensors are joined or split when they are
+        loaded, so that no single tensor of the model is what is stored
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
@@ -36,8 +37,8 @@ def names_in_memory(
     names = {}
     for name in stored:
         names[name] = name
-        # as they are loaded; a mixture whose experts are linear operators already, and
-        # names that are the model's own, must not be converted
+        # First as transformers loads it. But experts that are linear operators already,
+        # and names that are the model's own, must not be converted.
         for steps in ((renamings, converters), (renamings, []), ([], [])):
             renamed, converted = rename_source_key(
                 name, *steps, model.base_model_prefix, known
@@ -54,10 +55,12 @@ def disagreements(
     model: PreTrainedModel, missing: Collection[str], unknown: Collection[str]
 ) -> list[str]:
     """
-    :param model: may be without weights
+    Describe the names that only the model or only its files have.
+
+    :param model: the model, which may be without weights
     :param missing: names that the model has and the files have not
     :param unknown: names that the files have and the model has not
-    :return: a sentence for each, except for those that transformers leaves out
+    :return: a sentence for each name, except for those that transformers leaves out
     """
     found = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unknown))
     model._adjust_missing_and_unexpected_keys(found)

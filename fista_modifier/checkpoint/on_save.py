@@ -23,15 +23,16 @@ __all__ = ["describe_on_save", "report_of", "without_report"]
 
 def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     """
-    Have the model's ``save_pretrained`` write a ``sparsity_config`` into
-    ``config.json``, a report and a model card (unless there is one that somebody else
-    wrote). The toolkit wraps ``save_pretrained`` as well, and restores the original
-    ``config.json``: setting an attribute of ``model.config`` would not do.
+    Make the model's ``save_pretrained`` also write what was done to the model. It
+    writes a ``sparsity_config`` into ``config.json``, a report and a model card (unless
+    there is one that somebody else wrote). The toolkit wraps ``save_pretrained`` as
+    well, and restores the original ``config.json``, so that an attribute of
+    ``model.config`` would be lost.
 
     Tensors get the names of the checkpoint that the model came from; the model itself
     stays as it is: see ``native_experts``.
 
-    :param model: that was pruned
+    :param model: the pruned model
     :param report: what was done to it; added to what was done before
     """
     if _state(model) is None:
@@ -43,8 +44,10 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
 
 def report_of(model: PreTrainedModel) -> PruningReport | None:
     """
-    :param model: any
-    :return: what was done to it in this process, if anything was
+    Return the report of what was done to a model in this process.
+
+    :param model: any model
+    :return: its report, or None if this package did nothing to it
     """
     state = _state(model)
     return state.report if state else None
@@ -53,9 +56,10 @@ def report_of(model: PreTrainedModel) -> PruningReport | None:
 @contextmanager
 def without_report(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within this, ``save_pretrained`` leaves report and card to the caller.
+    Keep ``save_pretrained`` from writing the report and the model card, which the
+    caller writes.
 
-    :param model: any
+    :param model: any model
     """
     with patch_attr(_state(model) or _OnSave(), "writes_report", False):
         yield
@@ -64,8 +68,10 @@ def without_report(model: PreTrainedModel) -> Iterator[None]:
 @dataclass
 class _OnSave:
     """
-    :param reports: in the order of the runs
-    :param writes_report: whether ``save_pretrained`` writes them
+    The state of a model's ``save_pretrained``: what it writes beside the weights.
+
+    :param reports: the report of each run on the model, in the order of the runs
+    :param writes_report: whether ``save_pretrained`` writes the report and the card
     """
 
     reports: list[PruningReport] = field(default_factory=list)
@@ -73,19 +79,22 @@ class _OnSave:
 
     @property
     def report(self) -> PruningReport:
-        """of all that was done"""
+        """The report of all runs together."""
         return reduce(PruningReport.followed_by, self.reports)
 
 
 def _state(model: PreTrainedModel) -> _OnSave | None:
-    """The state that the toolkit's wrapper around ``save_pretrained`` shares"""
+    """
+    Return the state at the model's ``save_pretrained``, or None. The toolkit's wrapper
+    around ``save_pretrained`` shares it.
+    """
     return getattr(model.save_pretrained, "on_save", None)
 
 
 def _write_on_save(model: PreTrainedModel) -> None:
     save = model.save_pretrained
     state = _OnSave()
-    # quantised weights are packed by then
+    # counted now, because quantised weights are packed when the model is saved
     entries = sum(parameter.numel() for parameter in model.parameters())
 
     @wraps(save)

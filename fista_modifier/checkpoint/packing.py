@@ -29,7 +29,11 @@ TWO_OF_FOUR = NofM(2, 4)
 
 
 def _check_packable(weight: Tensor, packed_format: str) -> None:
-    """:raises ValueError: if there is no such format, or the weight cannot have it"""
+    """
+    Refuse a format or a weight that cannot be packed.
+
+    :raises ValueError: if there is no such format, or the weight cannot have it
+    """
     if packed_format not in get_args(PackedFormat):
         known = ", ".join(get_args(PackedFormat))
         raise ValueError(f"format '{packed_format}' is none of {known}")
@@ -43,14 +47,15 @@ def _check_packable(weight: Tensor, packed_format: str) -> None:
 
 def pack(weight: Tensor, packed_format: PackedFormat) -> dict[str, Tensor]:
     """
-    The layouts of compressed-tensors up to 0.14, which has since dropped them. They
-    have the kept values in the order of the rows, and a bit for each entry, the lowest
-    first. Each row of bits is filled up to whole bytes. 2:4 keeps two values of every
-    four, even if one is zero, so that ``compressed`` is a matrix; the other format has
-    the index of each row's first value.
+    Pack a weight without its zeros. The layouts are those of compressed-tensors up to
+    0.14, which has since dropped them. They have the kept values in the order of the
+    rows, and a bit for each entry, the lowest first. Each row of bits is filled up to
+    whole bytes. The 2:4 format keeps two values of every four, even if one is zero, so
+    that ``compressed`` is a matrix. The other format also has the index of each row's
+    first value.
 
     :param weight: m×n
-    :param packed_format: which of the two
+    :param packed_format: which of the two formats
     :return: the tensors that stand for the weight, by the last part of their names
     :raises ValueError: if the weight cannot have the format
     """
@@ -75,6 +80,8 @@ def pack(weight: Tensor, packed_format: PackedFormat) -> dict[str, Tensor]:
 
 def unpack(parts: dict[str, Tensor]) -> Tensor:
     """
+    Restore a weight that :func:`pack` has packed.
+
     :param parts: what :func:`pack` returns, of either format
     :return: the weight, m×n
     :raises ValueError: if the parts do not belong together
@@ -104,8 +111,10 @@ def unpack(parts: dict[str, Tensor]) -> Tensor:
 
 def parts_of(name: str) -> tuple[str, str] | None:
     """
-    :param name: of a tensor in a checkpoint
-    :return: the operator's name and the part, if it is a part of a packed weight
+    Split the name of a part of a packed weight.
+
+    :param name: the name of a tensor in a checkpoint
+    :return: the operator's name and the part's; None if the tensor is no such part
     """
     operator, _, part = name.rpartition(".")
     return (operator, part) if operator and part in PARTS else None
@@ -113,8 +122,10 @@ def parts_of(name: str) -> tuple[str, str] | None:
 
 def stored_twice(names: Collection[str]) -> list[str]:
     """
-    :param names: of the tensors of a checkpoint
-    :return: a complaint for each weight that is there both packed and dense
+    Find weights that a checkpoint stores both packed and dense.
+
+    :param names: the names of the checkpoint's tensors
+    :return: a complaint for each such weight
     """
     packed = {found[0] for name in names if (found := parts_of(name))}
     return [
@@ -126,8 +137,10 @@ def stored_twice(names: Collection[str]) -> list[str]:
 
 def is_complete(parts: dict[str, Tensor]) -> bool:
     """
+    Say whether all parts of a packed weight are there.
+
     :param parts: parts of one packed weight
-    :return: whether these are all that its format has
+    :return: whether these are all parts that its format has
     """
     if not {"compressed", "bitmask", "shape"} <= parts.keys():
         return False

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's weights: found, read and written one by one."""
+"""The files of a checkpoint's weights, which are found, read and written one by one."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, MemoryError)
 
 def locate(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """
+    Find the file of each tensor of a checkpoint.
+
     :param folder: a checkpoint
-    :return: the file of each tensor, and where index and shards disagree
+    :return: the file of each tensor, and a sentence for each disagreement between the
+        index and the shards
     :raises FileNotFoundError: if there is neither an index nor a file of weights
     :raises ValueError: if the index or a file cannot be read
     """
@@ -69,10 +72,10 @@ def read(
     files: dict[str, Path], problems: list[str]
 ) -> Iterator[tuple[Path, str, Tensor]]:
     """
-    Each tensor of a checkpoint, packed weights unpacked.
+    Read each tensor of a checkpoint, and unpack the packed weights.
 
     :param files: the file of each tensor
-    :param problems: what cannot be read is added to them
+    :param problems: gets a sentence for each tensor that cannot be read
     :return: file, name and tensor, file by file
     """
     packed: defaultdict[str, list[str]] = defaultdict(list)
@@ -83,7 +86,7 @@ def read(
     for name, file in files.items():
         names[file].append(name)
     for file, held in sorted(names.items()):
-        with safe_open(file, "pt") as opened:  # once: its header may be long
+        with safe_open(file, "pt") as opened:  # opened once: its header may be long
             tensor = partial(_tensor, files, file, opened)
             for name in held:
                 operator, part = parts_of(name) or (None, None)
@@ -99,7 +102,7 @@ def read(
 
 
 def _tensor(files: dict[str, Path], here: Path, opened: Any, name: str) -> Tensor:
-    """A tensor of the open file, or of another file"""
+    """Read a tensor from the open file, or from the other file that has it."""
     if files[name] == here:
         return cast(Tensor, opened.get_tensor(name))
     with safe_open(files[name], "pt") as elsewhere:
@@ -114,11 +117,11 @@ def rewrite(
     },
 ) -> None:
     """
-    Write tensors to files of the same names, one at a time, and their index.
+    Write tensors to files of the same names, one file at a time, and their index.
 
     :param tensors: what :func:`read` yields
-    :param folder: where to write: another than that of the files that they come from
-    :param change: what becomes of a tensor
+    :param folder: where to write; not the folder of the files that they come from
+    :param change: returns the tensors, by their names, that take the place of a tensor
     """
     weight_map: dict[str, str] = {}
     total = 0
@@ -136,7 +139,7 @@ def rewrite(
 
 @contextmanager
 def as_value_error(message: str) -> Iterator[None]:
-    """Turn all errors that a malformed file causes in its reader into one kind."""
+    """Turn any error that a malformed file causes in its reader into a ValueError."""
     try:
         yield
     except Exception as error:

@@ -31,16 +31,16 @@ def write_sparsity(
     share_of_layers: float | None = None,
 ) -> None:
     """
-    Write ``sparsity_config`` into ``config.json``. At its top level it is read by
-    nobody who does not look for it: inside ``quantization_config``, transformers would
-    insist on compressed-tensors, and with targets vLLM (since 0.22) on a format that it
-    no longer has.
+    Write ``sparsity_config`` into ``config.json``. At the top level, only a program
+    that looks for it reads it. If it were inside ``quantization_config``, transformers
+    would insist on compressed-tensors. If it had targets, vLLM (since 0.22) would
+    insist on a format that it no longer has.
 
-    :param folder: of the checkpoint
-    :param operators: what became of the pruned ones
-    :param entries: of all parameters of the model
-    :param share_of_layers: what the pruned operators hold of the decoder layers'
-        matrices; where that is less than half, the model is said to have no structure
+    :param folder: the checkpoint's folder
+    :param operators: the results of the pruned operators
+    :param entries: number of entries of all parameters of the model
+    :param share_of_layers: share of the decoder layers' matrices that the pruned
+        operators hold; if it is less than half, the model is said to have no structure
     """
     groups = {reported_pattern(operator.pattern).group for operator in operators}
     group = groups.pop() if len(groups) == 1 else None
@@ -62,8 +62,9 @@ def write_sizes(folder: Path, sizes: Mapping[str, Any]) -> None:
     Write the sizes of a model that channels have left into ``config.json``, where the
     toolkit writes those of the dense model.
 
-    :param folder: of the checkpoint
-    :param sizes: by their names, with dots between those of nested configurations
+    :param folder: the checkpoint's folder
+    :param sizes: the sizes by their names in the configuration; dots separate the names
+        of nested configurations
     """
     if not sizes:
         return
@@ -81,7 +82,7 @@ def write_legacy_sparsity(
     Move ``sparsity_config`` to where compressed-tensors up to 0.14 and vLLM up to 0.18
     look for it, with the operators as targets. Current vLLM refuses such a checkpoint.
 
-    :param folder: of a checkpoint that is not quantised
+    :param folder: the folder of a checkpoint that is not quantised
     :param operators: names of the pruned operators
     :param storage_format: "dense", or how the operators' weights are packed
     :raises ValueError: if the checkpoint has no sparsity, or is quantised
@@ -104,10 +105,11 @@ def write_legacy_sparsity(
 
 def restore_sparsity(folder: Path) -> None:
     """
-    The inverse of :func:`write_legacy_sparsity`, for dense weights.
+    Undo :func:`write_legacy_sparsity`, for a checkpoint whose weights are now dense.
 
-    :param folder: of a checkpoint
-    :raises ValueError: if it has no sparsity there, or is quantised as well
+    :param folder: the checkpoint's folder
+    :raises ValueError: if ``quantization_config`` has no sparsity, or the checkpoint is
+        quantised as well
     """
     file, content = _read(folder)
     quantization = content.pop(QUANTIZATION, None)

@@ -1,4 +1,4 @@
-"""A checkpoint's formats: dense, and without the zeros of its pruned operators."""
+"""The formats of a checkpoint: dense, or without the zeros of its pruned operators."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def convert(
     :param folder: the checkpoint, not quantised
     :param operators: names of its pruned operators
     :param storage_format: the format
-    :return: bytes of the pruned operators, as a share of what they were
-    :raises ValueError: if the checkpoint is quantised, or naming the operator whose
-        weight cannot have the format, or which has another name in the files
+    :return: bytes of the pruned operators, as a share of their bytes before
+    :raises ValueError: if the checkpoint is quantised, or an operator's weight cannot
+        have the format or has another name in the files; the message names the operator
     """
     names = sorted(operators)
     if storage_format == "dense":
@@ -94,14 +94,16 @@ def _pack_operators(
 
 def unpack_checkpoint(folder: Path, output: Path) -> int:
     """
-    Write a packed checkpoint as a dense one, bit for bit what was packed.
+    Write a packed checkpoint as a dense one. Its weights are bit for bit those that
+    were packed.
 
     :param folder: the packed checkpoint; the parts of a weight may be in any shards
-    :param output: an empty folder, or none yet
+    :param output: an empty folder, or one that does not exist yet
     :return: number of weights that were unpacked
     :raises FileNotFoundError: if there is no checkpoint
     :raises FileExistsError: if there is something in the output folder
-    :raises ValueError: if nothing is packed, or naming what is damaged
+    :raises ValueError: if nothing is packed, or the checkpoint is damaged; the message
+        names what is damaged
     """
     files, problems = locate(folder)
     _check(folder, problems)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint on disk is whole and as sparse as it should be."""
+"""The check that a checkpoint on disk is whole and as sparse as it should be."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ DEPTH = re.compile(r"n_layers?|num_(\w+_)?layers|(en|de)coder_layers")
 @dataclass(frozen=True)
 class OperatorCheck:
     """
+    The outcome of the check of one operator.
+
     :param name: the operator's name
     :param pattern: what its weight must have
     :param zeros: zero entries that were found
@@ -57,7 +59,9 @@ class OperatorCheck:
 @dataclass(frozen=True)
 class Verification:
     """
-    :param operators: the operators that must be sparse
+    The outcome of the check of a checkpoint.
+
+    :param operators: the outcomes for the operators that must be sparse
     :param problems: what is wrong with the checkpoint as a whole
     """
 
@@ -66,20 +70,20 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """whether nothing is wrong"""
+        """True if nothing is wrong."""
         return not self.problems and not self.failures
 
     @property
     def failures(self) -> list[OperatorCheck]:
-        """the operators with a problem"""
+        """The operators with a problem."""
         return [check for check in self.operators if check.problem]
 
 
 @dataclass(frozen=True)
 class _Expectation:
     """
-    The pattern of an operator, and its number of zeros where it is known: exact, or,
-    since rounding adds some, the least that a quantised one may have.
+    The pattern of an operator, and its number of zeros where that is known. The number
+    is exact, or the least that a quantised operator may have, since rounding adds some.
     """
 
     pattern: SparsityPattern
@@ -89,20 +93,22 @@ class _Expectation:
 
 def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification:
     """
-    Check a checkpoint tensor by tensor: memory for the largest of them is enough.
-    Shards and their index agree, names and shapes are those of the model that
-    config.json describes, no value is NaN or infinite, tied weights are equal, and the
-    pruned operators have their zeros. Only safetensors files are read, never a pickle.
-    Tensors in the files may have other names than in memory: transformers says which.
-    A weight that several operators share may be stored once for all of them. A
-    quantised checkpoint is loaded as a whole, in dense form, by transformers and
-    compressed-tensors, and may have more zeros than pruning chose, but not fewer. So is
-    one whose tensors transformers does not only rename but joins or splits, such as
-    Mixtral's experts.
+    Check a checkpoint tensor by tensor. Memory for the largest tensor is enough.
+    The check passes if shards and their index agree, names and shapes are those of the
+    model that config.json describes, no value is NaN or infinite, tied weights are
+    equal, and the pruned operators have their zeros. Only safetensors files are read,
+    never a pickle. Tensors in the files may have other names than in memory, as
+    transformers defines them. A weight that several operators share may be stored once
+    for all of them.
+
+    A quantised checkpoint is loaded as a whole, in dense form, by transformers and
+    compressed-tensors. It may have more zeros than pruning chose, but not fewer. A
+    checkpoint is also loaded as a whole if transformers joins or splits its tensors,
+    such as Mixtral's experts.
 
     :param folder: the checkpoint
-    :param pattern: what every linear operator but the output embedding must have;
-        None for what ``pruning_report.json`` says of each
+    :param pattern: the pattern that every linear operator but the output embedding must
+        have; None for the pattern that ``pruning_report.json`` has for each
     :return: what was found
     :raises FileNotFoundError: if there is no such folder, no config.json in it, or
         neither a pattern nor a report
@@ -137,7 +143,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     for _, stored, tensor in read(files, problems):
         name = names[stored]
         if name not in parameters:
-            continue  # and is one of the disagreements
+            continue  # it is one of the disagreements
         problems += _faults(name, tensor, parameters[name])
         zero_rows.see(model, name, tensor)
         shared = sharing[id(parameters[name])]
@@ -163,7 +169,7 @@ def _verify_loaded(
     problems: list[str],
     config: PretrainedConfig,
 ) -> Verification:
-    """The same of a checkpoint that transformers loads as a whole."""
+    """Check a checkpoint that transformers loads as a whole."""
     quantised = _is_quantised(config)
     how: dict[str, Any] = {"config": config}
     if quantised:
@@ -202,7 +208,11 @@ def _verify_loaded(
 
 
 def _described(folder: Path, tensors: int) -> PretrainedConfig:
-    """The configuration in config.json, or a reason why it makes no sense"""
+    """
+    Return the configuration in config.json.
+
+    :raises ValueError: if it describes no model, with the reason
+    """
     file = folder / "config.json"
     with as_value_error(f"{file} describes no model"):
         _check_depth(json.loads(file.read_text(encoding="utf-8")), tensors)
@@ -218,8 +228,8 @@ def _is_quantised(config: PretrainedConfig) -> bool:
 
 def _skeleton(folder: Path, config: PretrainedConfig, tensors: int) -> PreTrainedModel:
     """
-    The model of config.json, without memory for its weights. The experts of a mixture
-    are linear operators if its files have the same names.
+    Return the model of config.json, without memory for its weights. The experts of a
+    mixture become linear operators if transformers saves them under those names.
     """
     with as_value_error(f"{folder / 'config.json'} describes no model"):
         config.__dict__.pop("quantization_config", None)
@@ -230,10 +240,10 @@ def _skeleton(folder: Path, config: PretrainedConfig, tensors: int) -> PreTraine
 
 
 def _stores_operators(model: PreTrainedModel, tensors: int) -> bool:
-    """Whether transformers saves a mixture under the names of its operators."""
+    """Say whether transformers saves a mixture under the names of its operators."""
     fused = dict(get_non_linearized_moes(model))
     count = sum(len(experts.down_proj) for experts in fused.values())
-    if not 0 < count <= tensors:  # a billion would take too long to build, too
+    if not 0 < count <= tensors:  # a billion experts would take too long to build
         return False
     named = model.state_dict()
     stored = set(revert_weight_conversion(model, named))
@@ -244,9 +254,10 @@ def _stores_operators(model: PreTrainedModel, tensors: int) -> bool:
 
 def _check_depth(config: dict[str, Any], tensors: int) -> None:
     """
-    A model of a billion layers would take too long to build.
+    Refuse a configuration with more layers than there are tensors. A model of a billion
+    layers would take too long to build.
 
-    :raises ValueError: if there are more layers than tensors, of which each has some
+    :raises ValueError: if there are more layers than tensors, as each layer has some
     """
     for key, value in config.items():
         if isinstance(value, dict):
@@ -258,7 +269,11 @@ def _check_depth(config: dict[str, Any], tensors: int) -> None:
 def _expectations(
     folder: Path, model: PreTrainedModel, pattern: SparsityPattern | None
 ) -> dict[str, _Expectation]:
-    """The pattern and the zeros that each pruned operator must have"""
+    """
+    Return what each pruned operator must have, by the operators' names.
+
+    :raises FileNotFoundError: if there is neither a pattern nor a report
+    """
     if pattern is not None:
         return {
             operator.name: _Expectation(pattern)
@@ -276,16 +291,19 @@ def _expectations(
 
 
 def _zero_rows(folder: Path, pattern: SparsityPattern | None) -> dict[str, int]:
-    """Of each operator whose output channels are zeros in place, how many are"""
+    """
+    Return the number of output channels that are zeros in place, for each operator that
+    the report lists with some. The result is empty if a pattern is given.
+    """
     return {} if pattern is not None else PruningReport.load(folder).zero_rows
 
 
 class _ZeroRows:
     """
-    Output channels that are zeros in place, biases too.
+    The check of output channels that are zeros in place, in weights and biases.
 
-    :param expected: how many, by the operators' names
-    :param pruned: operators that have a pattern, too, which may add some
+    :param expected: the number of such channels, by the operators' names
+    :param pruned: names of operators that also have a pattern, which may add some
     """
 
     def __init__(self, expected: Mapping[str, int], pruned: Collection[str]) -> None:
@@ -295,7 +313,7 @@ class _ZeroRows:
         self._biases: dict[str, Tensor] = {}
 
     def see(self, model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-        """Note which rows of a parameter are zero, if that is asked for."""
+        """Note which rows of a parameter are zero, if its operator is to be checked."""
         operator, _, kind = name.rpartition(".")
         if operator not in self._expected:
             return
@@ -306,7 +324,7 @@ class _ZeroRows:
             self._weights[operator] = (oriented == 0).all(1)
 
     def problems(self) -> list[str]:
-        """:return: what is wrong with the operators that were seen, or were not"""
+        """Describe what is wrong with the operators, also with those not seen."""
         return [
             problem
             for name, count in self._expected.items()
@@ -334,14 +352,14 @@ def _operator(model: PreTrainedModel, name: str) -> Operator:
 def _disagreements(
     model: PreTrainedModel, parameters: dict[str, Tensor], present: set[str]
 ) -> list[str]:
-    """Names that the model has and the files have not, or the other way round."""
+    """Describe the names that only the model or only the files have."""
     stored = {id(parameters[name]) for name in present if name in parameters}
     missing = [name for name, value in parameters.items() if id(value) not in stored]
     return disagreements(model, missing, sorted(present - set(parameters)))
 
 
 def _sharing(parameters: dict[str, Tensor]) -> dict[int, list[str]]:
-    """All names of each parameter, by its identity."""
+    """Return all names of each parameter, by the parameter's ``id``."""
     names: dict[int, list[str]] = {}
     for name, value in parameters.items():
         names.setdefault(id(value), []).append(name)
@@ -349,7 +367,7 @@ def _sharing(parameters: dict[str, Tensor]) -> dict[int, list[str]]:
 
 
 def _dense_name(name: str) -> str:
-    """The name of the weight that a packed part belongs to"""
+    """Return the name of the weight that a part belongs to, or the name itself."""
     found = parts_of(name)
     return f"{found[0]}.weight" if found else name
 

@@ -1,5 +1,5 @@
 """
-``fista-prune``: the commands, each in a module of its own, and what they print.
+``fista-prune``: its commands, each in a module of its own, and what they print.
 
 Nothing else in the package imports this folder. It may import all of the package.
 ``options`` has the options that several commands share, ``console`` the terminal and

@@ -1,4 +1,4 @@
-"""``python -m fista_modifier.cli``, as ``torchrun -m`` starts it."""
+"""``python -m fista_modifier.cli``, which ``torchrun -m`` starts."""
 
 import sys
 

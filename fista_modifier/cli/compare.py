@@ -1,4 +1,4 @@
-"""``fista-prune compare``: several methods on the same model and tokens."""
+"""``fista-prune compare``: compare methods on the same model and tokens."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def compare(
     """
     Prune MODEL by several methods on the same tokens and compare what is left of it.
 
-    Writes no checkpoint. With --json, what an interrupted run has measured is not
+    No checkpoint is written. With --json, what an interrupted run has measured is not
     measured again.
     """
     with errors_as_messages():
         patterns = {name: pattern_of(name) for name in pattern}
-        # fails for a missing model before anything is downloaded
+        # a missing model fails here, before anything is downloaded
         load_tokenizer(model)
         length = seq_len or max_sequence_length(load_config(model))
         measurement = Measurement(

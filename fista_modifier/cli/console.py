@@ -1,4 +1,4 @@
-"""The terminal: where the commands print, and how an error is told."""
+"""The terminal that the commands print to, and the way they print errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ console = Console()
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Make an error a message and exit status 1. The debug log has the traceback."""
+    """Turn an error into a message and exit status 1; the debug log has its origin."""
     try:
         yield
     except Exception as error:
@@ -34,8 +34,10 @@ def errors_as_messages() -> Iterator[None]:
 
 def show(table: str, file: Path | None) -> None:
     """
-    :param table: Markdown, printed
-    :param file: to write it to, if any
+    Print a table, and write it to a file if one is given.
+
+    :param table: Markdown
+    :param file: the file, or None
     """
     console.print(Markdown(table))
     if file:

@@ -1,4 +1,4 @@
-"""``fista-prune eval``: perplexities and accuracies."""
+"""``fista-prune eval``: measure perplexities and accuracies."""
 
 from __future__ import annotations
 
@@ -80,8 +80,9 @@ def evaluate(
     """
     Measure the perplexity of MODELS on texts, and their accuracy on tasks.
 
-    Perplexity is that of contiguous blocks over the whole text. With neither --text nor
-    --tasks it is the paper's evaluation: WikiText-2, PTB, C4 and seven tasks.
+    Perplexity is measured on contiguous blocks over the whole text. The evaluation is
+    that of the paper if neither --text nor --tasks is given: WikiText-2, PTB, C4 and
+    seven tasks.
     """
     with errors_as_messages():
         if text is None and tasks is None:
@@ -110,9 +111,11 @@ def evaluate(
 
 def report_for_card(checkpoint: Path) -> PruningReport:
     """
-    :param checkpoint: whose model card is to be written
+    Return the report of a checkpoint whose model card is to be written.
+
+    :param checkpoint: the checkpoint's folder
     :return: its report
-    :raises FileNotFoundError: if it has none
+    :raises FileNotFoundError: if it has no report
     :raises ValueError: if it has a model card of somebody else's
     """
     if has_foreign_card(checkpoint):

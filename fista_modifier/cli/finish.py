@@ -1,4 +1,4 @@
-"""The end of every run of the command line: write, verify and print the result."""
+"""The end of a pruning run of the command line: write, verify and print the result."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def finish(
     storage_format: StorageFormat = "dense",
 ) -> None:
     """
-    Write what a run made, verify it, and say so.
+    Write the checkpoint of a run, verify it, and print what was done.
 
-    :param model: what was pruned
+    :param model: name of the model that was pruned
     :param run: the pruned model
-    :param tokenizer: the model's
-    :param data: what it was calibrated on
-    :param folder: the checkpoint to write
-    :param storage_format: of the pruned weights
+    :param tokenizer: the model's tokenizer
+    :param data: the data that the model was calibrated on
+    :param folder: the checkpoint's folder
+    :param storage_format: the format of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
     report = run.report and replace(run.report, model=model, calibration=data)

@@ -1,4 +1,4 @@
-"""What ``prune`` and ``plan`` are asked: a pattern, smaller sizes, or a recipe."""
+"""What ``prune`` and ``plan`` are asked for: a pattern, smaller sizes, or a recipe."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ STRUCTURED_PRESETS = ("default", "paper")
 @dataclass(frozen=True)
 class Request:
     """
-    Options that say what is to be done to a model.
+    The options that say what is to be done to a model.
 
-    :param method: that prunes, if there is no recipe
+    :param method: the method that prunes, if there is no recipe
     :param pattern: "n:m" or a sparsity such as "0.5", for FISTAPruner
-    :param recipe: a file, in place of all others
+    :param recipe: a recipe's file, in place of all other options
     :param sparsity: share of the decoder layers' parameters that is to leave
     :param structures: what leaves; None for the default
     :param multiple_of: the number of channels stays a multiple of this; None for the
         default
-    :param fields: of the modifier that other options give
+    :param fields: the modifier's fields that other options give
     """
 
     method: Method = "fista"
@@ -55,12 +55,14 @@ class Request:
 
     @property
     def is_open(self) -> bool:
-        """whether nothing says what is to become of the model"""
+        """True if no option says what is to be done to the model."""
         named = (self.pattern, self.recipe, *self._sizes.values())
         return self.method == "fista" and all(value is None for value in named)
 
     def modifiers(self) -> list[Modifier]:
         """
+        Return the modifiers that the options ask for.
+
         :return: what is to be done to the model
         :raises ValueError: if options contradict one another, or if one of them makes
             no sense

@@ -39,7 +39,7 @@ ModelName = Annotated[str, typer.Argument(help="folder of a checkpoint, or hub i
 LoadDtype = Annotated[DtypeName, typer.Option(help="dtype to load the weights in")]
 BatchSize = Annotated[int, typer.Option(min=1, help="sequences in a forward pass")]
 
-# of the commands that say what is to be done to a model
+# Options of the commands that say what is to be done to a model.
 PatternName = Annotated[
     str | None,
     typer.Option(help="'2:4' keeps 2 of every 4 weights; '0.5' zeroes any half"),
@@ -88,7 +88,7 @@ PresetName = Annotated[
     ),
 ]
 
-# of the commands that calibrate
+# Options of the commands that calibrate.
 CalibrationText = Annotated[
     str,
     typer.Option(
@@ -112,7 +112,7 @@ SequenceLength = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="seed of the choice of sequences")]
 
-# of the commands that evaluate
+# Options of the commands that evaluate.
 TokenLimit = Annotated[
     int | None, typer.Option(min=1, help="use only so many tokens of each text")
 ]
@@ -125,7 +125,9 @@ TableFile = Annotated[Path | None, typer.Option(help="write the table here, too"
 
 def comma_separated(names: str) -> list[str]:
     """
-    :param names: with commas between
-    :return: the names
+    Split names that are separated by commas.
+
+    :param names: the names in one string
+    :return: the names, without empty ones
     """
     return [name.strip() for name in names.split(",") if name.strip()]

@@ -113,8 +113,8 @@ def prune(
     """
     Prune MODEL and write a checkpoint.
 
-    Calibrates by default as the paper does: on 128 sequences of the first shard of C4,
-    each as long as the model allows (at most 2048 tokens). Under torchrun, the
+    The calibration is by default that of the paper: 128 sequences of the first shard of
+    C4, each as long as the model allows (at most 2048 tokens). Under torchrun, the
     processes prune different layers at the same time (or, with 'best', parts of each).
     """
     with errors_as_messages():
@@ -155,9 +155,11 @@ def prune(
 
 def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:
     """
-    :param storage_format: of the pruned weights
+    Refuse a format that does not suit what is to be done to the model.
+
+    :param storage_format: the format of the pruned weights
     :param modifiers: what is to be done to the model
-    :raises ValueError: if the weights will not be such that they can be stored so
+    :raises ValueError: if the format cannot store the weights that the modifiers make
     """
     if storage_format == "dense":
         return
@@ -178,10 +180,12 @@ def check_packable(
     storage_format: StorageFormat, modifiers: Iterable[Modifier], model: PreTrainedModel
 ) -> None:
     """
-    :param storage_format: of the pruned weights
+    Refuse a format that does not suit the operators of the model.
+
+    :param storage_format: the format of the pruned weights
     :param modifiers: what is to be done to the model
-    :param model: that they are to be done to
-    :raises ValueError: if its operators cannot be stored so
+    :param model: the model that is to be pruned
+    :raises ValueError: if the format cannot store the model's operators
     """
     if storage_format != "sparse-24-bitmask":
         return

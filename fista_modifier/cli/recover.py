@@ -81,9 +81,9 @@ def recover(
     """
     Train what pruning kept in CHECKPOINT towards the dense model's predictions.
 
-    Zeros stay zeros, and smaller models stay as small as they are. Writes a checkpoint
-    like any other. One of sixteen sequences is not trained on, to see whether the
-    training helped. Under torchrun, the processes share the sequences.
+    Zeros stay zeros, and smaller models stay as small as they are. The result is a
+    checkpoint like any other. One of sixteen sequences is not trained on, to see
+    whether the training helped. Under torchrun, the processes share the sequences.
     """
     with errors_as_messages():
         pipeline.check_output(output, overwrite)
@@ -121,9 +121,11 @@ def recover(
 
 def check_folders(output: Path, resume: Path | None) -> None:
     """
+    Refuse a folder for the training that the checkpoint would replace.
+
     :param output: folder for the checkpoint
-    :param resume: folder for the training
-    :raises ValueError: if what is in the second would be replaced by the first
+    :param resume: folder for the state of the training, or None
+    :raises ValueError: if ``resume`` lies in ``output``
     """
     if resume is not None and resume.resolve().is_relative_to(output.resolve()):
         raise ValueError(
@@ -134,8 +136,10 @@ def check_folders(output: Path, resume: Path | None) -> None:
 
 def tell(recovery: RecoveryResult, folder: Path) -> None:
     """
-    :param recovery: that was written
-    :param folder: the checkpoint
+    Print the result of a recovery.
+
+    :param recovery: the result
+    :param folder: the checkpoint that was written
     """
     console.print(
         f"Wrote [bold]{escape(str(folder))}[/]: mean KL to the teacher "

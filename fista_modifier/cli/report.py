@@ -1,4 +1,4 @@
-"""``fista-prune report``: the pruning report as a page."""
+"""``fista-prune report``: render the pruning report as a page."""
 
 from __future__ import annotations
 

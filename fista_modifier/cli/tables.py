@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables and sentences that the commands print."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ __all__ = [
 
 def operator_table(results: Sequence[OperatorResult]) -> Table:
     """
-    :param results: of all operators of a model
+    Return the table of pruned operators.
+
+    :param results: the results of all operators of a model
     :return: one line for each kind of operator (q_proj, up_proj, …), and a total
     """
     table = Table(title="Pruned operators")
@@ -89,7 +91,9 @@ def _summary(results: Sequence[OperatorResult]) -> list[str]:
 
 def removal_table(results: Sequence[OperatorResult]) -> Table:
     """
-    :param results: of the operators that read the channels that left
+    Return the table of operators that lost channels.
+
+    :param results: the results of the operators that read the channels that left
     :return: one line for each kind of operator and size, and a total
     """
     table = Table(title="Operators that lost channels")
@@ -120,8 +124,11 @@ def _removal_summary(results: Sequence[OperatorResult]) -> list[str]:
 
 def removal_sentence(report: PruningReport) -> str:
     """
-    :param report: of a model that parameters have left
-    :return: how many, and what its configuration says now
+    Say how many parameters have left a model.
+
+    :param report: the report of the model
+    :return: the shares that have left and that are zeros in place, and the sizes that
+        the configuration has now
     """
     assert report.removed_share is not None
     sentence = (
@@ -140,7 +147,9 @@ def removal_sentence(report: PruningReport) -> str:
 
 def layer_table(results: dict[str, ReconstructionResult]) -> Table:
     """
-    :param results: of the reconstructed layers, by their names
+    Return the table of reconstructed layers.
+
+    :param results: the results of the layers, by their names
     :return: one line for each layer
     """
     table = Table(title="Reconstructed layers")
@@ -161,8 +170,10 @@ def layer_table(results: dict[str, ReconstructionResult]) -> Table:
 
 def perplexity_table(measured: Sequence[tuple[str, Perplexity]], text: str) -> Table:
     """
+    Return the table of the perplexities of models.
+
     :param measured: name and perplexity of each model
-    :param text: what it was measured on
+    :param text: name of the text that they were measured on
     :return: one line for each model
     """
     table = Table(title=f"Perplexity on {text}")
@@ -177,7 +188,9 @@ def perplexity_table(measured: Sequence[tuple[str, Perplexity]], text: str) -> T
 
 def verification_table(verification: Verification) -> Table:
     """
-    :param verification: of a checkpoint
+    Return the table of verified operators.
+
+    :param verification: what was found in a checkpoint
     :return: one line for each kind of operator and pattern
     """
     table = Table(title="Verified operators")
@@ -206,7 +219,9 @@ def verification_table(verification: Verification) -> Table:
 
 def pattern_table(forecast: Forecast) -> Table:
     """
-    :param forecast: of a modifier that sets weights to zero
+    Return the table of the patterns that operators will have.
+
+    :param forecast: the forecast of a modifier that sets weights to zero
     :return: one line for each pattern, and a total
     """
     table = Table(title="Patterns")
@@ -243,7 +258,9 @@ def pattern_table(forecast: Forecast) -> Table:
 
 def channel_table(plan: ChannelPlan) -> Table:
     """
-    :param plan: of the channels that leave
+    Return the table of the channels that will leave.
+
+    :param plan: the plan of the channels that leave
     :return: one line for each kind of group and number of channels
     """
     table = Table(title="Channels that leave")
@@ -293,12 +310,14 @@ def cost_table(
     devices: int,
 ) -> Table:
     """
-    :param shape: of the model's layers
-    :param samples: calibration sequences
+    Return the table of the predicted operations.
+
+    :param shape: the shape of the model's layers
+    :param samples: number of calibration sequences
     :param procedure: what is done to a layer
-    :param device: that prunes
-    :param devices: how many
-    :return: one line for each phase, and the predicted time of all
+    :param device: the kind of device that prunes
+    :param devices: number of such devices
+    :return: one line for each phase, and the predicted time of the whole run
     """
     table = Table(
         title=f"{shape.layers} layers, {shape.parameters / 1e9:.2f} G weights"
@@ -335,13 +354,15 @@ def memory_sentence(
     offload_hessians: bool = False,
 ) -> str:
     """
-    :param shape: of the model's layers
-    :param samples: calibration sequences
+    Say how much memory a run is predicted to take, and whether the device has it.
+
+    :param shape: the shape of the model's layers
+    :param samples: number of calibration sequences
     :param procedure: what is done to a layer
-    :param device: that prunes
+    :param device: the kind of device that prunes
     :param kept: share of the weights that pruning leaves
     :param offload_hessians: the modifier's field
-    :return: the predicted memory, and whether it is there
+    :return: the sentence
     """
     on_device = peak_device_memory(
         shape, procedure, offload_hessians=offload_hessians, kept=kept

@@ -1,4 +1,4 @@
-"""``fista-prune unpack``: the dense form of a packed checkpoint."""
+"""``fista-prune unpack``: write the dense form of a packed checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def unpack(
     """
     Write the dense form of CHECKPOINT, whose weights are in a bitmask format.
 
-    Reads sparse-bitmask and sparse-24-bitmask, as written by 'prune --format' and by
-    llm-compressor up to 0.10. The weights are the same bit for bit.
+    The format may be sparse-bitmask or sparse-24-bitmask, as written by
+    'prune --format' and by llm-compressor up to 0.10. The weights are the same bit for
+    bit.
     """
     with errors_as_messages():
         count = unpack_checkpoint(checkpoint, output)

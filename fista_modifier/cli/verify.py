@@ -1,4 +1,4 @@
-"""``fista-prune verify``: whether a checkpoint is what it should be."""
+"""``fista-prune verify``: check that a checkpoint is what it should be."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def verify(
     Check that CHECKPOINT is whole and as sparse as it should be.
 
     Every pruned operator has its pattern, no value is NaN or infinite, shards and index
-    agree, names and shapes are those of config.json, tied weights are equal. Exit
-    status 1, with all that is wrong, if anything is. Reads safetensors only.
+    agree, names and shapes are those of config.json, tied weights are equal. If
+    anything is wrong, the exit status is 1, and all that is wrong is printed. Only
+    safetensors files are read.
     """
     with errors_as_messages():
         expected = None if pattern is None else pattern_of(pattern)
@@ -43,9 +44,11 @@ def verify(
 
 def check(verification: Verification, folder: Path) -> None:
     """
-    :param verification: of a checkpoint
+    Refuse a checkpoint that did not pass its verification.
+
+    :param verification: what was found
     :param folder: the checkpoint
-    :raises RuntimeError: naming all that is wrong with it
+    :raises RuntimeError: if anything is wrong; the message names all of it
     """
     faults = list(verification.problems)
     faults += [f"{failed.name} {failed.problem}" for failed in verification.failures]

@@ -1,5 +1,5 @@
 """
-What pruning a model takes, predicted from its configuration alone: see docs/cost.md.
+The cost of pruning a model, predicted from its configuration alone: see docs/cost.md.
 
 Use the names below. The folder may import ``pruning``, ``calibration``, ``models``,
 ``solver`` and the modules at the root.

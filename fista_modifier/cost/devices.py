@@ -1,4 +1,4 @@
-"""How long devices take."""
+"""The time that devices take to prune a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ __all__ = ["DEVICES", "Device", "seconds"]
 @dataclass(frozen=True)
 class Device:
     """
-    :param memory: bytes
+    A kind of device that prunes.
+
+    :param memory: bytes of its memory
     :param half: operations a second in bfloat16, for runs of a layer
-    :param tensor: the same in TensorFloat-32, for sums of 16-bit values and searches
-    :param single: the same in float32, for what must be exact
+    :param tensor: operations a second in TensorFloat-32, for sums of 16-bit values and
+        searches
+    :param single: operations a second in float32, for what must be exact
     """
 
     memory: float
@@ -26,7 +29,7 @@ class Device:
     single: float
 
 
-# published peaks (A100 and H100 SXM, dense), of which half is taken as reached
+# Half of the published peaks (A100 and H100 SXM, dense) is taken as reached.
 DEVICES = {
     "a100-40gb": Device(40e9, 0.5 * 312e12, 0.5 * 156e12, 0.5 * 19.5e12),
     "a100-80gb": Device(80e9, 0.5 * 312e12, 0.5 * 156e12, 0.5 * 19.5e12),
@@ -42,13 +45,15 @@ def seconds(
     devices: int = 1,
 ) -> float:
     """
-    :param cost: of a layer
-    :param shape: of the model's layers
+    Predict the time of a run from its matrix products and factorisations.
+
+    :param cost: the operations for one layer
+    :param shape: the shape of the model's layers
     :param procedure: what is done to a layer
-    :param device: that prunes
-    :param devices: how many: each has layers of its own or, where layers depend on one
-        another, data of its own in all but the reconstruction
-    :return: predicted time of all layers, whose weights have 16 bits, products only
+    :param device: the kind of device that prunes
+    :param devices: number of such devices; each has layers of its own or, where layers
+        depend on one another, data of its own in all but the reconstruction
+    :return: predicted seconds for all layers, whose weights have 16 bits
     """
     shared = (cost.recording + cost.replays) / device.half
     shared += (cost.gram + cost.search) / device.tensor

@@ -1,4 +1,4 @@
-"""Memory on the device and beside it."""
+"""The memory that a run takes, on the device and in main memory."""
 
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ def peak_device_memory(
     kept: float = KEPT,
 ) -> float:
     """
-    :param shape: of the model's layers
+    Predict the peak of memory on the device. It is one layer and its pruned copy, and
+    the larger of two: the most that a stage needs while it is solved, beside the sums
+    of the other stages of its wave, or what the reconstruction of the layer needs with
+    batches of one sequence.
+
+    :param shape: the shape of the model's layers
     :param procedure: what is done to a layer
-    :param weight_bytes: of a stored weight
+    :param weight_bytes: bytes of a stored weight
     :param offload_hessians: the modifier's field
     :param kept: share of the weights that pruning leaves
-    :return: bytes on the device: one layer and its pruned copy, and the most that a
-        stage needs while it is solved, beside the sums of the others of its wave, or
-        the reconstruction of the layer with batches of one sequence
+    :return: bytes
     """
     correction = procedure.error_correction
     solved = [stage for _, stage in shape.solved]
@@ -62,7 +65,7 @@ def peak_device_memory(
 def _sums(
     shape: LayerShape, stage: StageShape, correction: ErrorCorrection, offload: bool
 ) -> float:
-    """Entries of G and of the drift's sums"""
+    """Return the entries on the device of a stage's G and sums of the drift."""
     square = 0 if offload else stage.columns**2
     if not shape.drifts(stage, correction):
         return square
@@ -73,13 +76,16 @@ def reconstruction_memory(
     shape: LayerShape, weight_bytes: int = 2, kept: float = KEPT
 ) -> float:
     """
-    :param shape: of the model's layers
-    :param weight_bytes: of a stored weight
+    Predict the memory on the device for the reconstruction of a layer. It holds the
+    weights in their own dtype, the kept ones in float32, Adam's two moments of these
+    and their places; the largest gradient, once whole and once for the kept weights,
+    with their places in 64 bits and their new values; and the activations of a
+    sequence.
+
+    :param shape: the shape of the model's layers
+    :param weight_bytes: bytes of a stored weight
     :param kept: share of the weights that pruning leaves
-    :return: bytes on the device for the reconstruction of a layer: its weights in their
-        own dtype, the kept ones in float32, Adam's two moments of these and where they
-        are; the largest gradient, whole and what of it is for kept weights, with their
-        places in 64 bits and their new values; and the activations of a sequence
+    :return: bytes
     """
     trained = (weight_bytes + 4 * FLOAT32 * kept) * shape.weights
     largest = max(max(stage.rows) * stage.columns for stage in shape.stages)
@@ -98,15 +104,19 @@ def recorded_memory(
     activation_bytes: int = 2,
 ) -> float:
     """
-    :param shape: of the model's layers
-    :param samples: calibration sequences
+    Predict the size of the hidden states and masks that wait in main memory, or on
+    disk.
+
+    :param shape: the shape of the model's layers
+    :param samples: number of calibration sequences
     :param procedure: what is done to a layer
-    :param activation_bytes: of a recorded activation
-    :return: bytes of the hidden states and masks that wait in main memory, or on disk
+    :param activation_bytes: bytes of a recorded activation
+    :return: bytes
     """
     blocks = len({stage.block for stage in shape.stages})
-    # the pipeline's, in, out; of the blocks that are not done yet what they return and
-    # are called with, and the pruned inputs of the one at work
+    # There are the pipeline's states, the layer's inputs and outputs, what the blocks
+    # that are not done yet return and are called with, and the pruned inputs of the
+    # block at work.
     states = 3 + 2 * blocks - 1 + procedure.chains_layers
     masks = 2  # the pipeline's and the layer's, full ones as for eager attention
     features = states * shape.hidden + masks * shape.seq_len
@@ -120,11 +130,13 @@ def peak_host_memory(
     weight_bytes: int = 2,
 ) -> float:
     """
-    :param shape: of the model's layers
-    :param samples: calibration sequences
+    Predict the peak of main memory, which holds the model and what is recorded.
+
+    :param shape: the shape of the model's layers
+    :param samples: number of calibration sequences
     :param procedure: what is done to a layer
-    :param weight_bytes: of a stored weight or activation
-    :return: bytes in main memory: the model, and the hidden states that are recorded
+    :param weight_bytes: bytes of a stored weight or activation
+    :return: bytes
     """
     recorded = recorded_memory(shape, samples, procedure, weight_bytes)
     return weight_bytes * shape.parameters + recorded

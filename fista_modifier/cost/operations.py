@@ -1,6 +1,6 @@
 """
-Operations in matrix products and factorisations, two for a multiplication and an
-addition. What is done elementwise is left out.
+The operations of a run in matrix products and factorisations. A multiplication and an
+addition are two operations. What is done elementwise is left out.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Cost:
     Operations for one decoder layer.
 
     :param recording: the toolkit's pass
-    :param replays: of blocks, dense and partly pruned
+    :param replays: replays of blocks, dense and partly pruned
     :param gram: sums over the tokens of products of activations (and of these with
         weights)
     :param drift: sums of products with the drift
-    :param search: the support by ADMM and FISTA, or the choice of channels, for all
-        operators
+    :param search: the search for the support by ADMM and FISTA, or the choice of
+        channels, for all operators
     :param refits: inverses, refits and errors, for all operators
-    :param reconstruction: of the layer
+    :param reconstruction: the reconstruction of the layer
     """
 
     recording: float
@@ -47,7 +47,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """of all phases"""
+        """The operations of all phases together."""
         return math.fsum(astuple(self))
 
 
@@ -57,10 +57,12 @@ def layer_cost(
     procedure: CorrectedProcedure,
 ) -> Cost:
     """
-    :param shape: of the model's layers
-    :param samples: calibration sequences
+    Predict the operations for one decoder layer.
+
+    :param shape: the shape of the model's layers
+    :param samples: number of calibration sequences
     :param procedure: what is done to a layer
-    :return: operations for one layer
+    :return: the operations for one layer, by phase
     """
     correction = procedure.error_correction
     tokens = samples * shape.seq_len
@@ -87,7 +89,10 @@ def layer_cost(
 
 
 def _replays(shape: LayerShape, correction: ErrorCorrection) -> float:
-    """Dense and partly pruned runs for one sequence: see calibration/replays.py"""
+    """
+    Return the operations of dense and partly pruned replays for one sequence: see
+    calibration/replays.py.
+    """
     total = 0.0
     first_block = shape.stages[0].block
     blocks: defaultdict[int, defaultdict[int, list[int]]] = defaultdict(
@@ -105,15 +110,20 @@ def _replays(shape: LayerShape, correction: ErrorCorrection) -> float:
             only_pruned = known or not shape.drifts(stage, correction)
             total += (1 if only_pruned else 2) * _before(shape, max(here), block)
         if drifts and block != first_block and not shape.routed(block):
-            # the pruned layer once, as far as the block
+            # the pruned layer runs once, as far as the block
             inside = [stage.block for stage in shape.stages]
             total += _before(shape, inside.index(block))
     return total
 
 
 def _before(shape: LayerShape, stop: int, block: int | None = None) -> float:
-    """What runs before a stage, in its block or in the whole layer; attention is in the
-    first block, behind its first stage."""
+    """
+    Return the operations of what runs before a stage for one sequence, in a block or,
+    without one, in the whole layer. Attention is in the first block, behind its first
+    stage.
+
+    :param stop: number of the stage
+    """
     earlier = [stage for stage in shape.stages[:stop] if block in (None, stage.block)]
     products = shape.seq_len * math.fsum(stage.products for stage in earlier)
     attended = any(stage.block == shape.stages[0].block for stage in earlier)
@@ -121,12 +131,15 @@ def _before(shape: LayerShape, stop: int, block: int | None = None) -> float:
 
 
 def _gram(stage: StageShape) -> float:
-    """G, for one token that reaches the stage"""
+    """Return the operations of adding one token that reaches the stage to G."""
     return 2 * COMPUTED * stage.columns**2
 
 
 def _drift(stage: StageShape) -> float:
-    """The same of the drift, in the outputs or the inputs"""
+    """
+    Return the operations of adding one token that reaches the stage to the sums of the
+    drift, which are kept in the outputs or the inputs.
+    """
     if stage.narrow:
         return 2 * stage.weights
     return _gram(stage) + 2 * stage.columns**2

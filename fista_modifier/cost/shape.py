@@ -41,14 +41,17 @@ WATCHED = 4096
 @dataclass(frozen=True)
 class StageShape:
     """
-    :param columns: n
-    :param rows: m of each operator
-    :param wave: when its turn comes
-    :param block: number of the block of the layer that it is in
-    :param returned: whether the block returns the output of its only operator
-    :param share: of the tokens that reach it; below 1 for an expert of a mixture
-    :param routed: whether they are given a choice of the tokens, as an expert is
-    :param names: of the operators, inside the layer
+    The sizes of a stage, whose operators receive one and the same tensor.
+
+    :param columns: n, the input features of each operator
+    :param rows: m, the output features of each operator
+    :param wave: number of the wave that the stage is in
+    :param block: number of the block of the layer that the stage is in
+    :param returned: whether the block returns the output of the stage's only operator
+    :param share: share of the tokens that reach the stage; below 1 for an expert of a
+        mixture
+    :param routed: whether the stage is given a choice of the tokens, as an expert is
+    :param names: names of the operators, inside the layer
     """
 
     columns: int
@@ -62,8 +65,10 @@ class StageShape:
 
     def only(self, names: Collection[str]) -> StageShape | None:
         """
-        :param names: of operators, inside the layer
-        :return: the stage without all others; None if nothing is left
+        Return the stage with only some of its operators.
+
+        :param names: names of operators, inside the layer
+        :return: the stage without all other operators; None if none is left
         """
         chosen = [
             (name, rows)
@@ -80,38 +85,44 @@ class StageShape:
 
     @property
     def weights(self) -> int:
-        """entries of all operators"""
+        """Entries of the weights of all operators."""
         return self.columns * sum(self.rows)
 
     @property
     def products(self) -> float:
-        """operations of a run, for one token of the layer"""
+        """Operations of all operators in a run, for one token of the layer."""
         return 2 * self.weights * self.share
 
     @property
     def narrow(self) -> bool:
-        """whether its drift is summed in the outputs of its only operator"""
+        """True if the drift is summed in the outputs of the only operator."""
         return len(self.rows) == 1 and narrows(self.rows[0], self.columns)
 
     @property
     def recorded(self) -> bool:
-        """whether its dense outputs are, so that the dense layer is not replayed"""
+        """
+        True if the outputs of the dense operator are recorded, so that the dense layer
+        is not replayed.
+        """
         return self.narrow and self.returned
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """
-    :param names: of the layers
+    The shape of a model's decoder layers, which are taken to be alike.
+
+    :param names: names of the layers
     :param hidden: features of the hidden state
-    :param stages: of one layer, in the order of execution
+    :param stages: stages of one layer, in the order of execution
     :param attention: operations of attention itself, for one sequence
     :param seq_len: tokens of a sequence
-    :param parameters: of the whole model
-    :param estimate: why the layer could not be watched, so that stages and attention
-        are a coarser estimate, from its operators alone; None if it was watched
-    :param pruned: operators whose inputs are asked for, by their names inside the
-        layer; None if it is all of them
+    :param parameters: number of parameters of the whole model
+    :param estimate: the reason why the layer could not be watched, so that stages and
+        attention are a coarser estimate, from its operators alone; None if it was
+        watched
+    :param pruned: names, inside the layer, of the operators that are pruned; None if
+        all of them are
     """
 
     names: tuple[str, ...]
@@ -125,9 +136,11 @@ class LayerShape:
 
     def pruning(self, operators: Collection[str]) -> LayerShape:
         """
-        :param operators: that are pruned, by their names in the model
-        :return: the shape of the layers that have some of them; what is pruned in one
-            of the layers is taken to be pruned in all
+        Return the shape for a run that prunes only some operators. What is pruned in
+        one of the layers is taken to be pruned in all.
+
+        :param operators: names, in the model, of the operators that are pruned
+        :return: the shape of the layers that have some of them
         """
         inside = {
             layer: {
@@ -142,12 +155,12 @@ class LayerShape:
 
     @property
     def layers(self) -> int:
-        """how many there are"""
+        """Number of layers."""
         return len(self.names)
 
     @property
     def solved(self) -> list[tuple[int, StageShape]]:
-        """what is pruned of each stage, and the number of the stage"""
+        """Number of each stage with pruned operators, and the stage with these only."""
         if self.pruned is None:
             return list(enumerate(self.stages))
         return [
@@ -158,30 +171,35 @@ class LayerShape:
 
     @property
     def weights(self) -> int:
-        """entries of all operators of a layer"""
+        """Entries of the weights of all operators of a layer."""
         return sum(stage.weights for stage in self.stages)
 
     @property
     def forward(self) -> float:
-        """operations of a run of the layer over one sequence"""
+        """Operations of a run of the layer over one sequence."""
         products = math.fsum(stage.products for stage in self.stages)
         return products * self.seq_len + self.attention
 
     @property
     def toolkit_forward(self) -> float:
-        """the same in the toolkit's pass, in which all experts see all tokens"""
+        """Operations of the toolkit's pass, in which all experts see all tokens."""
         return 2 * self.weights * self.seq_len + self.attention
 
     def routed(self, block: int) -> bool:
         """
-        :param block: number of a block
-        :return: whether it gives tokens to experts: it then runs from its dense inputs
+        Say whether a block gives tokens to experts. If so, it runs from its dense
+        inputs.
+
+        :param block: number of the block
+        :return: whether it has experts
         """
         return any(stage.routed for stage in self.stages if stage.block == block)
 
     def drifts(self, stage: StageShape, correction: ErrorCorrection) -> bool:
         """
-        :param stage: of the layer
+        Say whether the inputs of a stage drift.
+
+        :param stage: a stage of the layer
         :param correction: whose errors operators make up for
         :return: whether its inputs follow from operators that were pruned before
         """
@@ -202,13 +220,15 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
     a mixture is given its average share of the tokens. A layer that cannot be watched,
     since what it does depends on values, is estimated from its operators alone.
 
-    :param config: of the model
+    :param config: the model's configuration
     :param seq_len: tokens of a calibration sequence
     :return: the shape of its layers, which are taken to be alike
     :raises ValueError: if transformers has no class for the configuration, or there is
         nothing to prune in the model
     """
-    if seq_len > WATCHED:  # masks are real, and attention is of second degree
+    if seq_len > WATCHED:
+        # A longer sequence is not watched, because masks are real. Attention has a term
+        # of first and one of second degree.
         half, whole = shape_of(config, WATCHED // 2), shape_of(config, WATCHED)
         square = 2 * (whole.attention - 2 * half.attention) / WATCHED**2
         linear = whole.attention / WATCHED - square * WATCHED
@@ -224,19 +244,19 @@ def shape_of(config: PretrainedConfig, seq_len: int) -> LayerShape:
         call = _call_of(layers, model, seq_len)
         largest = next(layer for layer in layers if layer.module is call.layer)
         shape = _watched(largest, call, _estimated(largest, model, seq_len))
-    except Exception as error:  # whatever a model's own code makes of missing values
+    except Exception as error:  # a model's own code may need values in any way
         logger.opt(exception=error).debug("where watching the layer ended")
         why = str(error).partition("\n")[0]
         shape = replace(shape, estimate=f"{type(error).__name__}: {why}")
     alike = layers
-    if not config.is_encoder_decoder:  # but for a vision tower
+    if not config.is_encoder_decoder:  # a vision tower is left out
         alike = [layer for layer in layers if _in_one_stack(layer, largest)]
     names = tuple(layer.name for layer in alike)
     return replace(shape, names=names, parameters=parameters)
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
-    """The decoder layers with operators"""
+    """Return the decoder layers that have operators."""
     operators = find_operators(model, ["Linear"], [])
     targets = layer_targets(model, operators)
     layers = group_by_layer(model, operators, targets)
@@ -244,14 +264,14 @@ def _decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
 
 
 def _in_one_stack(layer: DecoderLayer, other: DecoderLayer) -> bool:
-    """Whether they are of one class or, in a hybrid of several, in one list."""
+    """Say whether two layers are of one class or, in a hybrid, in one list."""
     if type(layer.module) is type(other.module):
         return True
     return layer.name.rpartition(".")[0] == other.name.rpartition(".")[0]
 
 
 def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> LayerShape:
-    """The shape of a layer as a run shows it, in the place of an estimate of it."""
+    """Return the shape of a layer as a run shows it, in place of an estimate of it."""
     counter = FlopCounterMode(display=False)
     tokens: dict[torch.nn.Module, int] = {}
 
@@ -297,8 +317,9 @@ def _watched(layer: DecoderLayer, call: LayerCall, estimate: LayerShape) -> Laye
 
 def _estimated(layer: DecoderLayer, model: PreTrainedModel, seq_len: int) -> LayerShape:
     """
-    The shape of a layer from operators and configuration alone: each operator is a
-    stage, experts are given their share of the tokens, and every layer has attention.
+    Estimate the shape of a layer from its operators and the configuration alone. Each
+    operator is a stage, experts are given their share of the tokens, and every layer
+    has attention.
     """
     hidden = int(model.get_input_embeddings().weight.shape[-1])
     blocks = list(blocks_of(layer.module, layer.operators).values())
@@ -334,8 +355,10 @@ def _block(blocks: list[list[Operator]], operator: Operator) -> int:
 
 
 def _shares(model: PreTrainedModel) -> dict[torch.nn.Module, float]:
-    """The share of the tokens for each expert's operators; all of them, if the
-    configuration does not say how many experts a token has"""
+    """
+    Return the share of the tokens that each expert's operators are given. It is 1 if
+    the configuration does not say how many experts a token has.
+    """
     config = model.config.get_text_config()
     return {
         operator: min(1.0, chosen / experts.num_experts)
@@ -349,7 +372,7 @@ def _shares(model: PreTrainedModel) -> dict[torch.nn.Module, float]:
 def _evenly_routed(
     experts: LinearExperts2D, hidden_states: Tensor, chosen: Tensor, _weights: Tensor
 ) -> Tensor:
-    """What the experts of a mixture compute, if all are chosen equally often."""
+    """Compute what the experts of a mixture do if all are chosen equally often."""
     count = math.ceil(chosen.numel() / experts.num_experts)
     positions = torch.arange(count, device=hidden_states.device)
     outputs = torch.zeros_like(hidden_states)
@@ -359,7 +382,7 @@ def _evenly_routed(
 
 
 class _FirstCall(Exception):
-    """Carries a call of a decoder layer out of the model."""
+    """The exception that carries a call of a decoder layer out of the model."""
 
 
 def _parameters(layer: DecoderLayer) -> int:
@@ -373,13 +396,17 @@ def _entries(module: torch.nn.Module) -> int:
 def _call_of(
     layers: Sequence[DecoderLayer], model: PreTrainedModel, seq_len: int
 ) -> LayerCall:
-    """What the model calls the largest layer with, of those that text reaches."""
+    """
+    Return the model's call of the largest layer that text reaches.
+
+    :raises ValueError: if text reaches no layer
+    """
 
     def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise _FirstCall(LayerCall(module, args, kwargs))
 
-    # weights without values, on what appears to be the CPU; all that does not depend
-    # on them, such as masks, has its values
+    # The weights get no values and appear to be on the CPU. All that does not depend on
+    # them, such as masks, has its values.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
     tokens = torch.ones(1, seq_len, dtype=torch.long)

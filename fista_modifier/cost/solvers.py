@@ -1,7 +1,7 @@
 """
-What is solved for the operators of a stage: operations, and entries on the device.
+What a solver takes for the operators of a stage: operations, and entries on the device.
 
-For m×n operators, a product is that of a weight and an n×n matrix, 2 m n² operations.
+A product is that of an m×n weight and an n×n matrix, 2 m n² operations.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ REFITS_OF_A_ROUND = 2
 @dataclass(frozen=True)
 class Work:
     """
-    Operations for the operators of a stage.
+    The operations of a solver for the operators of a stage.
 
-    :param search: for the support, or for the channels that stay
-    :param refits: for the weights on them, and for the errors
+    :param search: operations that find the support, or the channels that stay
+    :param refits: operations that find the weights on them, and the errors
     """
 
     search: float
@@ -49,10 +49,10 @@ class Work:
 
 def work_of(stage: StageShape, procedure: CorrectedProcedure) -> Work:
     """
-    An estimate: iterations end when they have converged. Where their number is not
-    known before the run, the greatest is taken.
+    Estimate the operations of the solver for a stage. Iterations end when they have
+    converged. Where their number is not known before the run, the greatest is taken.
 
-    :param stage: what is pruned of it
+    :param stage: the stage, with only those of its operators that are pruned
     :param procedure: what is done to a layer
     :return: the operations of its solver
     :raises TypeError: if the solver is not one of this package
@@ -67,11 +67,13 @@ def entries_of(
     stage: StageShape, procedure: CorrectedProcedure, sums: float, offload: bool
 ) -> float:
     """
-    :param stage: what is pruned of it
+    Estimate what the solver holds on the device for a stage.
+
+    :param stage: the stage, with only those of its operators that are pruned
     :param procedure: what is done to a layer
-    :param sums: entries of its sums
+    :param sums: entries of the stage's sums
     :param offload: whether n×n matrices wait in main memory
-    :return: entries of all that the widest operator of the stage is solved with,
+    :return: entries of all that the solver holds for the widest operator of the stage,
         beside these sums
     """
     if isinstance(procedure, StructuredProcedure):
@@ -86,7 +88,7 @@ def _options(procedure: CorrectedProcedure) -> SolverOptions:
 
 
 def _product(stage: StageShape) -> float:
-    """All operators of a stage times an n×n matrix"""
+    """Return the operations of one product for all operators of a stage."""
     return 2 * stage.weights * stage.columns
 
 
@@ -114,14 +116,17 @@ def _work_on_channels(stage: StageShape, procedure: StructuredProcedure) -> Work
         plan = plans[name]
         search += _choice(procedure.selector, plan, rows, stage.columns)
         refits += ERRORS_OF_CHANNELS * 2 * rows * stage.columns**2
-        if restores:  # the target, and a factorisation on the columns that stay
+        if restores:  # finds the target, and factorises on the columns that stay
             kept = plan.keep * plan.consumer.indices.shape[1]
             refits += 2 * rows * stage.columns**2 + _solve(rows, kept)
     return Work(search, refits)
 
 
 def _choice(selector: Selector, plan: GroupPlan, rows: int, columns: int) -> float:
-    """Of the channels of one consumer; scores are elementwise"""
+    """
+    Return the operations that choose the channels of one consumer. Scores are computed
+    elementwise, and count as none.
+    """
     size = plan.consumer.indices.shape[1]
     # a pivot changes the table of n×n and m×n by a product of rank r
     pivot = 2 * size * columns * (columns + rows)
@@ -142,12 +147,15 @@ def _choice(selector: Selector, plan: GroupPlan, rows: int, columns: int) -> flo
 
 
 def _solve(rows: int, columns: int) -> float:
-    """A Cholesky factor of n×n, and two triangular solutions for each row"""
+    """
+    Return the operations of a least squares solution: the Cholesky factor of an n×n
+    matrix, and two triangular solutions for each row.
+    """
     return columns**3 / 3 + 2 * rows * columns**2
 
 
 def _plans(procedure: StructuredProcedure) -> dict[str, GroupPlan]:
-    """By the names of the consumers inside their layer"""
+    """Return the plans of groups, by the names of the consumers inside their layer."""
     return {
         plan.consumer.operator.name.removeprefix(f"{layer}."): plan
         for layer, plans in procedure.plan.groups.items()
@@ -158,13 +166,13 @@ def _plans(procedure: StructuredProcedure) -> dict[str, GroupPlan]:
 def _entries(stage: StageShape, sums: float, offload: bool) -> float:
     weight = max(stage.rows) * stage.columns
     block = min(weight, ENTRIES)
-    # W, its target, the best weight and a candidate, the supports of both; what an
-    # iteration has at work, or what an error or a cast takes
+    # The search holds W, its target, the best weight and a candidate with their
+    # supports, and what an iteration, an error or a cast takes.
     searching = 4.5 * weight + max(5 * block, 2 * weight)
-    if offload:  # a block of G
+    if offload:  # only a block of G is on the device
         return searching + stage.columns * min(stage.columns, BLOCK)
     square = stage.columns**2
-    # W, its target, what ADMM iterates, and either a step or finding a support
+    # ADMM holds W, its target, what it iterates, and what a step or a support takes.
     starting = square + 4 * weight + max(2 * block, 0.75 * weight)
     if len(stage.rows) > 1:  # the inverse waits for the next operator
         searching += square
@@ -173,7 +181,10 @@ def _entries(stage: StageShape, sums: float, offload: bool) -> float:
 
 
 def _entries_of_channels(stage: StageShape, procedure: StructuredProcedure) -> float:
-    """Whole matrices come to the device, also of sums that wait in main memory"""
+    """
+    Return the entries on the device while the channels of a stage's operators are
+    chosen. Whole matrices come to the device, also of sums that wait in main memory.
+    """
     weight = max(stage.rows) * stage.columns
     square = stage.columns**2
     match procedure.selector:
@@ -181,7 +192,8 @@ def _entries_of_channels(stage: StageShape, procedure: StructuredProcedure) -> f
             matrices = 3 * square
         case GreedyElimination() | LocalSearch():  # the table, its change, an inverse
             matrices = 3 * square + 2 * weight
-        case _:  # of the columns that stay, G and its factor
+        case _:  # G on the columns that stay, and its factor
             matrices = 2 * square
-    # W, its target, a candidate, the difference from W, and its product with G
+    # There are also W, its target, a candidate, its difference from W, and the product
+    # of the difference with G.
     return matrices + 5 * weight

@@ -1,10 +1,10 @@
 """
-From text to calibration tokens.
+The way from texts to calibration tokens.
 
 The rule is the same for every source. The documents are tokenised in turn and joined
 into one stream with the tokenizer's end-of-text token between two of them, the stream
 is cut into contiguous blocks, and a seeded choice of the blocks is the calibration
-set. So no sample is padded, none overlaps another and short documents are not lost.
+set. Thus no sample is padded, none overlaps another and short documents are not lost.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def load_text(
     :param text_column: the field of a record that holds its text or conversation;
         None is "text" or else "messages" or "conversations". A text file has none.
     :param split: the split of a data set on the hub or a folder; a local file has none
-    :param seed: shuffles a data set on the hub; None keeps its order. What is local
-        is always read in order.
-    :param tokenizer: the model's (Hugging Face), for conversations
+    :param seed: shuffles a data set on the hub; None keeps its order. Local data are
+        always read in order.
+    :param tokenizer: the model's tokenizer (Hugging Face), for conversations
     :param keep_empty: whether an empty text is a document, too
     :return: the documents, read as they are asked for
     :raises FileNotFoundError: if ``source`` names a local file that is not there
@@ -102,7 +102,11 @@ def _texts(
     tokenizer: Any,
     keep_empty: bool,
 ) -> Iterator[str]:
-    """The texts of records; those that have none are counted."""
+    """
+    Yield the texts of records. A warning counts the records that are left out.
+
+    :raises ValueError: if no record has a text, or one cannot be read
+    """
     used = 0
     skipped: Counter[str] = Counter()
     try:
@@ -138,7 +142,11 @@ def _texts(
 
 
 def _column(source: str, record: Record, wanted: str | None) -> str:
-    """The field to read: the user's, or the first of those that usually hold text."""
+    """
+    Choose the field to read: the user's, or the first of those that usually hold text.
+
+    :raises ValueError: if the record has no such field, or a field for chats holds text
+    """
     for column in [wanted] if wanted else [TEXT_COLUMN, *CHAT_COLUMNS]:
         if column not in record:
             continue
@@ -160,7 +168,9 @@ def _column(source: str, record: Record, wanted: str | None) -> str:
 
 def _text(value: Any, column: str, tokenizer: Any) -> str | None:
     """
-    :return: the text of a field, None if it is empty
+    Return the text of a field.
+
+    :return: the text, None if the field is empty
     :raises RefusedChatError: if the chat template does not take it
     :raises ValueError: if it is neither text nor a conversation
     """
@@ -189,8 +199,8 @@ def calibration_dataset(
     Choose calibration samples of equal length from a text.
 
     The paper takes 128 samples of the model's maximum length from the first shard of
-    C4. Of a data set on the hub only as much is read as the samples need, in shuffled
-    order; of a local file the samples are chosen among all its blocks.
+    C4. A data set on the hub is read in shuffled order, and only as far as the samples
+    need. The samples of a local file are chosen among all its blocks.
 
     :param source: a file or data set, as for :func:`load_text`
     :param tokenizer: the model's tokenizer (Hugging Face)
@@ -237,7 +247,10 @@ def calibration_dataset(
 def _join(
     documents: Iterable[str], tokenizer: Any, needed: int | None, progress: bool
 ) -> list[int]:
-    """Tokenise documents into one stream, no further than ``needed`` tokens."""
+    """
+    Tokenise documents into one stream. It ends with the document that brings it to
+    ``needed`` tokens, or with the last one if ``needed`` is None.
+    """
     end = tokenizer.eos_token_id
     tokens: list[int] = []
     with tqdm(

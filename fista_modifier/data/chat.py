@@ -1,4 +1,4 @@
-"""Conversations as the text that a model's chat template makes of them."""
+"""The text that a model's chat template makes of conversations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ DATE = "26 Jul 2024"
 
 
 class RefusedChatError(ValueError):
-    """A template has rules, such as that a user speaks first, and one is broken."""
+    """The error of a chat that breaks a template's rule, such as who speaks first."""
 
 
 def check_template(tokenizer: Any) -> None:
     """
-    :param tokenizer: of the model; None if there is none
-    :raises ValueError: if conversations cannot be rendered
+    Refuse a tokenizer that cannot render conversations.
+
+    :param tokenizer: the model's tokenizer; None if there is none
+    :raises ValueError: if there is no tokenizer, or it has no chat template
     """
     if tokenizer is None:
         raise ValueError(
@@ -44,8 +46,10 @@ def check_template(tokenizer: Any) -> None:
 
 def render(conversation: list[Any], tokenizer: Any) -> str:
     """
+    Render a conversation by the chat template of a tokenizer.
+
     :param conversation: messages with role and content, or ShareGPT's from and value
-    :param tokenizer: of the model, with a chat template
+    :param tokenizer: the model's tokenizer, with a chat template
     :return: the text
     :raises RefusedChatError: if the template does not take the conversation
     :raises ValueError: if it is no conversation
@@ -63,7 +67,7 @@ def render(conversation: list[Any], tokenizer: Any) -> str:
 def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{message!r} is no message with a role and content")
-    # a table has every field in every row, and templates ask whether one is there
+    # A table has every field in every row, and templates ask whether a field is there.
     given: dict[str, Any] = _without_nulls(message)
     if "from" in given:
         speaker = given["from"]

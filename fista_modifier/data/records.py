@@ -48,6 +48,8 @@ SHUFFLE_BUFFER = 4096
 
 def is_local(source: str) -> bool:
     """
+    Say whether a source is local.
+
     :param source: what a user named
     :return: whether it can only be a local file, or a folder of ``save_to_disk``
     """
@@ -58,7 +60,9 @@ def is_local(source: str) -> bool:
 
 def is_plain_text(source: str) -> bool:
     """
-    :param source: a local file
+    Say whether a local source is plain text.
+
+    :param source: a local file or folder
     :return: whether it is text without records
     """
     path = Path(source)
@@ -67,8 +71,10 @@ def is_plain_text(source: str) -> bool:
 
 def read_plain_text(source: str) -> str:
     """
+    Read a text file.
+
     :param source: a local file of text, also a compressed one
-    :return: all of it
+    :return: its whole text
     :raises ValueError: if it is not UTF-8 text
     """
     try:
@@ -82,13 +88,15 @@ def local_records(
     source: str, split: str, text_columns: Iterable[str]
 ) -> Iterator[Record]:
     """
+    Read the records of a local file or folder.
+
     :param source: a JSON, JSON lines, CSV or parquet file, or a folder of
         ``save_to_disk``
-    :param split: that is read of several in a folder
+    :param split: the split to read, if a folder has several
     :param text_columns: columns of a CSV file in which numbers are text, too
     :return: its records, in order
-    :raises ValueError: if it cannot be read, with the line if there is a bad one; at
-        once if its beginning cannot
+    :raises ValueError: if it cannot be read; the message names the line if one is bad.
+        It is raised at once if the beginning cannot be read
     """
     path = Path(source)
     try:
@@ -97,7 +105,7 @@ def local_records(
         builder = BUILDERS[_ending(path)]
         options: dict[str, Any] = {}
         if builder == "json":
-            # one schema for the whole file: records may differ in their fields
+            # The whole file gets one schema: records may differ in their fields.
             size = _size(path)
             if not size:
                 return iter(())
@@ -112,7 +120,7 @@ def local_records(
             records = iter(_stream(builder, path, options))
             first = list(islice(records, 1))
     except Exception as error:
-        raise _unreadable(source, error) from None  # which says it all
+        raise _unreadable(source, error) from None  # the new error says it all
     return _checked(source, chain(first, records))
 
 
@@ -126,15 +134,17 @@ def hub_records(
     seed: int | None = None,
 ) -> Iterator[Record]:
     """
-    :param name: id of a data set on the hub
-    :param configuration: of the data set
-    :param split: that is read
-    :param data_file: the one file of it that is read; None reads all
-    :param revision: of the data set
+    Read the records of a data set on the hub.
+
+    :param name: id of the data set
+    :param configuration: its configuration; None for the default
+    :param split: the split to read
+    :param data_file: the only file to read; None reads all
+    :param revision: its revision; None for the default
     :param seed: shuffles the records; None keeps their order
     :return: the records, read as they are asked for
     :raises ConnectionError: if they cannot be downloaded
-    :raises ValueError: if there is a folder of this name
+    :raises ValueError: if a local folder has this name and is no data set
     """
     try:
         records = load_dataset(
@@ -182,7 +192,7 @@ def _saved(path: Path, split: str) -> Dataset:
 
 
 def _stream(builder: str, path: Path, options: dict[str, Any]) -> Iterable[Record]:
-    with tempfile.TemporaryDirectory() as cache:  # for the builder's lock
+    with tempfile.TemporaryDirectory() as cache:  # it holds the builder's lock
         records: Iterable[Record] = load_dataset(
             builder,
             data_files=glob.escape(str(path)),
@@ -199,7 +209,7 @@ def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _size(path: Path) -> int:
-    """The size in bytes, once it is decompressed"""
+    """Return the size of a file in bytes, once it is decompressed."""
     with _opened(path) as file:
         return file.seek(0, io.SEEK_END)
 
@@ -219,7 +229,7 @@ def _checked(source: str, records: Iterable[Record]) -> Iterator[Record]:
     try:
         yield from records
     except Exception as error:
-        raise _unreadable(source, error) from None  # which says it all
+        raise _unreadable(source, error) from None  # the new error says it all
 
 
 def _unreadable(source: str, error: Exception) -> ValueError:
@@ -235,14 +245,17 @@ def _unreadable(source: str, error: Exception) -> ValueError:
 
 
 def _json_fault(path: Path) -> str | None:
-    """The line of a fault. ``datasets`` counts records from the start of a block."""
+    """
+    Find the line of a fault in a JSON file; None if there is none. The messages of
+    ``datasets`` do not name it: they count records from the start of a block.
+    """
     try:
         text = read_plain_text(str(path))
     except ValueError:
         return None
     lines = [pair for pair in enumerate(text.split("\n"), start=1) if pair[1].strip()]
     if _ending(path) == ".json" and lines and _fault(lines[0][1]):
-        lines = [(1, text)]  # one value over several lines
+        lines = [(1, text)]  # the file is one value over several lines
     for number, line in lines:
         if error := _fault(line):
             return f"line {number + error.lineno - 1}: {error.msg}"

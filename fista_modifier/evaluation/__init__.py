@@ -1,6 +1,6 @@
 """
-How good a model still is: perplexity, agreement with the dense model, zero-shot tasks,
-and methods compared.
+The measurements of a model: perplexity, agreement with the dense model, zero-shot
+tasks, and methods compared.
 
 ``recovery``, ``cli`` and the benchmarks import this folder. It may import everything
 but these.

@@ -1,10 +1,10 @@
 """
-How far a pruned model's predictions are from those of the dense model.
+The distance of a pruned model's predictions from those of the dense model.
 
-Perplexity asks what a model thinks of a text. This asks whether two models think the
-same of it: the share of positions at which both hold the same token for the most likely
-next one, and the Kullback–Leibler divergence of the pruned model's distribution from
-the dense model's. Blocks and positions are those of the perplexity.
+Perplexity measures how well a model predicts a text. Agreement measures whether two
+models predict the same. It is the share of positions at which both hold the same token
+for the most likely next one, and the Kullback–Leibler divergence of the pruned model's
+distribution from the dense model's. Blocks and positions are those of the perplexity.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SHARE, DIVERGENCE = "same_token", "divergence"
 @dataclass(frozen=True)
 class Agreement:
     """
-    What two models have in common on a text.
+    The agreement of two models' predictions on a text.
 
-    :param share: of predicted tokens for which both models hold the same for the most
-        likely
+    :param share: share of predicted tokens for which both models hold the same token
+        for the most likely
     :param divergence: mean KL(dense ‖ pruned), in nats per token
     :param tokens: number of predicted tokens
     """
@@ -55,8 +55,9 @@ class Agreement:
 
 def divergences(dense: Tensor, pruned: Tensor) -> Tensor:
     """
-    KL(dense ‖ pruned) = Σ_v p_v (log p_v − log q_v), for each token. The sums over the
-    vocabulary are float64, as those of the perplexity are. It can be differentiated.
+    Return KL(dense ‖ pruned) = Σ_v p_v (log p_v − log q_v) for each token. The sums
+    over the vocabulary are float64, as those of the perplexity are. The result can be
+    differentiated.
 
     :param dense: logits of p, tokens×vocabulary, float32 or float64
     :param pruned: logits of q, of the same shape
@@ -82,16 +83,18 @@ def agreement(
     progress: bool = True,
 ) -> Agreement:
     """
+    Measure the agreement of a pruned and a dense model on a text.
+
     :param model: a pruned causal language model (Hugging Face); left in the mode it was
         in
-    :param dense: the model that it was pruned from; likewise
-    :param tokenizer: of both
+    :param dense: the model that it was pruned from; also left in its mode
+    :param tokenizer: the tokenizer of both
     :param text: the text to predict
     :param seq_len: tokens in a block
     :param max_tokens: use no more than this many tokens from the start of the text
     :param batch_size: blocks in a forward pass
     :param progress: whether to show a progress bar
-    :return: what they have in common
+    :return: the agreement of the two models
     :raises ValueError: if ``seq_len`` leaves nothing to predict, ``batch_size`` is not
         positive, the text is shorter than one block, or the models have different
         vocabularies
@@ -111,13 +114,15 @@ def block_agreement(
     progress: bool = True,
 ) -> Agreement:
     """
+    Measure the agreement of a pruned and a dense model on blocks of tokens.
+
     :param model: a pruned causal language model (Hugging Face); left in the mode it was
         in
-    :param dense: the model that it was pruned from; likewise
+    :param dense: the model that it was pruned from; also left in its mode
     :param blocks: token ids, blocks×seq_len, two tokens or more in each
     :param batch_size: blocks in a forward pass
     :param progress: whether to show a progress bar
-    :return: what they have in common
+    :return: the agreement of the two models
     :raises ValueError: if ``batch_size`` is not positive, a model does not have so many
         positions or such tokens, or the models have different vocabularies
     """
@@ -135,9 +140,13 @@ def block_agreement(
 
 def _compared(dense: Tensor, pruned: Tensor) -> tuple[int, float]:
     """
-    :param dense: logits, blocks×positions×vocabulary
-    :param pruned: likewise
-    :return: how many have the same greatest logit, and the sum of their divergences
+    Compare the predictions of two models.
+
+    :param dense: logits of the dense model, blocks×positions×vocabulary
+    :param pruned: logits of the pruned model, of the same shape
+    :return: the number of positions at which both have the same greatest logit, and the
+        sum of the divergences of all positions
+    :raises ValueError: if the shapes differ
     """
     if dense.shape != pruned.shape:
         raise ValueError(

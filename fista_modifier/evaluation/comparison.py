@@ -1,4 +1,4 @@
-"""``fista-prune compare``: what several pruning methods leave of one model."""
+"""``fista-prune compare``: measure what several methods leave of one model."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Measurement:
     """
-    One model, to be pruned in one way and then measured.
+    A model that is pruned by a method and then measured.
 
     :param model: folder of a checkpoint, or its id on the hub
-    :param texts: for the perplexity
+    :param texts: texts for the perplexity
     :param seq_len: tokens in a block of text
     :param max_tokens: use only so many tokens of each text; None uses all
-    :param dtype: of the weights; "auto" is that of the checkpoint
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
     """
 
     model: str
@@ -93,8 +93,10 @@ class Measurement:
 
     def check(self) -> None:
         """
-        :raises ValueError: if it is no language model, or a text is too short for one
-            block
+        Refuse a model or a text that cannot be measured.
+
+        :raises ValueError: if the model is no language model, or a text is too short
+            for one block
         :raises FileNotFoundError: if there is no such model
         """
         check_predicts_text(load_config(self.model))
@@ -108,10 +110,12 @@ class Measurement:
 
     def run(self, prune: Pruner | None, calibration: Dataset | None) -> Row:
         """
+        Prune the model and measure what is left of it.
+
         :param prune: the method; None leaves the model dense
-        :param calibration: its tokens
-        :return: perplexities, and of a pruned model what it has in common with the
-            dense one, and what the pruning took
+        :param calibration: the calibration tokens of the method
+        :return: the perplexities; for a pruned model also its agreement with the dense
+            one, and the time and memory of the pruning
         """
         tokenizer = load_tokenizer(self.model)
         model = load_model(self.model, self.dtype)
@@ -150,7 +154,7 @@ class Measurement:
     def _agreement(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Row:
-        """With the dense model, by the texts' names."""
+        """Measure a model's agreement with the dense one, by the texts' names."""
         dense = load_model(self.model, self.dtype, to_accelerator=True)
         row: Row = {SHARE: {}, DIVERGENCE: {}}
         for text in self.texts:
@@ -168,7 +172,7 @@ class Measurement:
 
 
 def _zeros(model: PreTrainedModel) -> float:
-    """The share of zeros in the operators that are pruned"""
+    """Return the share of zeros in the operators that methods prune."""
     weights = [
         operator.module.weight for operator in find_operators(model, TARGETS, IGNORE)
     ]
@@ -177,7 +181,7 @@ def _zeros(model: PreTrainedModel) -> float:
 
 
 def _peak_memory() -> int:
-    """The most main memory that this process has had, in bytes."""
+    """Return the most main memory that this process has had, in bytes."""
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
@@ -200,10 +204,10 @@ def in_own_process(
 @dataclass(frozen=True)
 class Comparison:
     """
-    Methods on the same model, calibration tokens and texts.
+    A comparison of methods on the same model, calibration tokens and texts.
 
-    :param measurement: the model and how it is measured
-    :param calibration: the data of all methods
+    :param measurement: the model, and the way it is measured
+    :param calibration: the calibration data of all methods
     """
 
     measurement: Measurement
@@ -218,9 +222,9 @@ class Comparison:
         """
         Measure what is not measured yet, each method in a process of its own.
 
-        :param methods: of ``METHODS``; the dense model is measured in any case
-        :param patterns: by the names that the table gives them
-        :param file: the results are kept there as they come; None keeps none
+        :param methods: names from ``METHODS``; the dense model is measured in any case
+        :param patterns: the patterns by their names in the table
+        :param file: the file that keeps the results as they come; None keeps none
         :return: a row for the dense model, and for each method and pattern
         :raises ValueError: if a method or pattern does not suit the model, there is too
             little text, or the file has results of other settings
@@ -244,7 +248,7 @@ class Comparison:
         return results
 
     def _setup(self) -> dict[str, Any]:
-        """The settings that all rows of one table share."""
+        """Return the settings that all rows of one table share."""
         texts = {text.name: digest(text.content) for text in self.measurement.texts}
         column = self.calibration.text_column
         return ({"text_column": column} if column else {}) | {
@@ -266,11 +270,13 @@ def identities(
     methods: Sequence[str], patterns: Sequence[str], seeds: Sequence[int]
 ) -> list[Row]:
     """
-    :param methods: by their names
-    :param patterns: by the names that the table gives them
-    :param seeds: of the calibration data
-    :return: what tells the rows of a table apart: one for the dense model, and one for
-        each seed, pattern and other method
+    Return what tells the rows of a table apart.
+
+    :param methods: names of the methods
+    :param patterns: names of the patterns
+    :param seeds: seeds of the calibration data
+    :return: method, pattern and seed of each row: one row for the dense model, and one
+        for each seed, pattern and other method
     """
     dense: Row = {"method": DENSE, "pattern": "-", "seed": None}
     return [dense] + [
@@ -287,12 +293,14 @@ def check_methods(
     longest: int = 1,
 ) -> None:
     """
+    Refuse methods and patterns that do not suit a model.
+
     :param model: folder of a checkpoint, or its id on the hub
-    :param methods: that are to prune it
-    :param patterns: that it is to have
+    :param methods: names of the methods that are to prune it
+    :param patterns: the patterns that it is to have
     :param longest: tokens in the longest sequence that it is to be run on
-    :raises ValueError: if a method is unknown, or cannot prune the model, or the
-        model's operators cannot have a pattern, or it has too few positions
+    :raises ValueError: if a method is unknown or cannot prune the model, if the model's
+        operators cannot have a pattern, or if it has too few positions
     """
     for method in methods:
         if method not in METHODS:
@@ -317,8 +325,11 @@ def check_methods(
 
 def comparison_table(results: Results) -> str:
     """
-    :param results: of a comparison, with a row of the dense model
-    :return: Markdown: a row for each pattern and method, the mean over the seeds
+    Format the results of a comparison as a table in Markdown. It has a row for each
+    pattern and method, with means over the seeds.
+
+    :param results: the results of a comparison
+    :return: the table and its caption; empty without a row of the dense model
     """
     dense = results.find(method=DENSE)
     if dense is None:
@@ -344,7 +355,7 @@ def comparison_table(results: Results) -> str:
         peers = {row["seed"]: row for row in groups.get((pattern, REFERENCE), [])}
         label = {"pattern": pattern, "method": method}
         lines.append(label | _figures(rows, dense, peers, texts))
-    # a column that repeats another, or says nothing, is left out
+    # A column that repeats another, or says nothing, is left out.
     unwanted = set() if len(texts) > 1 else {"excess"}
     if all(len(rows) == 1 for rows in groups.values()):
         unwanted |= {"seeds", "its range"}
@@ -358,10 +369,12 @@ def comparison_table(results: Results) -> str:
 
 def excess(row: Row, dense: Row, text: str) -> float:
     """
-    :param row: of a pruned model
-    :param dense: of the dense one
-    :param text: that both were measured on
-    :return: by how much the logarithm of the perplexity is above the dense model's
+    Return by how much the logarithm of the perplexity is above the dense model's.
+
+    :param row: the row of a pruned model
+    :param dense: the row of the dense model
+    :param text: name of a text that both were measured on
+    :return: ln(perplexity / perplexity of the dense model)
     """
     return math.log(row["perplexity"][text] / dense["perplexity"][text])
 
@@ -370,10 +383,12 @@ def _figures(
     rows: Sequence[Row], dense: Row, peers: Mapping[int, Row], texts: Sequence[str]
 ) -> dict[str, str]:
     """
-    :param rows: of one method and pattern, one for each seed
+    Format the results of one method and pattern.
+
+    :param rows: its rows, one for each seed
     :param dense: the row of the dense model
     :param peers: SparseGPT's row of each seed
-    :param texts: measured
+    :param texts: names of the texts that were measured
     :return: cells by the names of their columns
     """
     cells = {"seeds": str(len(rows))}

@@ -1,4 +1,4 @@
-"""What runs a model while it is evaluated: transformers or vLLM."""
+"""The engines that run a model while it is evaluated: transformers or vLLM."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ Backend = Literal["transformers", "vllm"]
 
 
 class Engine(Protocol):
-    """A loaded model."""
+    """A loaded model that can be evaluated."""
 
     def losses(self, blocks: Tensor) -> list[float]:
         """
+        Measure the model's losses on blocks of tokens.
+
         :param blocks: token ids, blocks×seq_len
         :return: mean negative log-likelihood of each block, in nats per token
         """
@@ -31,13 +33,15 @@ class Engine(Protocol):
 
     @property
     def harness_model(self) -> Any:
-        """the same model as lm-eval's tasks take it"""
+        """The same model in the form that lm-eval's tasks take."""
         ...
 
 
 def check_installed(backend: Backend) -> None:
     """
-    :param backend: what is about to run models
+    Refuse a backend that is not installed.
+
+    :param backend: the backend that is about to run models
     :raises RuntimeError: if the environment lacks it
     """
     if backend == "vllm":
@@ -52,9 +56,11 @@ def check_installed(backend: Backend) -> None:
 
 def start(backend: Backend, model: str, dtype: str, batch_size: int) -> Engine:
     """
-    :param backend: what to load the model with
+    Load a model with a backend.
+
+    :param backend: the backend
     :param model: folder of a checkpoint, or its id on the hub
-    :param dtype: of the weights; "auto" is that of the checkpoint
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
     :param batch_size: sequences in a forward pass (vLLM decides itself)
     :return: the loaded model
     """
@@ -65,8 +71,10 @@ def start(backend: Backend, model: str, dtype: str, batch_size: int) -> Engine:
 
 class TransformersEngine:
     """
+    A model that transformers runs.
+
     :param model: folder of a checkpoint, or its id on the hub
-    :param dtype: of the weights; "auto" is that of the checkpoint
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
     :param batch_size: sequences in a forward pass
     """
 
@@ -79,9 +87,11 @@ class TransformersEngine:
 
     def agreement(self, dense: PreTrainedModel, blocks: Tensor) -> Agreement:
         """
-        :param dense: with the same vocabulary
+        Measure the agreement of the model with the dense one.
+
+        :param dense: the dense model, with the same vocabulary
         :param blocks: token ids, blocks×seq_len
-        :return: what the models have in common
+        :return: the agreement of the two models
         """
         return block_agreement(self._model, dense, blocks, batch_size=self._batch_size)
 
@@ -98,10 +108,10 @@ class TransformersEngine:
 
 class VLLMEngine:
     """
-    vLLM, started by lm-eval, so that perplexity and tasks share one engine.
+    A model that vLLM runs. lm-eval starts vLLM, so that perplexity and tasks share it.
 
     :param model: folder of a checkpoint, or its id on the hub
-    :param dtype: of the weights; "auto" is that of the checkpoint
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
     """
 
     def __init__(self, model: str, dtype: str) -> None:
@@ -126,7 +136,7 @@ class VLLMEngine:
 
 
 def _mean_loss(output: Any) -> float:
-    """The mean loss of a prompt's tokens, except the first, which nothing precedes"""
+    """Return the mean loss of a prompt's tokens but the first, in nats per token."""
     tokens, candidates = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
     scores: list[float] = [
         logprobs[token].logprob

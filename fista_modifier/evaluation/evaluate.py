@@ -1,4 +1,4 @@
-"""``fista-prune eval``: several models on several texts and tasks."""
+"""``fista-prune eval``: measure several models on several texts and tasks."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Evaluation:
     """
-    What to measure, and how.
+    The things to measure, and the way to measure them.
 
-    :param texts: for the perplexity
+    :param texts: texts for the perplexity
     :param suite: zero-shot tasks; None for none
-    :param backend: what runs the models
-    :param dtype: of the weights; "auto" is that of each checkpoint
+    :param backend: the backend that runs the models
+    :param dtype: dtype of the weights; "auto" is that of each checkpoint
     :param seq_len: tokens in a block of text; None is each model's maximum, at most
         2048
     :param max_tokens: use only so many tokens of each text; None uses all
@@ -75,7 +75,7 @@ class Evaluation:
         text changed is measured anew.
 
         :param models: folders of checkpoints, or ids on the hub
-        :param file: the results are kept there as they come; None keeps none
+        :param file: the file that keeps the results as they come; None keeps none
         :return: a row for each model and text, and for each model and task
         :raises ValueError: if a model is no language model, a text is too short for a
             block of it, a task has no metric, the file has results of other settings,
@@ -115,13 +115,13 @@ class Evaluation:
 
     @cached_property
     def _dense(self) -> PreTrainedModel | None:
-        """The reference, once for all models."""
+        """The reference model, loaded once for all models; None without a reference."""
         if self.reference is None:
             return None
         return load_model(self.reference, self.dtype, to_accelerator=True)
 
     def _setup(self) -> dict[str, Any]:
-        """The settings that all rows of one table share"""
+        """Return the settings that all rows of one table share."""
         packages = ["vllm"] if self.backend == "vllm" else []
         reference = {}
         if self.reference is not None:
@@ -136,7 +136,10 @@ class Evaluation:
         }
 
     def _blocks(self, model: str) -> dict[str, Tensor]:
-        """The texts as the model's tokens. It may fail, so it comes before any run."""
+        """
+        Return the texts as blocks of the model's tokens, by the texts' names. This may
+        fail, so it is done before any model runs.
+        """
         config = load_config(model)
         if self.texts:
             check_predicts_text(config)
@@ -192,7 +195,10 @@ class Evaluation:
             )
 
     def _compared(self, model: str, engine: Engine, blocks: Tensor) -> Row:
-        """What is to be kept of a comparison with the reference, if there is one."""
+        """
+        Return the agreement with the reference model as a part of a row. It is empty
+        without a reference, and for the reference itself.
+        """
         if self._dense is None or model == self.reference:
             return {}
         assert isinstance(engine, TransformersEngine)
@@ -201,7 +207,7 @@ class Evaluation:
 
 
 def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
-    """Whether neither the checkpoint nor the text has changed since."""
+    """Say whether the checkpoint and the text are still those that a row measured."""
     own = row.get("tokens_digest")
     asked = samples.get(row.get("text", ""), own)
     return bool(row["checkpoint"] == checkpoint and own == asked)
@@ -209,8 +215,10 @@ def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
 
 def perplexities(results: Results, model: str) -> dict[str, float]:
     """
-    :param results: of an evaluation
-    :param model: one of those that were measured
+    Return the perplexities of a model.
+
+    :param results: the results of an evaluation
+    :param model: one of the models that were measured
     :return: its perplexity on each text, by the text's name
     """
     return {
@@ -222,11 +230,13 @@ def perplexities(results: Results, model: str) -> dict[str, float]:
 
 def evaluation_table(results: Results) -> str:
     """
-    :param results: of an evaluation
-    :return: Markdown: a row for each model, a column for each text and task, a value
-        with its standard error; behind a text what the models have in common with the
-        reference; the last column is the mean of the tasks, where all have the same
-        limit
+    Format the results of an evaluation as a table in Markdown. It has a row for each
+    model and a column for each text and task, and values with their standard errors.
+    The agreement with the reference follows its text. The last column is the mean of
+    the tasks, if all have the same limit.
+
+    :param results: the results of an evaluation
+    :return: the table and its caption
     """
     models = _distinct(row["model"] for row in results.rows)
     texts = _distinct(row["text"] for row in results.rows if "text" in row)
@@ -273,14 +283,14 @@ def _agreement_cells(row: Row) -> list[str]:
 
 
 def _tasks(results: Results) -> list[tuple[str, int | None]]:
-    """The tasks, each with its limit of examples: each limit has its own column"""
+    """Return each task with its limit of examples. Each limit has its own column."""
     return _distinct(
         (row["task"], row["limit"]) for row in results.rows if "task" in row
     )
 
 
 def _metric(results: Results, task: str) -> str:
-    """The metric that the table shows: accuracy or, without it, the first one"""
+    """Return the metric that the table shows: accuracy or, without it, the first."""
     row = results.find(task=task)
     assert row is not None
     return "acc" if "acc" in row["metrics"] else next(iter(row["metrics"]))
@@ -291,7 +301,10 @@ def _distinct(things: Iterable[T]) -> list[T]:
 
 
 def _mean(scores: Sequence[dict[str, Any]]) -> str:
-    """The mean over tasks, which are independent: squared standard errors add up"""
+    """
+    Return the mean over tasks with its standard error. The tasks are independent, so
+    that their squared standard errors add up.
+    """
     errors = [score["stderr"] for score in scores]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     return with_error(fmean(score["value"] for score in scores), stderr)

@@ -9,9 +9,11 @@ __all__ = ["markdown_table", "with_error"]
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
-    :param header: of the columns
-    :param rows: cells; a short row is filled up
-    :return: a Markdown table
+    Format a table in Markdown.
+
+    :param header: names of the columns
+    :param rows: cells of each row; a short row is filled up
+    :return: the table
     """
     filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
     rule = ["---"] * len(header)
@@ -23,8 +25,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def with_error(value: float, stderr: float | None) -> str:
     """
-    :param value: an estimate
-    :param stderr: its standard error, if it has one
-    :return: both
+    Format an estimate with its standard error.
+
+    :param value: the estimate
+    :param stderr: its standard error, or None
+    :return: both, to three decimals
     """
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"

@@ -52,7 +52,7 @@ class Pruner(Protocol):
 
 
 def warm_starts() -> str:
-    """:return: a sentence on where each preset of FISTAPruner starts"""
+    """Return a sentence on where each preset of FISTAPruner starts."""
     starts = [
         f"{PRESETS[preset].options.start} ({method})"
         for method, preset in FISTA_METHODS.items()
@@ -62,12 +62,12 @@ def warm_starts() -> str:
 
 def pruner(method: str, pattern: SparsityPattern) -> Pruner:
     """
-    Every method prunes the same operators and has its own defaults otherwise. SparseGPT
-    and Wanda are the toolkit's.
+    Return a pruning method. Every method prunes the same operators and has its own
+    defaults otherwise. SparseGPT and Wanda are the toolkit's.
 
     :param method: one of ``METHODS`` but "dense"
-    :param pattern: the sparsity
-    :return: the method, picklable
+    :param pattern: the pattern to prune to
+    :return: the method, which can be pickled
     :raises ValueError: for an unknown method
     """
     if method == "magnitude":
@@ -86,11 +86,13 @@ def prune_by_recipe(
     pattern: SparsityPattern,
 ) -> pipeline.PruningRun:
     """
+    Prune a model by the modifier of a method.
+
     :param model: changed in place
-    :param tokenizer: the model's
-    :param calibration: its tokens
-    :param method: whose modifier is applied
-    :param pattern: the sparsity
+    :param tokenizer: the model's tokenizer
+    :param calibration: the calibration tokens
+    :param method: the method whose modifier is applied
+    :param pattern: the pattern to prune to
     :return: the pruned model
     """
     return pipeline.prune(model, tokenizer, calibration, recipe(method, pattern))
@@ -98,10 +100,13 @@ def prune_by_recipe(
 
 def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
     """
-    :param method: "wanda", "sparsegpt" or a preset of FISTAPruner
-    :param pattern: the sparsity
-    :param changes: fields of the modifier that are not to have these values
-    :return: the modifier, with its own defaults apart from the sparsity
+    Return the modifier of a method. It has its own defaults except for its pattern,
+    targets, exceptions and changes.
+
+    :param method: "wanda", "sparsegpt" or a key of ``FISTA_METHODS``
+    :param pattern: the pattern to prune to
+    :param changes: fields of the modifier that get other values
+    :return: the modifier
     """
     fields: dict[str, Any] = {
         "sparsity": pattern.sparsity,
@@ -132,7 +137,7 @@ def prune_by_magnitude(
     :param model: changed in place
     :param tokenizer: not used
     :param calibration: not used
-    :param pattern: the sparsity
+    :param pattern: the pattern to prune to
     :return: the pruned model
     """
     linearize(model)  # as oneshot() does for the other methods

@@ -47,13 +47,13 @@ CHUNK_POSITIONS = 512
 @dataclass(frozen=True)
 class Perplexity:
     """
-    How well a model predicts a text.
+    The perplexity of a model on a text.
 
     :param value: the perplexity, ``exp(nll)``
     :param nll: mean negative log-likelihood, in nats per token
     :param tokens: number of predicted tokens
     :param blocks: number of blocks of text
-    :param stderr: standard error of ``value``; of a single block there is none
+    :param stderr: standard error of ``value``; None for a single block
     """
 
     value: float
@@ -65,6 +65,8 @@ class Perplexity:
     @classmethod
     def of_blocks(cls, losses: Sequence[float], seq_len: int) -> Perplexity:
         """
+        Return the perplexity that follows from the losses of blocks.
+
         :param losses: mean negative log-likelihood of each block, in nats per token
         :param seq_len: tokens in a block
         :return: the perplexity of all blocks together
@@ -108,7 +110,9 @@ def token_blocks(
     tokenizer: Any, text: str, seq_len: int, max_tokens: int | None = None
 ) -> Tensor:
     """
-    :param tokenizer: of the model to measure
+    Tokenise a text and cut it into blocks.
+
+    :param tokenizer: the tokenizer of the model to measure
     :param text: the text to predict
     :param seq_len: tokens in a block
     :param max_tokens: use no more than this many tokens from the start of the text
@@ -133,6 +137,8 @@ def block_losses(
     model: Any, blocks: Tensor, *, batch_size: int = 1, progress: bool = True
 ) -> list[float]:
     """
+    Measure a model's losses on blocks of tokens.
+
     :param model: a causal language model (Hugging Face); left in the mode it was in
     :param blocks: token ids, blocks×seq_len
     :param batch_size: blocks in a forward pass
@@ -153,9 +159,11 @@ def checked_batches(
     blocks: Tensor, batch_size: int, *models: Any
 ) -> tuple[Tensor, ...]:
     """
+    Split blocks of tokens into batches, and check that models can run on them.
+
     :param blocks: token ids, blocks×seq_len
     :param batch_size: blocks in a forward pass
-    :param models: that are to predict them
+    :param models: the models that are to predict the blocks
     :return: the batches
     :raises ValueError: if ``batch_size`` is not positive, or a model does not have so
         many positions or such tokens
@@ -171,9 +179,9 @@ def checked_batches(
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
     """
-    Within this, a model predicts and keeps nothing for a gradient.
+    Put a model into the mode in which it predicts, without gradients.
 
-    :param model: any; left in the mode it was in
+    :param model: any model; left in the mode it was in
     """
     was_training = model.training
     model.eval()
@@ -186,9 +194,11 @@ def inference(model: Any) -> Iterator[None]:
 
 def predictions(model: Any, batch: Tensor) -> Tensor:
     """
+    Predict every token of each block but the first.
+
     :param model: a causal language model
     :param batch: token ids, blocks×seq_len
-    :return: logits of every token but the first, blocks×(seq_len−1)×vocabulary
+    :return: logits of these tokens, blocks×(seq_len−1)×vocabulary
     """
     # An offloaded model's own device is where its weights rest, not where it runs.
     batch = batch.to(get_execution_device(model.get_input_embeddings()))
@@ -197,7 +207,7 @@ def predictions(model: Any, batch: Tensor) -> Tensor:
 
 
 def _mean_losses(model: Any, batch: Tensor) -> Tensor:
-    """The mean loss of each block of a batch ``(blocks, seq_len)``, nats, float64."""
+    """Return the mean loss of each block of a batch (blocks×seq_len), nats, float64."""
     logits = predictions(model, batch)
     targets = batch[:, 1:].to(logits.device)
     totals = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
@@ -212,9 +222,9 @@ def _mean_losses(model: Any, batch: Tensor) -> Tensor:
 
 def _losses(scores: Tensor, expected: Tensor) -> Tensor:
     """
-    −log softmax of ``scores`` (…×vocabulary, float32) at ``expected``, float64. The sum
-    of tens of thousands of exponentials is float64: in float32 it is good to five
-    digits on some processors.
+    Return −log softmax of ``scores`` (…×vocabulary, float32) at ``expected``, float64.
+    The sum of tens of thousands of exponentials is float64, because in float32 it is
+    good to only five digits on some processors.
     """
     highest = scores.amax(-1, keepdim=True)
     totals = (scores - highest).exp().sum(-1, dtype=torch.float64)

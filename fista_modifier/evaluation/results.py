@@ -1,4 +1,4 @@
-"""Results of long measurements: a JSON file that grows row by row."""
+"""The results of long measurements, in a JSON file that grows row by row."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Results:
     Rows measured with the same settings. Each is on disk as soon as it is measured.
 
     :param setup: the settings, plain JSON
-    :param rows: what is measured already
-    :param file: where all of it is kept; None keeps it in memory
+    :param rows: the rows that are measured already
+    :param file: the file that keeps settings and rows; None keeps them in memory
     """
 
     def __init__(self, setup: Row, rows: list[Row], file: Path | None) -> None:
@@ -32,9 +32,11 @@ class Results:
     @classmethod
     def resume(cls, file: Path | None, setup: Row) -> Results:
         """
-        :param file: of an earlier run, or a new one
+        Load what an earlier run has measured.
+
+        :param file: the file of the earlier run, or a new one; None for no file
         :param setup: the settings of this run
-        :return: what the earlier run has measured, to be continued
+        :return: the results, to be continued
         :raises ValueError: if the file holds something else, or other settings
         :raises OSError: if it cannot be read
         """
@@ -62,8 +64,10 @@ class Results:
 
     def find(self, **identity: Any) -> Row | None:
         """
+        Find the first row with certain values.
+
         :param identity: keys and their values
-        :return: the row that has them
+        :return: the row that has them, or None
         """
         for row in self.rows:
             if all(key in row and row[key] == identity[key] for key in identity):
@@ -72,14 +76,18 @@ class Results:
 
     def missing(self, identities: Iterable[Row]) -> Iterator[Row]:
         """
-        :param identities: keys and their values, of rows that are wanted
-        :return: those without a row, each looked for when its turn comes
+        Find rows that are not measured yet.
+
+        :param identities: keys and their values, for each row that is wanted
+        :return: the identities without a row; each is looked for when its turn comes
         """
         return (one for one in identities if self.find(**one) is None)
 
     def add(self, row: Row) -> None:
         """
-        :param row: plain JSON; saved at once
+        Add a row and save it at once.
+
+        :param row: plain JSON
         """
         self.rows.append(row)
         if self.file is not None:
@@ -89,17 +97,22 @@ class Results:
 
 def digest(content: object) -> str:
     """
-    :param content: data whose ``repr`` is all of it
-    :return: a digest, which differs for other data
+    Return a digest of data, which differs for other data.
+
+    :param content: data whose ``repr`` shows all of them
+    :return: the digest
     """
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def state_of_checkpoint(model: str) -> str:
     """
+    Return a text that changes with the contents of a checkpoint.
+
     :param model: folder of a checkpoint, or its id on the hub
-    :return: the hub's commit; of a folder, a digest of the dates and sizes of its
-        configuration and weights, which another pruning into the same folder changes
+    :return: the commit of a model on the hub; for a folder, a digest of the dates and
+        sizes of its configuration and weights, which another pruning into the same
+        folder changes
     """
     folder = Path(model)
     if not folder.is_dir():

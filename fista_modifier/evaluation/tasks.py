@@ -27,11 +27,11 @@ SHOWN = 3
 
 class TaskSuite:
     """
-    Tasks that exist and whose data are here, so that what is missing is known before a
-    model is loaded.
+    Zero-shot tasks whose definitions and data have been loaded. What is missing is thus
+    known before a model is loaded.
 
-    :param names: of tasks or groups of tasks, as lm-eval calls them
-    :param folder: with definitions of further tasks, in lm-eval's YAML
+    :param names: names of tasks or groups of tasks, as lm-eval calls them
+    :param folder: a folder with definitions of further tasks, in lm-eval's YAML
     :param limit: use only so many examples of each task
     :raises RuntimeError: if lm-eval is not installed
     :raises FileNotFoundError: if the folder does not exist
@@ -69,7 +69,7 @@ class TaskSuite:
 
     @property
     def names(self) -> list[str]:
-        """of the tasks"""
+        """The names of the tasks."""
         return list(self._tasks)
 
     def _load(self, name: str) -> Any:
@@ -93,10 +93,10 @@ class TaskSuite:
 
     def score(self, model: Any, name: str) -> dict[str, Any]:
         """
-        Zero-shot: without examples in the prompt.
+        Score a model on a task without examples in the prompt (zero-shot).
 
         :param model: a language model of lm-eval
-        :param name: one of the suite's tasks
+        :param name: name of one of the suite's tasks
         :return: "metrics", each with its "value" and "stderr" (None where lm-eval has
             none), the number of "examples" and the "limit" that they were taken with
         :raises ValueError: if lm-eval gives no metric
@@ -118,7 +118,7 @@ class TaskSuite:
                 "stderr": stderr if isinstance(stderr, float) else None,
             }
         if not metrics:
-            # such as of a group that is to aggregate what its tasks do not measure
+            # A group may be defined to aggregate what its tasks do not measure.
             raise ValueError(f"lm-eval gives no metric of '{name}': leave it out")
         samples = outcome["n-samples"].values()
         return {

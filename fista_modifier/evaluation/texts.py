@@ -26,9 +26,9 @@ class Text:
     """
     One text to measure a perplexity on.
 
-    :param name: what tables call it
-    :param content: all of it
-    :param max_blocks: how many blocks of it the protocol takes; None takes all
+    :param name: the text's name in tables
+    :param content: the whole text
+    :param max_blocks: number of blocks of it that the protocol takes; None takes all
     """
 
     name: str
@@ -37,9 +37,11 @@ class Text:
 
     def token_limit(self, seq_len: int, max_tokens: int | None) -> int | None:
         """
+        Return how many tokens of the text are to be used.
+
         :param seq_len: tokens in a block
-        :param max_tokens: the user's own limit
-        :return: how many tokens of the text count; None for all
+        :param max_tokens: the user's own limit; None for none
+        :return: the lower limit of the protocol's and the user's; None for all tokens
         """
         own = None if self.max_blocks is None else self.max_blocks * seq_len
         limits = [limit for limit in (own, max_tokens) if limit is not None]
@@ -51,15 +53,15 @@ class Corpus:
     """
     A text of the literature, on the Hugging Face hub.
 
-    :param path: of the data set
-    :param configuration: of the data set
-    :param data_file: the one file of it that is read
-    :param revision: of the data set
-    :param split: that is read
-    :param column: that holds a record's text
-    :param separator: between two records
-    :param documents: how many records are read, from the first
-    :param max_blocks: how many blocks of them are used
+    :param path: the data set's id
+    :param configuration: its configuration; None for the default
+    :param data_file: the only file of it that is read; None reads all
+    :param revision: its revision; None for the default
+    :param split: the split that is read
+    :param column: the column that holds a record's text
+    :param separator: the text between two records
+    :param documents: number of records that are read, from the first; None reads all
+    :param max_blocks: number of blocks of them that are used; None uses all
     """
 
     path: str
@@ -74,7 +76,9 @@ class Corpus:
 
     def read(self, name: str) -> Text:
         """
-        :param name: what tables call it
+        Read the text from the hub.
+
+        :param name: the text's name in tables
         :return: the text
         :raises ConnectionError: if it cannot be downloaded
         """
@@ -91,7 +95,7 @@ class Corpus:
 
 PAPER_TEXTS = {
     "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    # published as a script, which data sets may no longer be: read the hub's own copy
+    # It was published as a script, which data sets may no longer be: the hub has a copy
     "ptb": Corpus(
         "ptb-text-only/ptb_text_only",
         "penn_treebank",
@@ -113,9 +117,11 @@ PAPER_TEXTS = {
 
 def load_texts(sources: Sequence[str]) -> list[Text]:
     """
-    :param sources: each one of ``PAPER_TEXTS`` (its name or its hub id), a local file,
-        or another data set on the hub (``id`` or ``id:configuration``), whose test
-        split is read
+    Read the texts to measure perplexities on.
+
+    :param sources: each is one of ``PAPER_TEXTS`` (its name or its hub id), a local
+        file, or another data set on the hub (``id`` or ``id:configuration``), whose
+        test split is read
     :return: the texts
     :raises FileNotFoundError: if a local file is not there
     :raises ValueError: if a file has no text, or two texts have the same name

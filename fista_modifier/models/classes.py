@@ -28,14 +28,15 @@ FALLBACKS = (
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
-    The class that the checkpoint was saved from, whatever it is for: a language model
-    with or without images, a reward model, an encoder. Code that comes with a
+    Return the class that a checkpoint was saved from, whatever it is for: a language
+    model with or without images, a reward model, an encoder. Code that comes with a
     checkpoint is not run.
 
-    :param config: its ``config.json``; without ``architectures``, the language model of
-        its kind is taken
+    :param config: the checkpoint's ``config.json``; without ``architectures``, the
+        language model of its kind is taken
     :return: the class
-    :raises ValueError: naming the architecture, if transformers has none that fits
+    :raises ValueError: if transformers has no class that fits; the message names the
+        architecture
     """
     named = [name for name in config.architectures or () if isinstance(name, str)]
     candidates = [getattr(transformers, name, None) for name in named]
@@ -70,26 +71,30 @@ def _fits(candidate: Any, config: PretrainedConfig) -> bool:
 
 def weightless_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """
-    :param config: of a model
-    :param options: such as ``attn_implementation``
-    :return: the model on the meta device, without memory for its weights
-    :raises ValueError: if transformers has no class for it, or its class makes nothing
-        of it, such as for a library that is not installed
+    Build a model on the meta device, without memory for its weights.
+
+    :param config: the model's configuration
+    :param options: options of the model's class, such as ``attn_implementation``
+    :return: the model
+    :raises ValueError: if transformers has no class for it, or its class cannot be
+        built from the configuration, such as where a library is not installed
     """
     cls = model_class(config)
     try:
         with torch.device("meta"):
             return cls._from_config(config, **options)
-    except Exception as error:  # whatever transformers' code makes of the values
+    except Exception as error:  # transformers' code may raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{cls.__name__} cannot be built: {why}") from error
 
 
 def check_predicts_text(config: PretrainedConfig) -> None:
     """
-    :param config: of a model whose perplexity is about to be measured
-    :raises ValueError: naming its class, if it does not predict each token of a text
-        from those before
+    Refuse a model that has no perplexity.
+
+    :param config: configuration of a model whose perplexity is about to be measured
+    :raises ValueError: if the model does not predict each token of a text from those
+        before it; the message names its class
     """
     cls = model_class(config)
     if cls.can_generate() and not config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""How much of a model its operators are."""
+"""The share of a model's weights that its operators hold."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ SHOWN = 4
 
 def share_of_weights(layers: Iterable[DecoderLayer], pruned: Sequence[str]) -> float:
     """
-    :param layers: of a model
+    Return the share of the decoder layers' weights that was pruned.
+
+    :param layers: layers of a model
     :param pruned: names of the operators that were pruned
-    :return: the weights of those in decoder layers, as a share of all matrices there
+    :return: the weights of pruned operators in decoder layers, as a share of all
+        matrices there
     """
     sizes = {
         name: size
@@ -39,10 +42,11 @@ def share_of_weights(layers: Iterable[DecoderLayer], pruned: Sequence[str]) -> f
 
 def warn_of_other_weights(layers: Sequence[DecoderLayer]) -> None:
     """
-    Matrices that belong to no linear operator, such as those of experts that are
-    stacked in one parameter, cannot be targets.
+    Warn of matrices that belong to no linear operator, if they are more than a small
+    share. They cannot be targets. Experts that are stacked in one parameter are such
+    matrices.
 
-    :param layers: of a model; those without operators do not count
+    :param layers: layers of a model; layers without operators do not count
     """
     others: Counter[str] = Counter()
     total = 0
@@ -68,7 +72,10 @@ def warn_of_other_weights(layers: Sequence[DecoderLayer]) -> None:
 
 
 def _matrices(layer: DecoderLayer) -> dict[str, int]:
-    """Entries of each parameter of more than one dimension, by its name"""
+    """
+    Return the number of entries of each parameter of more than one dimension, by the
+    parameter's name.
+    """
     with disable_onloading():
         return {
             f"{layer.name}.{name}": parameter.numel()

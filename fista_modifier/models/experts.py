@@ -1,4 +1,4 @@
-"""Mixtures of experts: fused in transformers, linear operators for the pruning."""
+"""Mixtures of experts: fused by transformers, and linear operators for the pruning."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ __all__ = [
 def linearize(model: PreTrainedModel) -> None:
     """
     Make each expert's projections linear operators, as ``oneshot()`` does with the
-    toolkit's ``linearize_moe``, but with memory for the experts of one layer beside the
-    model, not for all of them.
+    toolkit's ``linearize_moe``. Unlike that, this takes memory for the experts of one
+    layer beside the model, not for all of them.
 
     :param model: changed in place; one without a mixture stays as it is
     """
@@ -45,7 +45,8 @@ def linearize(model: PreTrainedModel) -> None:
 
 def linearize_weightless(model: PreTrainedModel) -> None:
     """
-    The same of a model on the meta device, which has no weights to copy.
+    Make each expert's projections linear operators in a model on the meta device, which
+    has no weights to copy.
 
     :param model: changed in place
     """
@@ -67,16 +68,20 @@ def _replace_fused(
     make: Callable[[type[LinearExperts2D], torch.nn.Module, Any], LinearExperts2D],
 ) -> None:
     """
-    :param make: given a class, the module that it replaces, and its configuration
-    :raises ValueError: naming experts that the toolkit fails at
+    Replace the fused experts of a model by linear operators.
+
+    :param model: changed in place
+    :param make: makes the linear operators, given their class, the module that they
+        replace, and its configuration
+    :raises ValueError: if the toolkit fails at some experts; the message names them
     """
     for name, fused in get_non_linearized_moes(model):
         linear = LinearExperts2D.get_linear_experts_cls(type(fused))
         config = getattr(fused, "config", model.config)
         with disable_onloading():
             dtype = fused.down_proj.dtype
-        # after save_pretrained the configuration's is a word; and what is offloaded is
-        # onloaded once, not for each expert
+        # after save_pretrained the configuration has its dtype as a word; and what is
+        # offloaded is onloaded once, not for each expert
         with patch_attr(config, "dtype", dtype), disable_offloading():
             try:
                 operators = make(linear, fused, config)
@@ -104,11 +109,11 @@ def note_sizes(model: PreTrainedModel) -> None:
 @contextmanager
 def routing_real_tokens(layer: torch.nn.Module, real: Tensor | None) -> Iterator[None]:
     """
-    Within, padding reaches no expert: for it, a mixture puts out zeros. A mixture is a
-    module that is given a row for each token, and in another tensor the numbers of the
-    experts that each token goes to.
+    Keep padding away from the experts of a layer: a mixture puts out zeros for it. A
+    mixture is a module that is given a row for each token, and in another tensor the
+    numbers of the experts that each token goes to.
 
-    :param layer: in which mixtures may be
+    :param layer: a layer in which mixtures may be
     :param real: which tokens are not padding, bool batch×sequence; None for all
     """
     with ExitStack() as stack:
@@ -121,7 +126,14 @@ def routing_real_tokens(layer: torch.nn.Module, real: Tensor | None) -> Iterator
 
 
 def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
-    """Of a mixture, that of some of its tokens; of any other module the same."""
+    """
+    Return a forward that runs a mixture on some of its tokens, and puts out zeros for
+    the others. It runs any other module as before.
+
+    :param forward: the module's own forward
+    :param rows: bool, True for the tokens to run on
+    :return: the new forward
+    """
 
     def of_each_token(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(rows)
@@ -151,15 +163,15 @@ def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
 @contextmanager
 def native_experts(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within, the experts are fused as in transformers, whose ``save_pretrained`` then
-    gives tensors the names of the checkpoint that the model came from. Afterwards they
-    are linear operators of the same names as before, in new modules. There is memory
-    for the experts of one layer beside the model, whoever still refers to the old
-    modules (the toolkit's session does): these are left without weights.
+    Fuse the experts as in transformers, for a while. ``save_pretrained`` then gives
+    tensors the names of the checkpoint that the model came from. Afterwards the experts
+    are linear operators of the same names as before, in new modules. This takes memory
+    for the experts of one layer beside the model: the old modules are left without
+    weights, because others may still refer to them (the toolkit's session does).
 
-    Quantised experts stay as they are, and so do those that the toolkit cannot fuse:
-    with a warning, unless ``load_quantizable_moe`` loaded them, which gives them the
-    names of the checkpoint itself.
+    If experts are quantised, all stay as they are. So do those that the toolkit cannot
+    fuse, with a warning. There is no warning if ``load_quantizable_moe`` loaded them,
+    which gives them the names of the checkpoint itself.
 
     :param model: may be one without a mixture
     """
@@ -181,8 +193,8 @@ def native_experts(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _gpt_oss_fused() -> Iterator[None]:
     """
-    Within, the toolkit can fuse GPT-OSS's experts, in which gate and up alternate. In
-    0.14 it inherits the inverse of another order.
+    Let the toolkit fuse GPT-OSS's experts, in which gate and up alternate. In 0.14 the
+    toolkit inherits the inverse of another order for them.
     """
     own = "copy_to_experts_module"
     if own in vars(GptOssExpertMLP):
@@ -196,7 +208,10 @@ def _gpt_oss_fused() -> Iterator[None]:
 
 
 def _copy_to_gpt_oss(expert: GptOssExpertMLP, experts: Any, index: int) -> None:
-    """The inverse of ``GptOssExpertMLP.copy_from_experts_module``"""
+    """
+    Copy a linear expert into fused ones: the inverse of
+    ``GptOssExpertMLP.copy_from_experts_module``.
+    """
     for start, part in enumerate((expert.gate_proj, expert.up_proj)):
         experts.gate_up_proj[index, :, start::2] = part.weight.T
         experts.gate_up_proj_bias[index, start::2] = part.bias
@@ -208,7 +223,7 @@ def _can_be_fused(experts: LinearExperts2D) -> bool:
     if not hasattr(experts, "_source_experts_cls"):
         return False
     copies = type(experts[0]).__mro__
-    # an inherited inverse need not be that of a class's own way to copy
+    # a class with its own way to copy may inherit the inverse of another way
     source = next(one for one in copies if "copy_from_experts_module" in vars(one))
     if "copy_to_experts_module" in vars(source):
         return True

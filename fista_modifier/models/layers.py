@@ -30,14 +30,15 @@ MaskName = Literal["attention_mask", "decoder_attention_mask"]
 @dataclass(eq=False)
 class DecoderLayer:
     """
-    A unit of pruning: a decoder layer, or a lone operator outside all of them, which
-    is a layer of its own.
+    A unit of pruning: a decoder layer, or a lone operator outside all of them, which is
+    a layer of its own.
 
     :param name: the module's name
     :param module: the module that the pipeline runs
     :param in_sequence: whether it passes hidden states on to the next decoder layer
-    :param operators: what to prune in it
-    :param mask_name: of the batch's mask that says what is padding in its input
+    :param operators: the operators to prune in it
+    :param mask_name: name of the batch's mask that says what is padding in its input;
+        None if no mask does
     """
 
     name: str
@@ -53,15 +54,15 @@ def layer_targets(
     given: str | list[str] | None = None,
 ) -> list[str]:
     """
-    The toolkit's sequential targets. Where a family does not name its decoder layers,
-    they are the blocks of those lists of modules that are in no other list and hold
-    operators.
+    Return the toolkit's sequential targets, which are the decoder layers. Where a
+    family does not name its decoder layers, they are the blocks of those lists of
+    modules that are in no other list and hold operators.
 
     :param model: the model
-    :param operators: what is to be pruned
-    :param given: what the user gave to ``oneshot()``
+    :param operators: the operators to prune
+    :param given: the targets that the user gave to ``oneshot()``, if any
     :return: class or module names
-    :raises ValueError: if what was given matches nothing, or no layers are found
+    :raises ValueError: if the given targets match nothing, or no layers are found
     """
     if given is not None:
         targets = [given] if isinstance(given, str) else list(given)
@@ -91,7 +92,9 @@ def layer_targets(
 def _share_inside(
     model: PreTrainedModel, operators: Sequence[Operator], targets: list[str]
 ) -> float:
-    """The share of the operators that lie within modules that the targets match"""
+    """
+    Return the share of the operators that lie within modules that the targets match.
+    """
     prefixes = tuple(f"{name}." for name, _ in match_named_modules(model, targets))
     inside = sum(operator.name.startswith(prefixes) for operator in operators)
     return inside / len(operators)
@@ -121,13 +124,15 @@ def group_by_layer(
     model: PreTrainedModel, operators: list[Operator], layer_types: list[str]
 ) -> list[DecoderLayer]:
     """
+    Assign operators to their decoder layers.
+
     :param model: the model
-    :param operators: what to prune
+    :param operators: the operators to prune
     :param layer_types: the toolkit's sequential targets: class or module names of the
         decoder layers
     :return: all decoder layers, with or without operators, and then lone operators
-    :raises ValueError: if a sequential target lies inside or is a linear operator, so
-        that there is no layer to correct errors in
+    :raises ValueError: if a sequential target is a linear operator itself, so that
+        there is no layer to correct errors in
     """
     modules = dict(match_named_modules(model, layer_types))
     for name, module in modules.items():
@@ -157,11 +162,13 @@ def group_by_layer(
 
 def chosen_layers(layers: Sequence[DecoderLayer], chosen: str) -> list[DecoderLayer]:
     """
-    :param layers: of a model
+    Return the decoder layers that a user chose by their numbers.
+
+    :param layers: layers of a model
     :param chosen: numbers and ranges of decoder layers, from 0, such as "0-9" or
         "0-3,30"
-    :return: the layers that are chosen; lone operators never are
-    :raises ValueError: if it is something else, or the model has no such layer
+    :return: the chosen layers; lone operators are never chosen
+    :raises ValueError: if the text is something else, or the model has no such layer
     """
     in_sequence = [layer for layer in layers if layer.in_sequence]
     numbers: set[int] = set()
@@ -184,10 +191,11 @@ def chosen_layers(layers: Sequence[DecoderLayer], chosen: str) -> list[DecoderLa
 
 def mask_name(model: PreTrainedModel, layer: torch.nn.Module) -> MaskName | None:
     """
+    Return the name of the batch's mask that says what is padding in a layer's input.
+
     :param model: the model
-    :param layer: a layer of it
-    :return: which of the batch's masks says what is padding in the layer's input; None
-        where that is no text, as in a vision tower
+    :param layer: a layer of the model
+    :return: the name; None where the input is no text, as in a vision tower
     """
     if getattr(model.config, "is_encoder_decoder", False):
         if layer in set(model.get_decoder().modules()):

@@ -1,4 +1,4 @@
-"""What a model can be given: token ids of its vocabulary, and so many positions."""
+"""The limits of a model: token ids of its vocabulary, and a number of positions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ SPARE_POSITIONS = 2
 
 def check_calibration(model: PreTrainedModel, calibration: Dataset) -> None:
     """
-    :param model: about to be calibrated
-    :param calibration: with ``input_ids``, none of which is cut off
+    Refuse calibration data that a model cannot be run on.
+
+    :param model: the model that is about to be calibrated
+    :param calibration: data with ``input_ids``, of which nothing is cut off later
     :raises ValueError: if the model cannot be run on them
     """
     check_vocabulary(model, calibration)
@@ -32,7 +34,9 @@ def check_calibration(model: PreTrainedModel, calibration: Dataset) -> None:
 
 def check_vocabulary(model: PreTrainedModel, data: object) -> None:
     """
-    :param model: about to be calibrated
+    Refuse data with token ids that are not in a model's vocabulary.
+
+    :param model: the model that is about to be calibrated
     :param data: what a loader loads; only a data set of ``datasets`` is looked at
     :raises ValueError: if a token id is not in the vocabulary
     """
@@ -41,7 +45,7 @@ def check_vocabulary(model: PreTrainedModel, data: object) -> None:
 
 
 def _token_ids(data: object) -> Iterator[Tensor]:
-    """The token ids of each row"""
+    """Yield the token ids of each row of a data set. Other data have none."""
     if isinstance(data, Dataset) and "input_ids" in data.column_names:
         for row in data.select_columns("input_ids"):
             yield torch.as_tensor(row["input_ids"]).flatten()
@@ -49,7 +53,9 @@ def _token_ids(data: object) -> Iterator[Tensor]:
 
 def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:
     """
-    :param model: that is to read them
+    Refuse token ids that are not in a model's vocabulary.
+
+    :param model: the model that is to read them
     :param ids: token ids
     :raises ValueError: if one of them is not in the vocabulary, nor stands for an image
         or the like
@@ -72,9 +78,12 @@ def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
     """
-    :param model: that is to read them, on any device
-    :param tokens: of a sequence
-    :raises ValueError: if it has an embedding for each position, and too few
+    Refuse a sequence that is longer than a model's table of positions, and warn of one
+    that is longer than the model was made for.
+
+    :param model: the model that is to read the sequence, on any device
+    :param tokens: number of tokens of the sequence
+    :raises ValueError: if the model has an embedding for each position, and too few
     """
     config = model.config.get_text_config()
     maximum = getattr(config, "max_position_embeddings", None)
@@ -94,7 +103,9 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def _positions(model: PreTrainedModel, maximum: int) -> int | None:
-    """The number of positions in the model's table; None if there is no table"""
+    """
+    Return the number of positions in the model's table; None if there is no table.
+    """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in POSITIONS and isinstance(
             module, torch.nn.Embedding
@@ -110,7 +121,10 @@ def _positions(model: PreTrainedModel, maximum: int) -> int | None:
 
 
 def _stand_ins(config: dict[str, Any]) -> set[int]:
-    """Ids that stand for images and the like, and that a model replaces by these"""
+    """
+    Return the ids in a configuration that stand for images and the like. A model
+    replaces them by what they stand for.
+    """
     found = set()
     for name, value in config.items():
         if isinstance(value, dict):

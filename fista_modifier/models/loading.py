@@ -20,6 +20,8 @@ __all__ = ["load_config", "load_model", "load_tokenizer"]
 
 def load_config(model: str) -> PretrainedConfig:
     """
+    Load the configuration of a model.
+
     :param model: folder of a checkpoint, or its id on the hub
     :return: its configuration
     :raises FileNotFoundError: if there is no such model
@@ -35,6 +37,8 @@ def load_config(model: str) -> PretrainedConfig:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
+    Load the tokenizer of a model.
+
     :param model: folder of a checkpoint, or its id on the hub
     :return: its tokenizer
     :raises FileNotFoundError: if there is no such model
@@ -43,7 +47,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     load_config(model)
     try:
         return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of many kinds, and few of them name a file
+    except Exception as error:  # errors are of many kinds, and few name a file
         raise ValueError(
             f"the tokenizer of '{model}' could not be loaded: "
             f"{str(error) or type(error).__name__}"
@@ -54,11 +58,14 @@ def load_model(
     model: str, dtype: str | torch.dtype = "auto", *, to_accelerator: bool = False
 ) -> PreTrainedModel:
     """
+    Load a model.
+
     :param model: folder of a checkpoint, or its id on the hub
     :param dtype: dtype of the weights; "auto" is that of the checkpoint
-    :param to_accelerator: whether to spread it over the accelerators, if there are
-        any. For pruning it stays on the CPU: the toolkit onloads layer by layer. Of
-        several ranks the first one loads it, and all share its memory
+    :param to_accelerator: whether to spread the model over the accelerators, if there
+        are any. For pruning it stays on the CPU, because the toolkit onloads layer by
+        layer. If there are several ranks, the first one loads it then, and all share
+        its memory
     :return: the model, of the class that its config.json names
     :raises FileNotFoundError: if there is no such model
     :raises ValueError: if transformers has no class for it

@@ -1,4 +1,4 @@
-"""The zeros of a pruned model, to be kept when it is trained further."""
+"""The zeros of a pruned model, which must stay zeros when it is trained further."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ __all__ = ["apply_masks_", "fused_experts", "masks_of", "missing_operator"]
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """
-    To be asked before a pruned model is trained, or an adapter is merged into it.
+    Return the masks of what is not zero in a pruned model. Call this before the model
+    is trained, or an adapter is merged into it.
 
-    :param model: with pruned linear operators
-    :return: bool out×in of each operator of which more than 5 % are zeros, by its
-        name: True where an entry is not zero. Of a mixture whose experts transformers
-        has fused, also experts×…×… of each such weight, by the weight's name
-    :raises ValueError: if the model has none
+    :param model: a model with pruned linear operators
+    :return: bool out×in of each operator of which more than 5 % are zeros, by its name:
+        True where an entry is not zero. For a mixture whose experts transformers has
+        fused, also experts×…×… of each such weight, by the weight's name
+    :raises ValueError: if the model has no such operator or weight
     """
     masks = {
         operator.name: operator.weight != 0
@@ -50,7 +51,7 @@ def apply_masks_(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     optimizer or once an adapter is merged.
 
     :param model: changed in place
-    :param masks: of :func:`masks_of`
+    :param masks: the masks that :func:`masks_of` returned
     :raises ValueError: if an operator is missing or has another shape
     """
     modules, experts = dict(model.named_modules()), fused_experts(model)
@@ -69,8 +70,10 @@ def apply_masks_(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
 
 def fused_experts(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """
-    :param model: any
-    :return: the weights that hold all experts of a layer, experts×…×…, by their names
+    Return the weights that hold all experts of a layer.
+
+    :param model: any model
+    :return: the weights, experts×…×…, by their names
     """
     return {
         f"{name}.{inner}": weight
@@ -82,8 +85,10 @@ def fused_experts(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 def missing_operator(name: str, mask: Tensor) -> ValueError:
     """
-    :param name: of an operator that a model was to have
-    :param mask: of its weight
+    Return the error for an operator that masks have and a model has not.
+
+    :param name: name of the operator
+    :param mask: mask of its weight
     :return: the error
     """
     return ValueError(

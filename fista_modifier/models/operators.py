@@ -47,43 +47,50 @@ class Operator:
 
     @property
     def weight(self) -> Tensor:
-        """W, out×in, a view of the module's (onloaded) weight"""
+        """W, out×in, a view of the module's (onloaded) weight."""
         return self.oriented(self.module.weight.data)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """out and in features; known without onloading"""
+        """The numbers of out and in features, which are known without onloading."""
         if isinstance(self.module, Conv1D):
             return self.module.nf, self.module.nx
         return self.module.out_features, self.module.in_features
 
     @property
     def narrows(self) -> bool:
-        """whether alone in its stage it would have an ``OutputDrift``; known without
-        onloading"""
+        """
+        True if the operator, alone in its stage, would have an ``OutputDrift``. This is
+        known without onloading.
+        """
         return narrows(*self.shape)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """
-        :param weight: in the module's own layout, or out×in
-        :return: the other of the two (the same, for a Linear)
+        Turn a weight from the module's own layout into out×in, or back.
+
+        :param weight: a weight in the module's own layout, or out×in
+        :return: the weight in the other of the two (the same, for a Linear)
         """
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def is_resized_by(self, weight: Tensor) -> bool:
         """
+        Say whether a weight has another shape than the operator's.
+
         :param weight: out×in
-        :return: whether it is of another shape than the operator's
+        :return: whether the shapes differ
         """
         return self.shape != tuple(weight.shape)
 
     def save(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """
-        Write the weight where it lives, also on an offload device. If it is of another
-        shape, all ranks of a distributed run have to call this together.
+        Write the weight where it is stored, also on an offload device. If it is of
+        another shape, all ranks of a distributed run have to call this together.
 
         :param weight: out×in, of another shape if the operator becomes smaller
-        :param bias: out; None leaves it
+        :param bias: the new bias, one entry for each out feature; None leaves the old
+            one
         """
         _write(self.module, "weight", self.oriented(weight).contiguous())
         if bias is not None:
@@ -118,9 +125,11 @@ def _write(module: torch.nn.Module, name: str, value: Tensor) -> None:
 
 def operators_in(module: torch.nn.Module, name: str) -> list[Operator]:
     """
-    :param module: such as a decoder layer
-    :param name: of it in the model
-    :return: all of its linear operators, whether they are to be pruned or not
+    Return the linear operators in a module, whether they are to be pruned or not.
+
+    :param module: a module, such as a decoder layer
+    :param name: the module's name in the model
+    :return: all of its linear operators
     """
     return [
         Operator(inner, child)
@@ -133,10 +142,13 @@ def blocks_of(
     layer: torch.nn.Module, operators: Iterable[Operator]
 ) -> dict[torch.nn.Module, list[Operator]]:
     """
+    Find the blocks of a decoder layer: its children with operators in them (attention,
+    MLP). Where the children are in a list, as in T5's layers, the blocks are those of
+    the list.
+
     :param layer: a decoder layer
-    :param operators: of the layer
-    :return: the layer's children with operators in them (attention, MLP), and which;
-        where they are in a list, as in T5's layers, those of the list
+    :param operators: operators of the layer
+    :return: the operators of each block
     """
     blocks = {}
     for child in _called_children(layer):
@@ -160,11 +172,11 @@ def replaced_weights(
     weights: Mapping[Operator, Tensor], biases: Mapping[Operator, Tensor] = UNCHANGED
 ) -> Iterator[None]:
     """
-    Run the modules with other weights, without a copy and without touching what is
-    stored: to be used while the modules are onloaded.
+    Run modules with other weights, without a copy and without touching what is stored.
+    The modules must be onloaded.
 
     :param weights: out×in weight of each operator to replace, of its shape or smaller
-    :param biases: of those that get another bias, too
+    :param biases: biases of those operators that get another bias, too
     """
     own = {operator: operator.module.weight.data for operator in weights}
     own_biases = {operator: operator.module.bias.data for operator in biases}

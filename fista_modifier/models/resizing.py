@@ -25,8 +25,10 @@ Shapes = Mapping[str, torch.Size]
 
 def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
     """
-    :param model: any
-    :return: of its parameters, by their names
+    Return the shapes of a model's parameters.
+
+    :param model: any model
+    :return: the shapes, by the parameters' names
     """
     with disable_onloading():
         return {name: value.shape for name, value in model.named_parameters()}
@@ -36,16 +38,17 @@ def changes_for(
     model: PreTrainedModel, shapes: Shapes, sizes: Mapping[int, int]
 ) -> list[ConfigChange]:
     """
-    Which values of the model's configuration make transformers build the smaller model.
-    No names are needed: values are tried that are the old sizes (or none at all, which
-    some families derive from others), until the parameters have the new shapes.
+    Find the values of the model's configuration that make transformers build the
+    smaller model. No names are needed: new sizes are tried in the place of old ones (or
+    of values that are None, because some families derive them from others), until the
+    parameters have the new shapes.
 
-    :param model: as it is now
-    :param shapes: that its parameters are to have, by their names; the rest stay
-    :param sizes: what old sizes become: of channels, heads and their groups
+    :param model: the model as it is now
+    :param shapes: the new shapes of parameters, by their names; the others keep theirs
+    :param sizes: the new size for each old one: of channels, heads and their groups
     :return: the changes
-    :raises ValueError: if no such configuration is found: no loader would take the
-        smaller model
+    :raises ValueError: if no such configuration is found, so that no loader would take
+        the smaller model
     """
     wanted = shapes_of(model) | dict(shapes)
     for changes in _candidates(model.config, sizes):
@@ -59,8 +62,10 @@ def changes_for(
 
 def apply_changes(config: PretrainedConfig, changes: Sequence[ConfigChange]) -> None:
     """
+    Make changes in a configuration.
+
     :param config: changed in place
-    :param changes: from :func:`changes_for`
+    :param changes: changes from :func:`changes_for`
     """
     for path, value in changes:
         owner: Any = config
@@ -72,7 +77,10 @@ def apply_changes(config: PretrainedConfig, changes: Sequence[ConfigChange]) -> 
 def _candidates(
     config: PretrainedConfig, sizes: Mapping[int, int]
 ) -> Iterator[tuple[ConfigChange, ...]]:
-    """Likely changes first: one value for each size, then several, then missing ones"""
+    """
+    Yield changes to try, likely ones first: one value for each size, then all values of
+    the old sizes, then values that are missing.
+    """
     places = {old: list(_places(config, old)) for old in sizes}
     singles = [
         [(path, sizes[old]) for path in found] for old, found in places.items() if found

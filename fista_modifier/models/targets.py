@@ -1,4 +1,4 @@
-"""Which operators a recipe asks for, and whether they can be pruned."""
+"""The operators that a recipe asks for, and whether they can be pruned."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def find_operators(
     model: PreTrainedModel, targets: list[str], ignore: list[str]
 ) -> list[Operator]:
     """
-    The operators that a recipe asks to prune. As in the toolkit, a target is a class
-    name, a module name or "re:" and a pattern; a target module that is not a linear
-    operator itself (a decoder layer) stands for all those inside it. "Linear" includes
-    GPT-2's Conv1D. The output embedding, the head of a classifier or reward model and
-    the router of a mixture of experts are pruned only if a target names them.
+    Find the operators that a recipe asks to prune. As in the toolkit, a target is a
+    class name, a module name or "re:" and a pattern; a target module that is not a
+    linear operator itself (a decoder layer) stands for all those inside it. "Linear"
+    includes GPT-2's Conv1D. The output embedding, the head of a classifier or reward
+    model and the router of a mixture of experts are pruned only if a target names them.
 
     :param model: model to search
     :param targets: what to prune
@@ -60,7 +60,7 @@ def find_operators(
     asked, targets = set(targets), expand_special_targets(targets)
     if "Linear" in targets:
         targets = [*targets, "Conv1D"]
-    # of the classes that one word stands for, not every model has each
+    # one word may stand for several classes, and not every model has each
     optional = {"Conv1D", *targets} - (asked - {"Conv1D"})
     found: dict[str, torch.nn.Linear | Conv1D] = {}
     for target in targets:
@@ -114,11 +114,13 @@ def names_matched(
     model: PreTrainedModel, targets: list[str], operators: Iterable[str]
 ) -> set[str]:
     """
+    Find the operators that targets match.
+
     :param model: the model
     :param targets: class names, module names or "re:" patterns
     :param operators: names of operators
-    :return: those of the operators that a target matches, or that are inside a module
-        that one matches
+    :return: the names of those that a target matches, or that are inside a module that
+        one matches
     """
     modules = {name for name, _ in match_named_modules(model, targets)}
     return {
@@ -138,7 +140,9 @@ def _check_adapters(model: torch.nn.Module) -> None:
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether an operator is beside the model's body, such as a reward's ``score``."""
+    """
+    Say whether an operator is beside the model's body, such as a reward's ``score``.
+    """
     return model.base_model is not model and "." not in name
 
 
@@ -146,8 +150,9 @@ def _without_shared(
     model: PreTrainedModel, operators: list[Operator]
 ) -> list[Operator]:
     """
-    The operators that run at one place of the model only. Others have no single input,
-    and to prune them for the first would change the dense model behind it.
+    Return the operators that run at one place of the model only, and warn of the
+    others. An operator at several places has no single input, and to prune it for the
+    first place would change the dense model behind it.
     """
     modules = Counter(id(one) for _, one in model.named_modules(remove_duplicate=False))
     with disable_onloading():
@@ -168,7 +173,10 @@ def _without_shared(
 
 
 def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
-    """Whether two modules share a weight, also if each access gives another tensor"""
+    """
+    Say whether two modules share a weight, even if each access to it gives another
+    tensor.
+    """
     with disable_onloading():
         weight = getattr(one, "weight", None)
         return weight is not None and weight is getattr(other, "weight", None)
@@ -176,8 +184,10 @@ def _share_weight(one: torch.nn.Module, other: torch.nn.Module | None) -> bool:
 
 def _is_router(model: PreTrainedModel, name: str) -> bool:
     """
-    Whether it gives each expert beside it a score, or all of them together one; or
-    does so within a router that is beside the experts, or is a module called so.
+    Say whether an operator is a mixture's router. A router gives a score to each expert
+    beside it, or one score to all of them together. It may also do so within a module
+    that is beside the experts, or within one whose class has router or gating in its
+    name.
     """
     module = model.get_submodule(name)
     parent, _, _ = name.rpartition(".")
@@ -202,11 +212,13 @@ def _is_router(model: PreTrainedModel, name: str) -> bool:
 
 def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
     """
+    Refuse an operator that cannot be pruned.
+
     :param operator: an operator about to be pruned
     :param pattern: sparsity asked for
-    :raises ValueError: if it is or is about to be quantised, if its width does not suit
-        the pattern, or its weight is not floating point or not finite (which a weight
-        on the meta device does not tell)
+    :raises ValueError: if the operator is or is about to be quantised, if its width
+        does not suit the pattern, or its weight is not floating point or not finite
+        (which cannot be seen of a weight on the meta device)
     """
     if is_module_quantized(operator.module):
         raise ValueError(
@@ -233,8 +245,10 @@ def check_prunable(operator: Operator, pattern: SparsityPattern) -> None:
 
 def check_quantisable(operator: Operator, columns: int) -> None:
     """
-    :param operator: that a later modifier of the recipe may quantise
-    :param columns: that it is to have by then
+    Refuse a number of columns that a later modifier of the recipe could not quantise.
+
+    :param operator: an operator that the later modifier may quantise
+    :param columns: the number of columns that it is to have by then
     :raises ValueError: if its scheme quantises groups of columns into which these
         cannot be divided
     """
@@ -250,8 +264,11 @@ def check_quantisable(operator: Operator, columns: int) -> None:
 
 def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:
     """
-    :param operators: of a model; a few are looked at, as each may be on a disk
-    :return: the name of the sparsest of them, and its share of zeros
+    Return the share of zeros of the sparsest of a few operators.
+
+    :param operators: operators of a model; a few are looked at, as each may be on a
+        disk
+    :return: the name of the sparsest of these few, and its share of zeros
     """
     every = max(len(operators) // LOOKED_AT, 1)
     zeros = {
@@ -263,9 +280,9 @@ def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:
 
 def warn_of_zeros(operators: Sequence[Operator]) -> None:
     """
-    Say what becomes of the zeros of a model that is sparse already.
+    Warn that zeros of a model that is sparse already may get values again.
 
-    :param operators: about to be pruned
+    :param operators: operators about to be pruned
     """
     name, share = share_of_zeros(operators)
     if share > ZEROS:

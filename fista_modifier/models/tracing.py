@@ -52,8 +52,10 @@ def traces_forgotten() -> Iterator[None]:
 
 def configs_of(module: torch.nn.Module) -> list[PretrainedConfig]:
     """
+    Return the configurations of all models and attention modules in a module.
+
     :param module: a model, or a part of one
-    :return: configurations of all models and attention modules in it
+    :return: the configurations, each once
     """
     configs = (getattr(part, "config", None) for part in module.modules())
     found = {id(one): one for one in configs if isinstance(one, PretrainedConfig)}

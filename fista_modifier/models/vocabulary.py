@@ -1,4 +1,4 @@
-"""Whether two models speak of the same tokens."""
+"""The check that two models have the same tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ def check_same_vocabulary(
     other: str,
 ) -> None:
     """
-    :param config: of a model
+    Refuse two models whose predictions are not about the same tokens.
+
+    :param config: configuration of a model
     :param tokenizer: its tokenizer
-    :param other_config: of the model that its predictions are to be compared with
-    :param other_tokenizer: the tokenizer of that one
-    :param other: what messages call it
-    :raises ValueError: if a prediction of one means another token in the other
+    :param other_config: configuration of the model that its predictions are to be
+        compared with
+    :param other_tokenizer: the tokenizer of that model
+    :param other: what messages call that model
+    :raises ValueError: if a prediction of one model means another token in the other
     """
     size = config.get_text_config().vocab_size
     other_size = other_config.get_text_config().vocab_size

@@ -1,4 +1,4 @@
-"""What all modifiers share that prune layer by layer: fields and lifecycle."""
+"""The fields and the lifecycle of all modifiers that prune layer by layer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ HOW_TO_RUN = {
 
 class LayerwiseModifier(Modifier):  # type: ignore[misc]
     """
-    Gives each decoder layer to a procedure when the pipeline has run it.
+    A modifier that gives each decoder layer to a procedure, once the toolkit's pipeline
+    has run it.
 
     Lifecycle:
 
@@ -145,26 +146,28 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     @abstractmethod
     def procedure(self, state: State, layers: Sequence[DecoderLayer]) -> Procedure:
         """
-        :param state: of the toolkit's session, with the model and the data
-        :param layers: of the model, with the operators that targets and ignore leave;
-            a procedure that leaves one dense takes it away
-        :return: what is done to each layer
+        Return the procedure, which is what is done to each layer.
+
+        :param state: state of the toolkit's session, with the model and the data
+        :param layers: layers of the model, with the operators that targets and ignore
+            leave; an operator that stays dense is taken away
+        :return: the procedure
         :raises ValueError: if an operator cannot be pruned as the recipe asks
         """
 
     @property
     def results(self) -> list[OperatorResult]:
-        """what became of each operator, in the order of pruning"""
+        """The result of each operator, in the order of pruning."""
         return list(self._schedule.results) if self._schedule else []
 
     @property
     def reconstructions(self) -> dict[str, ReconstructionResult]:
-        """what became of each reconstructed layer, by its name"""
+        """The result of each reconstructed layer, by its name."""
         return dict(self._schedule.reconstructions) if self._schedule else {}
 
     @property
     def share_of_weights(self) -> float:
-        """of the decoder layers' matrices, what the pruned operators hold"""
+        """Share of the decoder layers' matrices that the pruned operators hold."""
         if self._schedule is None:
             return 0.0
         names = [result.name for result in self.results]
@@ -172,15 +175,18 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
     @property
     def unfinished(self) -> list[str]:
-        """names of layers that are left to other runs: see ``layers``"""
+        """Names of the layers that are left to other runs: see ``layers``."""
         return self._schedule.unfinished if self._schedule else []
 
     def find_layers(
         self, model: PreTrainedModel, given: str | list[str] | None = None
     ) -> tuple[list[DecoderLayer], list[str]]:
         """
-        :param model: that is to be pruned, maybe on the meta device
-        :param given: what the user gave to ``oneshot()`` as sequential targets
+        Find the layers of a model and the operators in them.
+
+        :param model: the model that is to be pruned, maybe on the meta device
+        :param given: the sequential targets that the user gave to ``oneshot()``, or
+            None
         :return: the layers of the model, with the operators that targets and ignore
             leave; and the toolkit's sequential targets
         :raises ValueError: if targets match nothing, or no layers are found
@@ -192,8 +198,10 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
     def chosen_layers(self, layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
         """
-        :param layers: of the model
-        :return: those that this run prunes
+        Return the layers that this run prunes.
+
+        :param layers: all layers of the model
+        :return: those that ``layers`` names, or all
         :raises ValueError: if the model does not have the ``layers``
         """
         if self.layers is None:
@@ -204,7 +212,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         """
         Find the operators and refuse what cannot be pruned, before any long work.
 
-        :raises OSError: if there can be no ``activations_dir``
+        :raises OSError: if ``activations_dir`` cannot be made
         :raises ValueError: if there is no calibration data, or a token in it is not in
             the vocabulary, if targets match nothing, if an operator cannot have the
             pattern or is not finite, if the model does not have the ``layers``, or if
@@ -240,7 +248,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         )
         self._contexts.enter_context(traced_with_masks(model))
         self._contexts.enter_context(traces_forgotten())
-        if given is None:  # the pipeline is to find the same layers
+        if given is None:  # lets the toolkit's pipeline find the same layers
             self._contexts.enter_context(
                 patch_attr(model, "_no_split_modules", layer_types)
             )
@@ -313,7 +321,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         return True
 
     def _of_report(self) -> dict[str, Any]:
-        """Fields of the report that a kind of pruning adds"""
+        """Return the fields of the report that a kind of pruning adds."""
         return {}
 
     def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:
@@ -323,15 +331,17 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         return FinishedLayers(Path(self.resume_dir), run)
 
     def _determines_the_result(self) -> dict[str, Any]:
-        """Fields on which the result depends"""
+        """Return the fields on which the result depends."""
         method = set(type(self).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
         fields: dict[str, Any] = self.model_dump(mode="json", include=method)
         return fields
 
     def _check_sharing(self, chains_layers: bool) -> None:
         """
+        Refuse to share layers out that depend on one another.
+
         :param chains_layers: whether a layer depends on how those before it were pruned
-        :raises ValueError: if layers are to be shared out that cannot be
+        :raises ValueError: if layers are to be shared out and cannot be
         """
         if self.layers is not None and self.resume_dir is None:
             raise ValueError(
@@ -348,7 +358,10 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[Schedule]:
-        """The toolkit tells nobody of an error, and the user's model lives on."""
+        """
+        Undo all changes of the model's behaviour if an error is raised. The toolkit
+        tells no modifier of an error, and the user goes on with the model.
+        """
         assert self._schedule is not None, "initialized before any event"
         try:
             yield self._schedule
@@ -365,9 +378,11 @@ def _folder(name: str | None) -> Path | None:
 
 def overridden(preset: Options, **given: Any) -> Options:
     """
-    :param preset: options, a dataclass
-    :param given: what a recipe has in their place; None where it has nothing
-    :return: the preset's values, apart from those that are given
+    Replace values of a preset by those of a recipe.
+
+    :param preset: the options of the preset, a dataclass
+    :param given: the recipe's values by their fields; None where it has no value
+    :return: the options with the values that are given, and the preset's others
     """
     given = {name: value for name, value in given.items() if value is not None}
     return replace(preset, **given)

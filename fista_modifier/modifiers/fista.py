@@ -45,9 +45,9 @@ NOT_TAKEN = {
 
 class FISTAPruningModifier(LayerwiseModifier):
     """
-    Prunes linear operators by FISTAPruner (Zhao et al., EMNLP 2025): each by an
-    ℓ1-regularised least squares problem, solved by FISTA, with λ tuned until the
-    rounded weight has the lowest output error (Algorithm 1).
+    A modifier that prunes linear operators by FISTAPruner (Zhao et al., EMNLP 2025).
+    Each operator is an ℓ1-regularised least squares problem, solved by FISTA, with λ
+    tuned until the rounded weight has the lowest output error (Algorithm 1).
 
     Sample yaml:
 
@@ -60,13 +60,15 @@ class FISTAPruningModifier(LayerwiseModifier):
           ignore: ["re:.*lm_head"]
     ```
 
-    Layers are independent, unless ``error_correction`` is "full". It says what X* is:
+    Layers are independent, unless ``error_correction`` is "full". This field says what
+    X* is:
 
     - ``none``: X* = X, the operator's input in the dense model
     - ``intra`` (the paper's): the layer's input is the dense model's; inside the layer,
       X* follows from the operators pruned before
     - ``full``: X* is the input in the model pruned so far, through all layers; X stays
-      the dense model's. One more run of each layer and one more set of its inputs.
+      the dense model's. This takes one more run of each layer and one more set of its
+      inputs.
     """
 
     sparsity: float | list[float] | None = Field(
@@ -256,8 +258,8 @@ class FISTAPruningModifier(LayerwiseModifier):
 
     def with_solver(self, solver: SolverFactory) -> FISTAPruningModifier:
         """
-        From Python, another solver may stand in the place of Algorithm 1. All else
-        stays: calibration, stages, error correction, reconstruction, reports.
+        Use another solver in place of Algorithm 1, from Python. All else stays:
+        calibration, stages, error correction, reconstruction, reports.
 
         :param solver: makes the solver of a stage from its sums
         :return: this modifier, with that solver
@@ -268,7 +270,7 @@ class FISTAPruningModifier(LayerwiseModifier):
     @model_validator(mode="before")
     @classmethod
     def _refuse_fields(cls, given: Any) -> Any:
-        """Those that a recipe of the toolkit may have and that have no meaning here."""
+        """Refuse fields of the toolkit's modifiers that have no meaning here."""
         for name, reason in NOT_TAKEN.items():
             if isinstance(given, dict) and name in given:
                 raise ValueError(f"{name} is no field of {cls.__name__}: {reason}")
@@ -277,14 +279,14 @@ class FISTAPruningModifier(LayerwiseModifier):
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _read_number(cls, value: Any) -> Any:
-        """YAML takes n:m without quotes for a number."""
+        """Read n:m without quotes, which YAML takes for a number."""
         is_number = isinstance(value, int) and not isinstance(value, bool)
         return mask_structure_of(value) if is_number else value
 
     @field_validator("patterns", mode="before")
     @classmethod
     def _read_numbers(cls, value: Any) -> Any:
-        """A sparsity is a number in YAML, and so is n:m without quotes."""
+        """Read a sparsity, and n:m without quotes, which YAML takes for numbers."""
         if not isinstance(value, dict):
             return value
         return {
@@ -295,7 +297,7 @@ class FISTAPruningModifier(LayerwiseModifier):
     @field_validator("sparsity_profile", mode="before")
     @classmethod
     def _read_profile(cls, value: Any) -> Any:
-        """The toolkit takes "OWL", too."""
+        """Read a profile in lower case, because the toolkit takes "OWL", too."""
         return value.lower() if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -315,7 +317,11 @@ class FISTAPruningModifier(LayerwiseModifier):
 
     @property
     def _owl(self) -> Owl | None:
-        """:raises ValueError: unless the three fields of OWL are there, or none is"""
+        """
+        The choice of sparsities by OWL; None if the recipe has no fields for it.
+
+        :raises ValueError: if only some of the three fields of OWL are there
+        """
         given = (self.sparsity_profile, self.owl_m, self.owl_lmbda)
         if any(given) and not all(given):
             raise ValueError(
@@ -334,7 +340,12 @@ class FISTAPruningModifier(LayerwiseModifier):
         return overridden(preset, start=self.warm_start, **given)
 
     def _check_order(self) -> None:
-        """:raises ValueError: if the warm start knows groups in their old order only"""
+        """
+        Refuse ``permute_channels`` with a warm start that would choose zeros in the old
+        order of the channels.
+
+        :raises ValueError: if the warm start is a one-shot method
+        """
         start = self._solver_options.start
         if self.permute_channels and start in get_args(OneShot) and not self._solver:
             raise ValueError(
@@ -361,9 +372,12 @@ class FISTAPruningModifier(LayerwiseModifier):
         self, state: State, layers: Sequence[DecoderLayer]
     ) -> SparseProcedure:
         """
-        :param state: of the toolkit's session
-        :param layers: of the model, with the operators to prune
-        :return: what is done to each layer
+        Return the procedure, which is what is done to each layer.
+
+        :param state: state of the toolkit's session, with the model and the data
+        :param layers: layers of the model, with the operators to prune; those that stay
+            dense are taken away
+        :return: the procedure
         :raises ValueError: if an operator has no pattern, cannot have it or is not
             finite
         """
@@ -384,13 +398,13 @@ class FISTAPruningModifier(LayerwiseModifier):
         self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
     ) -> tuple[SparseProcedure, set[str]]:
         """
-        What can be known before there are data and weights.
+        Return the procedure as far as it is known before there are data and weights.
 
-        :param model: that is to be pruned, maybe on the meta device
-        :param layers: of the model, with the operators that targets and ignore leave;
-            those that stay dense are taken away
-        :return: what is to be done to each layer, and the names of the operators whose
-            sparsity the data will change: it is their mean here
+        :param model: the model that is to be pruned, maybe on the meta device
+        :param layers: layers of the model, with the operators that targets and ignore
+            leave; those that stay dense are taken away
+        :return: the procedure, and the names of the operators whose sparsity the data
+            will change; the procedure has the mean of these sparsities
         :raises ValueError: as for :meth:`procedure`, apart from weights and data
         """
         by_data = self._patterns.chosen_by_data(model, layers)
@@ -408,7 +422,8 @@ class FISTAPruningModifier(LayerwiseModifier):
 
     def _determines_the_result(self) -> dict[str, Any]:
         method = super()._determines_the_result()
-        method["patterns"] = [[*entry] for entry in self.patterns.items()]  # ordered
+        # the last entry that matches an operator counts, so their order is kept
+        method["patterns"] = [[*entry] for entry in self.patterns.items()]
         if self._solver is not None:
             method["solver"] = str(self._solver)
         return method

@@ -1,4 +1,4 @@
-"""What a recipe will do to a model, as far as it is known before the run."""
+"""The forecast of what a recipe will do to a model, made before the run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class PlannedPattern:
     """
     The operators that are to have one pattern.
 
-    :param name: of the pattern
-    :param by_data: whether the data decide on the sparsity of each of them, and the
-        pattern has the mean
-    :param operators: how many there are
-    :param weights: entries of all of them
-    :param zeros: of these entries, as the pattern asks
+    :param name: the pattern's name
+    :param by_data: whether the data decide on the sparsity of each operator, and the
+        pattern has their mean
+    :param operators: number of operators
+    :param weights: entries of the weights of all these operators
+    :param zeros: number of these entries that will be zero
     """
 
     name: str
@@ -53,14 +53,15 @@ class PlannedPattern:
 @dataclass(frozen=True)
 class Forecast:
     """
-    What one modifier of a recipe will do.
+    The forecast of what one modifier of a recipe will do.
 
-    :param modifier: any of this package
+    :param modifier: a modifier of this package
     :param procedure: what it does to a layer
-    :param shape: of the layers that it changes
-    :param patterns: of the operators that get zeros, the most common first
-    :param share_of_layers: what these hold of the matrices in the decoder layers
-    :param plan: of the channels that leave, if it takes some out
+    :param shape: the shape of the layers that it changes
+    :param patterns: patterns of the operators that get zeros, the most common first
+    :param share_of_layers: share of the matrices in the decoder layers that these
+        operators hold
+    :param plan: the plan of the channels that leave; None if none leave
     """
 
     modifier: LayerwiseModifier
@@ -72,13 +73,13 @@ class Forecast:
 
     @property
     def sparsity(self) -> float:
-        """share of zeros in the weights of all operators that get some"""
+        """Share of zeros in the weights of all operators that get some."""
         weights = sum(pattern.weights for pattern in self.patterns)
         return sum(pattern.zeros for pattern in self.patterns) / max(weights, 1)
 
     @property
     def kept(self) -> float:
-        """share of the layers' weights that is left"""
+        """Share of the layers' weights that is left."""
         if self.plan is not None:
             return 1 - self.plan.removed
         return 1 - self.sparsity * self.share_of_layers
@@ -91,11 +92,11 @@ def forecasts(
     load: Callable[[], PreTrainedModel],
 ) -> Iterator[Forecast]:
     """
-    Go through a recipe. What follows a modifier that takes channels out is foreseen for
-    the smaller model.
+    Foresee what a recipe will do, modifier by modifier. A modifier that follows one
+    that takes channels out is foreseen for the smaller model.
 
-    :param modifiers: of the recipe, in its order
-    :param config: of the model
+    :param modifiers: the modifiers of the recipe, in its order
+    :param config: the model's configuration
     :param seq_len: tokens of a calibration sequence
     :param load: loads the model; it is called if channels are to leave, since only runs
         of the layers show which can
@@ -188,7 +189,10 @@ def _of_channels(
 
 
 def _batches(model: PreTrainedModel, seq_len: int) -> list[dict[str, Tensor]]:
-    """Random tokens: which channels can leave does not depend on the text."""
+    """
+    Return batches of random tokens. They will do, because the text does not decide
+    which channels can leave.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     shape = 1, min(seq_len, PROBE_LENGTH)

@@ -1,4 +1,4 @@
-"""GPTQ in which pruned weights stay zero and kept ones make up for the rounding."""
+"""GPTQ that keeps pruned weights zero and lets kept ones make up for the rounding."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["MaskedGPTQModifier", "quantize_kept"]
 class MaskedGPTQModifier(GPTQModifier):  # type: ignore[misc]
     """
     The toolkit's ``GPTQModifier``, with all of its fields, for a model that was pruned
-    before: weights that are zero stay zero (llm-compressor 0.13 and later let GPTQ's
-    updates fill them in). The error of keeping a weight at zero is passed on to the
-    columns behind it, like that of rounding one, as SparseGPT does (Frantar & Alistarh,
-    2023, section 3.5).
+    before. Weights that are zero stay zero, while llm-compressor 0.13 and later let
+    GPTQ's updates fill them in. The error of keeping a weight at zero is passed on to
+    the columns behind it, like that of rounding one, as SparseGPT does (Frantar &
+    Alistarh, 2023, section 3.5).
 
     Sample yaml:
 
@@ -37,7 +37,7 @@ class MaskedGPTQModifier(GPTQModifier):  # type: ignore[misc]
           ignore: ["re:.*lm_head"]
     ```
 
-    Lifecycle: that of ``GPTQModifier``.
+    The lifecycle is that of ``GPTQModifier``.
     """
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
@@ -61,20 +61,21 @@ def quantize_kept(
     percdamp: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The toolkit's ``quantize_weight`` on the non-zero weights. Its scales are spread out
-    to one for each weight, and that of a pruned one is so large that all it can be
-    rounded to is zero, whatever the updates of other columns made of it.
+    Quantise the non-zero entries of weights by the toolkit's ``quantize_weight``. The
+    scales are spread out to one for each entry. The scale of a pruned entry is so large
+    that the entry can only be rounded to zero, whatever the updates of other columns
+    made of it.
 
     :param weights: batch×m×n; zeros are pruned
     :param hessians: batch×n×n
-    :param scale: in the layout of ``quant_args.strategy``, batch first
-    :param zero_point: in the same layout
-    :param global_scale: of each weight of the batch, or None
+    :param scale: scales in the layout of ``quant_args.strategy``, batch first
+    :param zero_point: zero points in the same layout
+    :param global_scale: global scale of each weight of the batch, or None
     :param quant_args: how to quantise
     :param blocksize: columns whose updates are gathered
     :param percdamp: damping, as a fraction of the mean of the Hessian's diagonal
-    :return: weights rounded to the grid, batch×m×n, zero where they were; loss of each;
-        which of them fell back to rounding to nearest
+    :return: weights rounded to the grid, batch×m×n, zero where they were zero; the loss
+        of each weight; and which of them fell back to rounding to nearest
     """
     pruned = weights == 0
     rows, columns = weights.shape[1:]
@@ -109,7 +110,7 @@ def quantize_kept(
 
 
 def _groups(quant_args: QuantizationArgs, columns: int, device: torch.device) -> Tensor:
-    """The group of each column, n"""
+    """Return the number of each column's group, n entries."""
     size = columns
     if quant_args.strategy == QuantizationStrategy.BLOCK:
         size = quant_args.block_structure[1]

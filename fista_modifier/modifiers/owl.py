@@ -39,11 +39,11 @@ DIGITS = 6
 @dataclass(frozen=True)
 class Owl:
     """
-    A layer keeps more weights the more outliers it has: weights whose |W_ij|·‖x_j‖ is
-    far above the layer's mean.
+    The choice of a sparsity for each layer by OWL. A layer keeps more weights the more
+    outliers it has. These are weights whose |W_ij|·‖x_j‖ is far above the layer's mean.
 
-    :param m: M, how many times the mean an outlier is at least
-    :param lmbda: λ, how far the sparsities of layers may lie from their mean
+    :param m: M: an outlier is more than M times the mean
+    :param lmbda: λ, half of the range of the layers' sparsities
     """
 
     m: float
@@ -58,8 +58,10 @@ class Owl:
         ranks: Ranks = ALONE,
     ) -> dict[str, float]:
         """
-        :param mean: of the sparsities
-        :param model: dense; it is run once over the data
+        Choose the sparsity of each layer.
+
+        :param mean: the mean of the sparsities
+        :param model: the dense model; it is run once over the data
         :param layers: decoder layers that are to be pruned
         :param data: calibration batches
         :param ranks: the processes of the run, each with batches of its own
@@ -88,7 +90,12 @@ class Owl:
         return sparsities
 
     def _spread(self, mean: float, shares: dict[str, float]) -> dict[str, float]:
-        """Shares of outliers, mapped to an interval of length 2λ around the mean."""
+        """
+        Map the layers' shares of outliers to sparsities, in an interval of length 2λ
+        around the mean. The layer with the most outliers gets the lowest sparsity.
+
+        :raises ValueError: if all shares are the same
+        """
         least, most = min(shares.values()), max(shares.values())
         if least == most:
             raise ValueError(
@@ -123,8 +130,8 @@ def _input_norms(
     ranks: Ranks,
 ) -> dict[Operator, Tensor]:
     """
-    Of each feature of the operators' inputs, the sum over batches of the norm in a
-    batch. The toolkit's sums are these divided by 128, of which nothing depends.
+    Return, for each feature of an operator's inputs, the sum over batches of its norm
+    in a batch. The toolkit's sums are these divided by 128; nothing depends on that.
     """
     norms = {one: torch.zeros(one.weight.shape[1]) for one in operators}
 

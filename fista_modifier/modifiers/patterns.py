@@ -1,4 +1,4 @@
-"""How sparse each operator becomes: what the fields of a recipe say of it."""
+"""The fields of a recipe that say how sparse each operator becomes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class PatternFields:
     the pattern of the last entry of ``patterns`` that matches it. If none does, it has
     the default pattern, that of the other fields.
 
-    :param sparsity: of the default pattern; a list has one for each decoder layer
+    :param sparsity: sparsity of the default pattern; a list has one for each decoder
+        layer
     :param mask_structure: name of the default pattern, or "0:0"
     :param patterns: names of patterns, or "dense", by targets
-    :param owl: how a sparsity is spread over the layers; None to spread it evenly
+    :param owl: OWL, which spreads the sparsity over the layers; None spreads it evenly
     :raises ValueError: if the fields contradict one another, or name no pattern
     """
 
@@ -78,11 +79,14 @@ class PatternFields:
         self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
     ) -> dict[str, SparsityPattern]:
         """
-        :param model: that is to be pruned; its weights are not looked at
-        :param layers: with the operators that targets and ignore leave
-        :return: what :meth:`of_operators` returns; where OWL chooses, the mean of its
-            sparsities
-        :raises ValueError: as there, apart from what OWL finds in the data
+        Return the pattern of each operator as far as it is known without data.
+
+        :param model: the model that is to be pruned; its weights are not looked at
+        :param layers: its layers, with the operators that targets and ignore leave
+        :return: the patterns as in :meth:`of_operators`; where OWL chooses, they have
+            the mean of its sparsities
+        :raises ValueError: as :meth:`of_operators`, apart from what OWL finds in the
+            data
         """
         return _sparse(layers, *self._fields_for(model, layers))
 
@@ -90,9 +94,11 @@ class PatternFields:
         self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
     ) -> set[str]:
         """
-        :param model: that is to be pruned
-        :param layers: with the operators that targets and ignore leave
-        :return: names of the operators whose sparsity OWL chooses
+        Return the names of the operators whose sparsity OWL chooses.
+
+        :param model: the model that is to be pruned
+        :param layers: its layers, with the operators that targets and ignore leave
+        :return: the names; none without OWL
         """
         if self.owl is None:
             return set()
@@ -107,11 +113,13 @@ class PatternFields:
         ranks: Ranks = ALONE,
     ) -> dict[str, SparsityPattern]:
         """
-        :param model: that is to be pruned
-        :param layers: with the operators that targets and ignore leave
+        Return the pattern of each operator.
+
+        :param model: the model that is to be pruned
+        :param layers: its layers, with the operators that targets and ignore leave
         :param data: calibration batches, for OWL
         :param ranks: the processes of the run, each with batches of its own
-        :return: the pattern of each operator by its name; those that stay dense are
+        :return: the patterns by the operators' names; operators that stay dense are
             left out
         :raises ValueError: if an entry of ``patterns`` decides on no operator, if an
             operator has no pattern, if there are more or fewer sparsities than layers,
@@ -125,7 +133,12 @@ class PatternFields:
     def _fields_for(
         self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
     ) -> tuple[dict[str, str], dict[str, SparsityPattern | None]]:
-        """Entries of ``patterns``, by operators, and default patterns, by layers"""
+        """
+        Return the entries of ``patterns`` by the operators' names, and the default
+        patterns by the layers' names.
+
+        :raises ValueError: if an operator has neither
+        """
         names = [operator.name for layer in layers for operator in layer.operators]
         entries = self._entries(model, names)
         defaults = self._defaults(layers)
@@ -139,7 +152,12 @@ class PatternFields:
         return entries, defaults
 
     def _entries(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-        """The entry of ``patterns`` for each operator that it matches"""
+        """
+        Return the pattern's name for each operator that an entry of ``patterns``
+        matches, by the operators' names.
+
+        :raises ValueError: if an entry decides on no operator
+        """
         deciding: dict[str, str] = {}
         entries = self.patterns or {}
         for target in entries:
@@ -163,7 +181,10 @@ class PatternFields:
     def _defaults(
         self, layers: Sequence[DecoderLayer]
     ) -> dict[str, SparsityPattern | None]:
-        """The default pattern of each layer that has one, by the layer's name."""
+        """
+        Return the default pattern of each layer that has one, by the layer's name. None
+        stands for a layer that stays dense.
+        """
         if not self._has_default:
             return {}
         if isinstance(self.sparsity, list):
@@ -181,7 +202,11 @@ class PatternFields:
     def _numbered(
         self, layers: Sequence[DecoderLayer], count: int
     ) -> Sequence[DecoderLayer]:
-        """The layers that the values of a list of sparsities belong to"""
+        """
+        Return the layers that the values of a list of sparsities belong to.
+
+        :raises ValueError: if there are more or fewer values than layers
+        """
         decoder_layers = [layer for layer in layers if layer.in_sequence]
         to_prune = _decoder_layers(layers)
         for numbered in (to_prune, decoder_layers):
@@ -226,7 +251,11 @@ def _sparse(
     entries: Mapping[str, str],
     defaults: Mapping[str, SparsityPattern | None],
 ) -> dict[str, SparsityPattern]:
-    """The patterns of the operators that do not stay dense"""
+    """
+    Return the patterns of the operators that do not stay dense.
+
+    :raises ValueError: if all of them stay dense
+    """
     chosen = {
         operator.name: (
             _named(entries[operator.name])
@@ -243,10 +272,10 @@ def _sparse(
 
 
 def _named(name: str) -> SparsityPattern | None:
-    """The pattern of a name; None for "dense" """
+    """Return the pattern that has a name; None for "dense"."""
     return None if name == DENSE else pattern_of(name)
 
 
 def _decoder_layers(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
-    """The decoder layers with operators to prune"""
+    """Return the decoder layers that have operators to prune."""
     return [layer for layer in layers if layer.in_sequence and layer.operators]

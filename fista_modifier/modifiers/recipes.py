@@ -1,4 +1,4 @@
-"""Recipes from files and texts, with a message for what the toolkit passes over.
+"""Recipes from files and texts, with a message for what the toolkit would pass over.
 
 The toolkit reads stages whose names end in ``_stage`` and groups whose names end in
 ``_modifiers``, and drops the rest without a word.
@@ -23,6 +23,8 @@ EXAMPLE = "pruning_stage: pruning_modifiers: FISTAPruningModifier: …"
 
 def read_recipe(recipe: str | Path | Recipe | Modifier | Sequence[Modifier]) -> Recipe:
     """
+    Read a recipe.
+
     :param recipe: a YAML, JSON or Markdown file, YAML text, or modifiers
     :return: the recipe, with one modifier at least
     :raises FileNotFoundError: if there is no such file
@@ -50,10 +52,10 @@ def read_recipe(recipe: str | Path | Recipe | Modifier | Sequence[Modifier]) -> 
 
 def notice_what_is_dropped(modifiers: Sequence[type[Modifier]]) -> None:
     """
-    From now on the toolkit refuses a recipe, also that of ``oneshot()``, which names a
-    modifier of this package where it would pass over it.
+    Make the toolkit refuse a recipe that names a modifier of this package where the
+    toolkit would pass over it. This also holds for the recipe of ``oneshot()``.
 
-    :param modifiers: of this package
+    :param modifiers: the modifiers of this package
     """
     read = Recipe.from_dict.__func__
     names = {modifier.__name__ for modifier in modifiers}
@@ -69,7 +71,7 @@ def notice_what_is_dropped(modifiers: Sequence[type[Modifier]]) -> None:
 
 
 def _count(content: Any, names: set[str]) -> int:
-    """How often one of the names is a key"""
+    """Count how often one of the names is a key of nested mappings."""
     if not isinstance(content, dict):
         return 0
     return sum((key in names) + _count(one, names) for key, one in content.items())
@@ -78,7 +80,7 @@ def _count(content: Any, names: set[str]) -> int:
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or not one at all
+    except (OSError, ValueError):  # it is too long for a name, or not one at all
         return False
 
 
@@ -86,7 +88,7 @@ def _parsed(text: str, name: str, ending: str) -> Recipe:
     if ending == ".md":
         text = _front_matter(text, name)
     try:
-        # as in the toolkit: not all that is JSON is YAML, too
+        # JSON comes first, as in the toolkit: not all that is JSON is YAML, too
         content = _json(text) or yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -119,7 +121,7 @@ def _front_matter(text: str, name: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML in which no name may be given twice: the first would have no effect."""
+    """A loader of YAML that refuses a name given twice: only one would count."""
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -139,7 +141,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def _check(content: dict[Any, Any], name: str) -> None:
-    """:raises ValueError: naming what the toolkit would drop"""
+    """
+    Refuse a recipe of which the toolkit would drop a part.
+
+    :raises ValueError: if there is such a part; the message names it
+    """
     for stage, groups in content.items():
         if not str(stage).endswith("_stage"):
             # variables and remarks have no effect of their own

@@ -57,8 +57,8 @@ PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
 class StructuredModifier(LayerwiseModifier):
     """
-    Takes whole channels out of a model, which becomes smaller, dense and faster
-    wherever it is served (docs/structured.md).
+    A modifier that takes whole channels out of a model. The model becomes smaller, is
+    dense, and is faster wherever it is served (docs/structured.md).
     """
 
     sparsity: float = Field(
@@ -178,12 +178,12 @@ class StructuredModifier(LayerwiseModifier):
 
     @property
     def removed(self) -> float:
-        """share of the decoder layers' parameters that leaves, exactly"""
+        """Exact share of the decoder layers' parameters that leaves the model."""
         return self._plan.removed
 
     @property
     def method(self) -> str:
-        """the published one, with the choice of channels where it is another"""
+        """Name of the published method, and of the selector if it is another one."""
         if self.selector in (None, self.SELECTOR):
             return self.PUBLISHED
         return f"{self.PUBLISHED}, with channels chosen by '{self.selector}'"
@@ -251,9 +251,11 @@ class StructuredModifier(LayerwiseModifier):
         self, state: State, layers: Sequence[DecoderLayer]
     ) -> StructuredProcedure:
         """
-        :param state: of the toolkit's session
-        :param layers: of the model, with the operators that may be changed
-        :return: what is done to each layer
+        Return the procedure, which is what is done to each layer.
+
+        :param state: state of the toolkit's session, with the model and the data
+        :param layers: layers of the model, with the operators that may be changed
+        :return: the procedure
         :raises ValueError: if channels cannot leave the model, or too many would
         """
         self._check_is_first(active_session().lifecycle.recipe.modifiers)
@@ -267,11 +269,13 @@ class StructuredModifier(LayerwiseModifier):
         modifiers: Iterable[Modifier],
     ) -> StructuredProcedure:
         """
-        :param model: dense, with its weights
-        :param layers: of the model, with the operators that may be changed
-        :param batches: any tokens
-        :param modifiers: of the recipe, this one among them
-        :return: what is done to each layer
+        Return the procedure before there are calibration data.
+
+        :param model: the dense model, with its weights
+        :param layers: layers of the model, with the operators that may be changed
+        :param batches: batches of any tokens
+        :param modifiers: the modifiers of the recipe, this one among them
+        :return: the procedure
         :raises ValueError: as for :meth:`procedure`
         """
         self._check_is_first(modifiers)
@@ -314,11 +318,17 @@ class StructuredModifier(LayerwiseModifier):
 
     @property
     def zeroed(self) -> float:
-        """share of the decoder layers' parameters that is zeros in place, exactly"""
+        """Exact share of the decoder layers' parameters that is zeros in place."""
         return self._plan.zeroed
 
     def _check_is_first(self, modifiers: Iterable[Modifier]) -> None:
-        """A recipe is initialised as a whole, before any of its modifiers runs."""
+        """
+        Refuse a recipe in which another pruning modifier comes before this one. The
+        model shows no zeros of the other one yet, because a recipe is initialised as a
+        whole, before any of its modifiers runs.
+
+        :raises ValueError: if there is such a modifier
+        """
         for other in modifiers:
             if other is self:
                 return
@@ -334,7 +344,8 @@ class StructuredModifier(LayerwiseModifier):
 
     def check_quantisable(self) -> None:
         """
-        To be called when all modifiers of the recipe are initialised.
+        Refuse sizes that cannot be quantised as the recipe asks. All modifiers of the
+        recipe must be initialised before.
 
         :raises ValueError: if an operator is to be quantised in groups of columns into
             which its new columns cannot be divided
@@ -370,9 +381,9 @@ class StructuredModifier(LayerwiseModifier):
 
 class FASPPruningModifier(StructuredModifier):
     """
-    Takes channels out of a model by FASP (Hu, Zhao, Yuan et al., 2025): those whose
-    scores |W_ij| ‖X_j‖, summed over a column, are lowest; least squares restores the
-    operators that read them.
+    A modifier that takes channels out of a model by FASP (Hu, Zhao, Yuan et al., 2025).
+    Those channels leave whose scores |W_ij| ‖X_j‖, summed over a column, are lowest.
+    Least squares restores the operators that read them.
 
     Sample yaml:
 
@@ -392,11 +403,12 @@ class FASPPruningModifier(StructuredModifier):
 
 class SPAPPruningModifier(StructuredModifier):
     """
-    Takes channels out of a model by SPAP's penalty method (Hu, Yuan, 2025): the error
-    is minimised over the share z ∈ [0, 1] of each channel that is kept, and a growing
-    penalty makes z binary. With preset "paper" the weights of an MLP's last operator
-    and of its linear one are then found in turn (alternating minimisation), and no
-    layer is trained. The abstract gives no formulas, so this is our reading of it.
+    A modifier that takes channels out of a model by SPAP's penalty method (Hu, Yuan,
+    2025). The error is minimised over the share z ∈ [0, 1] of each channel that is
+    kept, and a growing penalty makes z binary. With preset "paper" the weights of an
+    MLP's last operator and of its linear one are then found in turn (alternating
+    minimisation), and no layer is trained. The abstract gives no formulas, so this is
+    our reading of it.
 
     Sample yaml:
 

@@ -1,4 +1,4 @@
-"""Alternating minimisation of an MLP whose channels are chosen, over the tokens."""
+"""Alternating minimisation, over the tokens, of an MLP whose channels are chosen."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ __all__ = ["Alternated", "alternated"]
 @dataclass(frozen=True)
 class Alternated:
     """
+    What alternating minimisation found for an MLP.
+
     :param pruned: channels that stay, and the consumer's weight on them
-    :param producer: the linear one
-    :param weight: of it, out×in of the old shape
-    :param bias: of it, if it has one
+    :param producer: the linear producer
+    :param weight: new weight of the linear producer, out×in, of the old shape
+    :param bias: new bias of the linear producer; None if it has no bias
     """
 
     pruned: PrunedChannels
@@ -40,7 +42,7 @@ class Alternated:
 
 
 class _Batches:
-    """Passes over the tokens, as many as are asked for"""
+    """The batches of an MLP's tokens, which can be passed over any number of times."""
 
     def __init__(self, tokens: MLPTokens) -> None:
         self._tokens = tokens
@@ -61,14 +63,14 @@ def alternated(
     Alternate over the weights of the consumer (D) and of the linear producer (U), from
     least squares on. U is that of the dense model, and has its bias as a last column.
 
-    :param task: of the layer
-    :param plan: of a group that has a linear producer
-    :param pruned: its channels that stay, and the consumer's weight on them
+    :param task: the task of the layer
+    :param plan: the plan of a group that has a linear producer
+    :param pruned: the group's channels that stay, and the consumer's weight on them
     :param replays: the runs that show the consumer's inputs
     :param calls: how often the consumer is called in one run of the layer
-    :param alternation: how long
-    :return: the weights, alike on all ranks; None if the error in the operators' dtype
-        did not fall
+    :param alternation: the steps: how many rounds, and with which damping
+    :return: the weights, alike on all ranks; None if the tokens are not those of one
+        MLP, or if the error in the operators' dtype did not fall
     """
     assert plan.group.linear is not None, "there is a linear producer"
     producer, consumer = plan.group.linear.operator, plan.consumer.operator
@@ -99,7 +101,10 @@ def alternated(
 
 
 def _rows(operator: Operator, rows: Tensor) -> Tensor:
-    """With their biases as a last column, if there are any"""
+    """
+    Return some rows of an operator's weight, with their biases as a last column if it
+    has a bias.
+    """
     weight, bias = operator.weight, operator.module.bias
     rows = rows.to(weight.device)
     if bias is None:
@@ -110,7 +115,10 @@ def _rows(operator: Operator, rows: Tensor) -> Tensor:
 def _with_rows(
     operator: Operator, rows: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The operator's weight and bias with other rows: see :func:`_rows`"""
+    """
+    Return the operator's weight and bias (None without one) with new values in some
+    rows, which are laid out as :func:`_rows` returns them.
+    """
     weight, bias = operator.weight.clone(), operator.module.bias
     rows = rows.to(weight.device)
     weight[rows] = values[:, : weight.shape[1]].to(weight)

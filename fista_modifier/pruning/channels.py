@@ -1,4 +1,4 @@
-"""Which channels leave a model, how many, and what its configuration becomes."""
+"""The plan of the channels that leave a model, and of its new configuration."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ KIND: dict[Structure, str] = {
 @dataclass(frozen=True)
 class GroupPlan:
     """
+    A channel group, and how many of its channels stay.
+
     :param group: channels of one layer
     :param keep: how many of them stay
     """
@@ -42,17 +44,23 @@ class GroupPlan:
 
     @property
     def consumer(self) -> Members:
-        """the operator that reads them, with the columns of each channel"""
+        """The operator that reads the channels, with the columns of each channel."""
         return self.group.consumers[0]
 
     @property
     def zeroes(self) -> bool:
-        """whether channels that go are zeros in place, as no loader would do without"""
+        """
+        True if channels that go become zeros in place, because no loader would take the
+        model without them.
+        """
         return self.group.kind == "values"
 
     @property
     def parameters(self) -> int:
-        """of one channel: rows and biases of producers, columns of the consumer"""
+        """
+        Number of parameters of one channel: rows and biases of the producers, and
+        columns of the consumer.
+        """
         rows = sum(
             indices.shape[1] * (one.shape[1] + (one.module.bias is not None))
             for one, indices in self.group.producers
@@ -64,10 +72,13 @@ class GroupPlan:
 @dataclass(frozen=True)
 class ChannelPlan:
     """
-    :param groups: of each layer that loses channels, by its name
-    :param changes: of the model's configuration
+    The channels that leave a model, and what its configuration becomes.
+
+    :param groups: the plans of each layer that loses channels, by the layer's name
+    :param changes: changes of the model's configuration
     :param removed: share of the decoder layers' parameters that leaves, exactly
-    :param zeroed: share of them that is zeros in place, exactly
+    :param zeroed: share of the decoder layers' parameters that become zeros in place,
+        exactly
     """
 
     groups: Mapping[str, Sequence[GroupPlan]] = field(default_factory=dict)
@@ -77,7 +88,10 @@ class ChannelPlan:
 
     @property
     def zero_rows(self) -> dict[str, int]:
-        """of each operator that gets some, how many rows become zeros in place"""
+        """
+        Number of rows that become zeros in place, by the name of each operator that
+        gets some.
+        """
         rows: defaultdict[str, int] = defaultdict(int)
         for plan in (one for plans in self.groups.values() for one in plans):
             for operator, indices in plan.group.producers if plan.zeroes else ():
@@ -94,20 +108,21 @@ def plan_channels(
     multiple_of: int,
 ) -> ChannelPlan:
     """
-    All layers keep equally many channels, since no loader takes layers of different
-    sizes. About the same share of each structure leaves. Heads are few, so the many
-    channels of MLPs make up for the rest of their share. Dimensions of values do not
-    leave: they become zeros in place.
+    Plan how many channels of each group leave. All layers keep equally many channels,
+    since no loader takes layers of different sizes. About the same share of each
+    structure leaves. Heads are few, so the many channels of MLPs make up for the rest
+    of their share. Dimensions of values do not leave: they become zeros in place.
 
-    :param model: dense
-    :param layers: of the model, with the operators that may be changed
+    :param model: the dense model
+    :param layers: layers of the model, with the operators that may be changed
     :param batches: calibration data, of which a few tokens show who reads what
-    :param structures: what leaves
+    :param structures: the kinds of channels that leave
     :param sparsity: share of the decoder layers' parameters that is to leave
     :param multiple_of: the number of an MLP's channels stays a multiple of this
     :return: the plan
-    :raises ValueError: if channels cannot leave the model, with the reason, or so few
-        are left that there is no multiple of them
+    :raises ValueError: if channels cannot leave the model, with the reason, or if the
+        sparsity leaves less than one multiple of an MLP's channels, takes less than
+        half a multiple, or would take all of another structure
     """
     found = probed_layers(model, layers, batches, _usable)
     chosen: dict[str, dict[Structure, list[ChannelGroup]]] = {}
@@ -152,7 +167,11 @@ def _keeps(
     to_remove: float,
     multiple_of: int,
 ) -> dict[tuple[Structure, int], int]:
-    """How many channels stay, by the structure and the number that there are."""
+    """
+    Return how many channels stay, by the structure and the number of its channels.
+
+    :raises ValueError: if the sparsity is too large or too small for a structure
+    """
     costs: defaultdict[tuple[Structure, int], int] = defaultdict(int)
     for by_structure in chosen.values():
         for structure, groups in by_structure.items():
@@ -203,7 +222,7 @@ def _multiple(size: int, share: float, multiple_of: int) -> int:
 
 
 def _sizes(plans: Iterable[GroupPlan]) -> dict[int, int]:
-    """The new size for each old size that a configuration may have"""
+    """Return the new size for each old size that a configuration may have."""
     sizes = {}
     for plan in plans:
         sizes[plan.group.size] = plan.keep
@@ -216,7 +235,9 @@ def _sizes(plans: Iterable[GroupPlan]) -> dict[int, int]:
 
 
 def _shapes(plans: Iterable[GroupPlan]) -> Iterator[tuple[str, torch.Size]]:
-    """The stored shapes of the parameters that become smaller, by their names"""
+    """
+    Yield the name and the new shape, as stored, of each parameter that becomes smaller.
+    """
     smaller: defaultdict[Operator, list[int]] = defaultdict(lambda: [0, 0])
     for plan in plans:
         leaving = plan.group.size - plan.keep
@@ -235,7 +256,10 @@ def _shapes(plans: Iterable[GroupPlan]) -> Iterator[tuple[str, torch.Size]]:
 
 
 def _usable(layer: ProbedLayer) -> tuple[list[ChannelGroup], str]:
-    """Groups whose channels can leave, and why those of other operators cannot"""
+    """
+    Return the groups whose channels can leave, and sentences that say why those of
+    other operators cannot.
+    """
     groups = []
     reasons = [layer.found.why_not(operator) for operator in layer.operators]
     for group in layer.found.groups:
@@ -250,7 +274,7 @@ def _usable(layer: ProbedLayer) -> tuple[list[ChannelGroup], str]:
 def _problem(
     group: ChannelGroup, targets: set[Operator], call: LayerCall
 ) -> str | None:
-    """Why a group cannot be pruned; None if it can"""
+    """Return the reason why a group cannot be pruned; None if it can."""
     names = ", ".join(sorted(operator.name for operator in group.operators))
     if not group.operators <= targets:
         return f"The channels of {names} are not all among targets."

@@ -1,4 +1,4 @@
-"""What the procedures of this package share: X*, and the training of a layer."""
+"""The base of this package's procedures: X*, and the training of a layer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ErrorCorrection = Literal["none", "intra", "full"]
 @dataclass(frozen=True, kw_only=True)
 class CorrectedProcedure:
     """
-    Goes through a layer wave by wave.
+    The base of the procedures of this package, which go through a layer wave by wave.
 
-    :param reconstruction: of a layer, once its operators are pruned
+    :param reconstruction: the training of a layer, once its operators are pruned
     :param error_correction: what X* is: the operator's input in the dense model
         ("none"), in the layer as far as it is pruned ("intra"), or in the model pruned
         so far ("full")
@@ -38,32 +38,35 @@ class CorrectedProcedure:
 
     @property
     def reconstructs(self) -> bool:
-        """whether layers are trained at all"""
+        """True if layers are trained at all."""
         return self.reconstruction.epochs > 0
 
     @property
     def corrects_errors(self) -> bool:
-        """whether X* follows what was pruned before (otherwise X* = X)"""
+        """True if X* follows what was pruned before; otherwise X* = X."""
         return self.error_correction != "none"
 
     @property
     def chains_layers(self) -> bool:
-        """whether a layer depends on how those before it were pruned"""
+        """True if a layer depends on how those before it were pruned."""
         return self.error_correction == "full"
 
     def recorded(self, layer: DecoderLayer) -> Recorded:
         """
-        :param layer: with operators that are to be pruned
-        :return: what its task has to have
+        Return what has to be recorded of a layer for its task.
+
+        :param layer: a layer with operators that are to be pruned
+        :return: whether its outputs and those of its blocks are recorded
         """
         return Recorded(outputs=self.trains(layer), block_outputs=self.corrects_errors)
 
     def trains(self, layer: DecoderLayer) -> bool:
         """
-        A lone operator has no layer around it, and its refit is all there is.
+        Say whether what is left of a layer is trained. A lone operator has no layer
+        around it, and its refit is all there is.
 
-        :param layer: any
-        :return: whether what is left of it is trained
+        :param layer: any layer
+        :return: whether it is trained
         """
         return self.reconstructs and layer.in_sequence and bool(layer.operators)
 
@@ -75,14 +78,15 @@ class CorrectedProcedure:
         biases: Mapping[Operator, Tensor] = UNCHANGED,
     ) -> Iterator[tuple[list[Stage], list[GramStatistics], Replays]]:
         """
-        The stages of each wave, with the sums over their inputs and the runs that
-        showed them. Nothing in a layer is as large as the sums: whoever takes them may
-        empty the list.
+        Yield the stages of each wave, with the sums over their inputs and the runs that
+        showed them. Nothing in a layer is as large as the sums, so the caller may empty
+        the list to free them early.
 
-        :param task: of the layer
-        :param operators: whose inputs are asked for
-        :param weights: out×in, of what is pruned already; added to between the steps
-        :param biases: likewise, of operators that have got another bias
+        :param task: the task of the layer
+        :param operators: the operators whose inputs are asked for
+        :param weights: weights, out×in, of what is pruned already; the caller adds to
+            them between the steps
+        :param biases: biases of the operators that have got another bias, likewise
         :raises ValueError: if an activation is NaN or infinite
         """
         recording, ranks = task.recording, task.ranks

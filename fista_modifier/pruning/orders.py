@@ -1,4 +1,4 @@
-"""In which order the channels between two operators cost an n:m pattern least."""
+"""Orders of the channels between two operators in which an n:m pattern costs least."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def plan_orders(
     patterns: Mapping[str, SparsityPattern],
 ) -> dict[Operator, list[Interchangeable]]:
     """
-    :param model: dense
-    :param layers: of the model, with the operators that may be changed
+    Find the channels that can change places before each operator. All operators that
+    have such channels get n:m patterns, as another pattern might not be the same for
+    rows in another order.
+
+    :param model: the dense model
+    :param layers: layers of the model, with the operators that may be changed
     :param batches: calibration data, of which a few tokens show who reads what
-    :param patterns: of each operator, by its name
-    :return: the channels that can change places before each operator that reads some.
-        All operators that have them get n:m patterns, as another pattern might not be
-        the same for rows in another order
+    :param patterns: the pattern of each operator, by the operator's name
+    :return: for each operator that reads such channels, these channels
     """
     if not any(pattern.group for pattern in patterns.values()):
         return {}
@@ -51,7 +53,7 @@ def plan_orders(
 
 
 def _usable(layer: ProbedLayer) -> tuple[list[Interchangeable], str]:
-    if not layer.calls:  # the data do not reach the layer
+    if not layer.calls:  # The data do not reach the layer.
         return [], ""
     known = set(layer.targets)
     found = interchangeable(layer.found)
@@ -63,12 +65,13 @@ def best_order(
     channels: Interchangeable, statistics: GramStatistics, pattern: SparsityPattern
 ) -> Tensor:
     """
-    By Wanda's scores, squared: |W_ij|² G_jj, what an entry adds to the error if the
-    features are uncorrelated.
+    Find the order of channels in which an n:m pattern costs least by Wanda's scores,
+    squared. The score |W_ij|² G_jj is what an entry adds to the error if the features
+    are uncorrelated.
 
-    :param channels: before one operator
+    :param channels: channels before one operator
     :param statistics: sums over the operator's input
-    :param pattern: n:m
+    :param pattern: an n:m pattern
     :return: long, the channel that comes to each place
     """
     assert pattern.group is not None
@@ -77,7 +80,7 @@ def best_order(
     scores = weight.square() * statistics.gram.diagonal().to(device)
     order = torch.arange(channels.group.size)
     for some, columns in zip(channels.sets, channels.columns, strict=True):
-        # all columns of a channel change places together
+        # All columns of a channel change places together.
         stacked = torch.cat([scores[:, one] for one in columns.T.to(device)])
         order[some] = some[regrouped(stacked, NofM(*pattern.group)).cpu()]
     return order

@@ -1,4 +1,4 @@
-"""Presets: procedures that have a name."""
+"""The presets: procedures that have a name."""
 
 from __future__ import annotations
 

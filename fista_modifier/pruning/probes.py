@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from compressed_tensors.offload import disable_onloading, get_execution_device
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from torch.nn import Module
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.channels import LayerGroups, find_groups
@@ -30,10 +31,13 @@ PROBED = 8
 @dataclass(frozen=True)
 class ProbedLayer:
     """
-    :param targets: operators of a layer that may be changed
-    :param operators: all of its operators, these among them
-    :param found: its groups
-    :param calls: of the layer, with a few tokens of the calibration data
+    A layer with the channel groups that a probe found in it.
+
+    :param targets: operators of the layer that may be changed
+    :param operators: all operators of the layer, these among them
+    :param found: the channel groups of the layer
+    :param calls: calls of the layer with a few tokens of the calibration data; empty if
+        the data do not reach it
     """
 
     targets: Sequence[Operator]
@@ -43,12 +47,15 @@ class ProbedLayer:
 
 
 class OfLayer(Protocol):
-    """What was found in one layer, and holds in others of its kind."""
+    """A thing that was found in one layer, and holds in others of its kind."""
 
     def moved(self, operator_of: Callable[[Operator], Operator]) -> Any:
         """
-        :param operator_of: the other layer's operator in the place of one of this layer
-        :return: the same of the other layer
+        Return the counterpart of this thing in another layer.
+
+        :param operator_of: returns the other layer's operator in the place of one of
+            this layer
+        :return: the same thing of the other layer
         """
         ...
 
@@ -63,13 +70,15 @@ def probed_layers(
     look: Callable[[ProbedLayer], tuple[list[Found], str]],
 ) -> dict[DecoderLayer, tuple[list[Found], str]]:
     """
-    Layers of the same parts have the same groups, so only one of them is probed.
+    Probe layers and look for something in each. Layers of the same parts have the same
+    groups, so only one of them is probed.
 
-    :param model: dense
-    :param layers: of the model
+    :param model: the dense model
+    :param layers: layers of the model
     :param batches: calibration data, of which a few tokens show who reads what
     :param look: takes what is wanted from a layer, and says why there is no more
-    :return: that, of each decoder layer with operators that may be changed
+    :return: what ``look`` returned, moved to each decoder layer with operators that may
+        be changed
     """
     decoder = [layer for layer in layers if layer.in_sequence and layer.operators]
     kinds = {layer: _kind(layer) for layer in decoder}
@@ -90,7 +99,10 @@ def probed_layers(
 
 
 def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
-    """What layers with the same groups share"""
+    """
+    Return what layers with the same groups share: class, shapes of parameters, and
+    names of operators.
+    """
     with disable_onloading():
         parameters = tuple(
             (name, value.shape) for name, value in layer.module.named_parameters()
@@ -108,11 +120,13 @@ def _calls(
     layers: Sequence[DecoderLayer],
     batches: Iterable[dict[str, Any]],
 ) -> dict[DecoderLayer, LayerInputs]:
-    """The calls of layers in the first batches, which run as far as the last layer"""
+    """Run the first batches, as far as the last of the layers. Return their calls."""
     inputs = {layer: LayerInputs(layer.module) for layer in layers}
+    waiting: set[Module] = set()
 
-    def stop(*_: Any) -> None:
-        if all(len(one) for one in inputs.values()):
+    def stop(layer: Module, *_: Any) -> None:
+        waiting.discard(layer)
+        if not waiting:
             raise _Stop
 
     device = get_execution_device(model)
@@ -123,13 +137,14 @@ def _calls(
             )
             hooks.enter_context(one.layer.register_forward_pre_hook(stop))
         for batch in islice(batches, PROBED):
+            waiting.update(one.layer for one in inputs.values())
             with suppress(_Stop):
                 model(**tensors_to_device(batch, device))
     return inputs
 
 
 class _Stop(Exception):
-    """Ends a run when all layers have been called."""
+    """The exception that ends a run when it has called every layer."""
 
 
 def _probed(layer: DecoderLayer, calls: Iterable[LayerCall]) -> ProbedLayer:

@@ -1,4 +1,4 @@
-"""Progress of a run and of the pruning of one layer."""
+"""The progress of a run and of the pruning of one layer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["LayerProgress", "RunProgress"]
 
 class RunProgress:
     """
-    How far a run is, from the layers that it has pruned so far.
+    The progress of a run, told by the layers that it has pruned so far.
 
-    :param layers: how many this process prunes
+    :param layers: how many layers this process prunes
     """
 
     def __init__(self, layers: int) -> None:
@@ -28,8 +28,10 @@ class RunProgress:
 
     def layer(self, layer: DecoderLayer) -> LayerProgress:
         """
-        :param layer: the next one
-        :return: its progress
+        Start the next layer.
+
+        :param layer: the next layer
+        :return: the progress of the layer
         """
         label = f"Pruning {layer.name} ({self._done + 1}/{self._layers}"
         if self._started is None:
@@ -44,11 +46,12 @@ class RunProgress:
 
 class LayerProgress:
     """
-    One bar for a layer: batches replayed and operators pruned; a log line for each
-    operator and for the reconstruction in the toolkit's METRIC level.
+    The progress of a layer. One bar counts batches replayed, and shows operators
+    pruned. In the toolkit's METRIC level there is a log line for each operator and for
+    the reconstruction.
 
-    :param name: of the layer
-    :param label: of the bar
+    :param name: name of the layer
+    :param label: label of the bar
     """
 
     def __init__(self, name: str, label: str) -> None:
@@ -67,11 +70,15 @@ class LayerProgress:
         self._bar.close()
 
     def on_batch(self) -> None:
-        """One batch was replayed for one stage, or trained on."""
+        """Count one batch that was replayed for one stage, or trained on."""
         self._bar.update()
 
     def on_operator(self, result: OperatorResult) -> None:
-        """One operator was pruned."""
+        """
+        Show one operator that was pruned.
+
+        :param result: what became of the operator
+        """
         self._bar.set_postfix_str(f"{result.kind} error {result.relative_error:.3f}")
         trials = f"λ {result.penalty:.2g} after {result.trials} trials, "
         logger.log(
@@ -82,7 +89,11 @@ class LayerProgress:
         )
 
     def on_reconstruction(self, result: ReconstructionResult) -> None:
-        """The layer was reconstructed."""
+        """
+        Log the reconstruction of the layer.
+
+        :param result: what became of the layer
+        """
         logger.log(
             "METRIC",
             f"{self._name}: reconstructed in {result.steps} steps, relative error "

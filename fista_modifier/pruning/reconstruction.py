@@ -50,7 +50,7 @@ class Reconstruction:
     How the kept weights of a layer are trained.
 
     :param epochs: passes over the calibration batches, one step of Adam a batch; may be
-        a fraction. 0 is none
+        a fraction. 0 means no training
     :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
     """
 
@@ -65,13 +65,14 @@ def reconstructed(
     biases: Mapping[Operator, Tensor] = UNCHANGED,
 ) -> tuple[dict[Operator, Tensor], ReconstructionResult]:
     """
-    Train on the batches of all ranks, on rank 0: a step follows the one before.
+    Train the kept weights of a layer on the batches of all ranks. Rank 0 does this
+    alone, because each step follows the one before.
 
     :param pruned: out×in weight of each operator, in the dtype of the module
-    :param task: of the layer, with the dense layer's outputs
-    :param options: how long and how fast
-    :param biases: of operators that have got another bias; they stay as they are
-    :return: the new weights, on all ranks, and what came of it
+    :param task: the task of the layer, whose recording has the dense layer's outputs
+    :param options: how long and how fast to train
+    :param biases: biases of operators that have got another bias; they stay as they are
+    :return: the new weights, on all ranks, and what became of the layer
     """
     whole, inputs = _collected(task)
 
@@ -84,7 +85,7 @@ def reconstructed(
         return [weights[operator].cpu() for operator in pruned], outcome
 
     trained = task.ranks.each(train)[0]
-    assert trained is not None  # rank 0 has it
+    assert trained is not None  # Rank 0 has it.
     weights, outcome = trained
     return {
         operator: weight.to(pruned[operator])
@@ -93,7 +94,10 @@ def reconstructed(
 
 
 def _collected(task: LayerTask) -> tuple[Recording, LayerInputs]:
-    """The recordings of all ranks, on rank 0"""
+    """
+    Return the recordings of all ranks and the inputs of the pruned layer, on rank 0.
+    Other ranks get their own.
+    """
     whole = task.recording.gathered(task.ranks, 0)
     if task.pruned_inputs is None:
         return whole, whole.inputs
@@ -121,21 +125,22 @@ def reconstruct(
 
     Adam has a short warm-up and a cosine decay. It takes one step a batch, in an order
     that the number of batches fixes. Weights and moments are float32 whatever the
-    model's dtype. Products of the steps are rounded to bfloat16 (on a GPU to
-    TensorFloat-32) where that is faster. That is noise of 0.2 % in the gradient of one
-    batch. Because a step is a batch, the result depends on the batch size. If the
-    layer's error does not fall (it is measured on every sixteenth batch), the weights
-    are returned as they came. It takes 16 bytes for each kept weight (itself, Adam's
-    two moments and where it is), a copy of the layer's operators in their own dtype,
-    the largest operator's gradient and the activations of one batch.
+    model's dtype. The factors of products in the steps are rounded to bfloat16 (on a
+    GPU to TensorFloat-32) where that is faster. This adds noise of 0.2 % to the
+    gradient of one batch. Because a step is a batch, the result depends on the batch
+    size. If the layer's error does not fall (it is measured on every sixteenth batch),
+    the weights are returned as they came. The training takes 16 bytes for each kept
+    weight (itself, Adam's two moments and its place), a copy of the layer's operators
+    in their own dtype, the largest operator's gradient and the activations of one
+    batch.
 
-    :param recording: of the dense layer, with its outputs
+    :param recording: the recording of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
     :param pruned: out×in weight of each operator, in the dtype of the module
-    :param options: how long and how fast
+    :param options: how long and how fast to train
     :param on_batch: called after each batch, for a progress bar
-    :param biases: of operators that have got another bias; they stay as they are
-    :return: the new weights, in the same dtypes, and what came of it
+    :param biases: biases of operators that have got another bias; they stay as they are
+    :return: the new weights, in the same dtypes, and what became of the layer
     """
     started = time.perf_counter()
     batches = range(len(inputs))
@@ -157,7 +162,7 @@ def reconstruct(
             for batch in islice(_shuffled(batches), steps):
                 with torch.enable_grad(), matmul_precision("bf16"):
                     loss = errors(batch).sum()
-                    # in float16 the gradients of a smaller multiple would underflow
+                    # In float16, gradients of a smaller multiple would underflow.
                     torch.autograd.backward(loss * recording.outputs[batch].shape[-1])
                 kept.end_step()
                 on_batch()
@@ -176,13 +181,13 @@ def reconstruct(
 
 
 def _token_errors(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """‖o* − o‖² / ‖o‖² of each real token of a batch"""
+    """Return ‖o* − o‖² / ‖o‖² of each real token of a batch."""
     target = target.to(output.device, torch.float32)
     norms = target.square().sum(-1).clamp_min(SMALLEST)
     errors = (output.float() - target).square().sum(-1) / norms
     if real is None:
         return errors.flatten()
-    # some layers have their tokens in one row, and some several outputs for each
+    # Some layers have their tokens in one row, and some several outputs for each token.
     real = real.to(errors.device)
     where = real if errors.shape[-2:] == real.shape else real.flatten()
     return errors[..., where].flatten()
@@ -199,7 +204,10 @@ def _errors(
     inputs: LayerInputs,
     batches: Iterable[int],
 ) -> tuple[float, dict[str, float]]:
-    """The errors of the layer and of each operator that all tokens reach, once each"""
+    """
+    Return the error of the layer, and the relative error of each operator by its name.
+    Operators that not all tokens reach exactly once are left out.
+    """
     of_layer: list[Tensor] = []
     squared: defaultdict[str, float] = defaultdict(float)
     power: defaultdict[str, float] = defaultdict(float)
@@ -226,8 +234,8 @@ def _outputs(
     operators: Iterable[Operator], call: LayerCall, real: RealTokens
 ) -> tuple[dict[Operator, Tensor], Tensor]:
     """
-    The outputs of each operator that all tokens reach once, and of the layer, real
-    tokens × out features, float32
+    Run a layer and return the outputs of each operator that all tokens reach exactly
+    once (real tokens × out features, float32), and the output of the layer.
     """
     outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
     partly: set[Operator] = set()
@@ -236,7 +244,7 @@ def _outputs(
         def hook(_module: torch.nn.Module, args: Any, output: Tensor) -> None:
             tokens = args[0].shape[:-1].numel()
             if tokens != call.tokens and not call.is_context(args[0]):
-                partly.add(operator)  # an expert
+                partly.add(operator)  # It is an expert.
             outputs[operator].append(real.rows(output, call, args[0]).float())
 
         return operator.module.register_forward_hook(hook)
@@ -254,7 +262,7 @@ def _outputs(
 
 
 def _shuffled(batches: Sequence[int]) -> Iterator[int]:
-    """One epoch after the other, each in an order of its own."""
+    """Yield the batches of one epoch after the other, each in an order of its own."""
     generator = torch.Generator().manual_seed(0)
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
@@ -262,27 +270,31 @@ def _shuffled(batches: Sequence[int]) -> Iterator[int]:
 
 
 def _share_of_rate(steps: int, step: int) -> float:
-    """Not a method: weights that a schedule refers to would wait for the collector."""
+    """
+    Return the learning rate of a step as a share of the highest. This is a function and
+    not a method, because weights that a schedule refers to would wait for the garbage
+    collector.
+    """
     warm_up = min(1, (step + 1) / WARM_UP_STEPS)
     return warm_up * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class _KeptWeights:
     """
-    Adam on the non-zero entries of weights, of which nothing else is kept. Each weight
-    takes its step as soon as its gradient is there, so that there is only ever one
-    gradient.
+    Adam on the non-zero entries of weights. It holds nothing for the other entries,
+    which stay zero. Each weight takes its step as soon as its gradient is there, so
+    that there is only ever one gradient.
 
     :param weights: out×in weights in the modules' dtype, contiguous, updated in place
     :param rate: the highest learning rate, as a share of the mean kept |W_ij|
-    :param steps: after which the rate is zero
+    :param steps: number of steps after which the rate is zero
     """
 
     def __init__(
         self, weights: dict[Operator, Tensor], rate: float, steps: int
     ) -> None:
         self._weights = weights
-        # 32 bits are enough for operators of two thousand million entries
+        # 32 bits are enough for operators of two thousand million entries.
         self._kept = {
             operator: weight.flatten().nonzero().flatten().to(torch.int32)
             for operator, weight in weights.items()
@@ -308,10 +320,11 @@ class _KeptWeights:
     @contextmanager
     def following_gradients(self) -> Iterator[None]:
         """
-        Let the backward passes within take the steps. An expert that no token of a
-        batch is routed to has no gradient, and takes none.
+        Let the backward passes within the context take the steps. An expert that no
+        token of a batch is routed to has no gradient, and takes no step.
         """
-        for operator in self._weights:  # another's gradient would be added to
+        for operator in self._weights:
+            # The new gradient would be added to an old one.
             operator.module.weight.grad = None
         hooks = [
             operator.module.weight.register_post_accumulate_grad_hook(
@@ -326,7 +339,10 @@ class _KeptWeights:
                 hook.remove()
 
     def end_step(self) -> None:
-        """To be called after each backward pass."""
+        """
+        Go on in the schedules of the learning rates. This is called after each backward
+        pass.
+        """
         for schedule in self._schedules:
             schedule.step()
 
@@ -340,5 +356,5 @@ class _KeptWeights:
         weight.view(-1).scatter_(0, self._kept[operator].long(), master.to(weight))
 
     def _entries(self, weight: Tensor, operator: Operator) -> Tensor:
-        """The kept entries, float32"""
+        """Return the kept entries of an operator's weight or gradient, float32."""
         return weight.reshape(-1).index_select(0, self._kept[operator]).float()

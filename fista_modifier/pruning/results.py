@@ -1,7 +1,8 @@
 """
 Results of each operator, of each layer and of a model, and the report of them.
 
-Nothing here needs the toolkit: a report can be read where that cannot be installed.
+Nothing here needs the toolkit (llm-compressor): a report can be read where that cannot
+be installed.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ class OperatorResult:
     """
     What became of one operator.
 
-    :param name: its module's name
+    :param name: name of the operator's module
     :param shape: (m, n), out and in features
     :param pattern: the sparsity asked for
     :param zeros: number of zero entries of W*
     :param relative_error: ‖W* X* − W X‖_F / ‖W X‖_F as the solver left the operator,
         over all calibration tokens; that is how it is stored, unless its layer was
         reconstructed
-    :param relative_start_error: the same of the warm start
+    :param relative_start_error: the relative error of the warm start
     :param penalty: λ of the best trial, in units of ``lambda_unit``; 0 if the warm
         start was never improved on
-    :param trials: values of λ tried
+    :param trials: number of values of λ tried
     :param iterations: FISTA iterations in all
     :param tokens: calibration tokens that reached the operator
-    :param seconds: wall time of the solver: of its stage, shared out by rows
-    :param reconstructed_error: where its layer was reconstructed, the error of the
-        weight as it is stored, over every sixteenth batch
+    :param seconds: wall time of the solver: that of its stage, shared out by rows
+    :param reconstructed_error: the error of the weight as it is stored, over every
+        sixteenth batch; None if its layer was not reconstructed
     :param search: the values of λ, in the order in which they were tried, with errors
         relative like those above
     """
@@ -84,41 +85,43 @@ class OperatorResult:
 
     @property
     def stored_error(self) -> float:
-        """of the weight as it is stored"""
+        """The relative error of the weight as it is stored."""
         if self.reconstructed_error is None:
             return self.relative_error
         return self.reconstructed_error
 
     @property
     def sparsity(self) -> float:
-        """share of zeros"""
+        """The share of zeros."""
         return self.zeros / (self.shape[0] * self.shape[1])
 
     @property
     def is_smaller(self) -> bool:
-        """whether it lost whole channels (of which some are zeros in place), and did
-        not get the zeros of a pattern"""
+        """
+        True if the operator lost whole channels (of which some are zeros in place), and
+        did not get the zeros of a pattern.
+        """
         return lost_channels(self.pattern)
 
     @property
     def kind(self) -> str:
-        """the last part of the name, such as "q_proj\""""
+        """The last part of the name, such as ``q_proj``."""
         return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class ReconstructionResult:
     """
-    What became of a layer. Errors are over the tokens of every sixteenth batch; those
+    What became of a layer. Errors are over the tokens of every sixteenth batch. Those
     of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being the layer's output
     for a token.
 
-    :param start_error: of the layer with its operators as the solver left them
-    :param error: of the layer as it is stored
+    :param start_error: error of the layer with its operators as the solver left them
+    :param error: error of the layer as it is stored
     :param operator_errors: ‖W* X* − W X‖_F / ‖W X‖_F of each operator as it is stored,
         by its name; none for an operator that not all tokens reach (an expert), as
         others may reach it in the dense than in the pruned layer
-    :param steps: of Adam; 0 if they did not pay and were undone
+    :param steps: steps of Adam; 0 if they did not lower the error and were undone
     :param seconds: wall time
     """
 
@@ -136,9 +139,9 @@ class Calibration:
 
     :param dataset: local file or hub id
     :param samples: number of sequences
-    :param seq_len: tokens in each
-    :param seed: of their choice
-    :param text_column: that holds the text, if the user named one
+    :param seq_len: tokens in each sequence
+    :param seed: seed of the choice of sequences
+    :param text_column: the column that holds the text, if the user named one
     """
 
     dataset: str
@@ -151,21 +154,22 @@ class Calibration:
 @dataclass(frozen=True)
 class RecoveryResult:
     """
-    What a training of the whole pruned model, towards the dense one's predictions, came
-    to. Divergences are mean KL(teacher ‖ model) in nats per token, over sequences that
-    were held out.
+    The outcome of a training of the whole pruned model, towards the dense one's
+    predictions. Divergences are mean KL(teacher ‖ model) in nats per token, over
+    sequences that were held out.
 
     :param teacher: the dense model, a folder or a hub id
-    :param calibration: what it was trained on, with what was held out of it
-    :param tokens: that it was trained on, in each epoch
-    :param held_out_tokens: that it was not trained on
-    :param epochs: times that it saw them
-    :param learning_rate: the highest
+    :param calibration: the data that the model was trained on, with what was held out
+        of them
+    :param tokens: tokens that the model was trained on, in each epoch
+    :param held_out_tokens: tokens that the model was not trained on
+    :param epochs: how often the model saw the tokens
+    :param learning_rate: the highest learning rate
     :param batch_size: sequences in a step of one process
-    :param steps: of AdamW
-    :param start_divergence: of the model as pruning left it
-    :param divergence: of the model as it is stored
-    :param seconds: wall time of the process that finished it
+    :param steps: steps of AdamW
+    :param start_divergence: divergence of the model as pruning left it
+    :param divergence: divergence of the model as it is stored
+    :param seconds: wall time of the process that finished the training
     """
 
     teacher: str
@@ -184,9 +188,11 @@ class RecoveryResult:
 @dataclass(frozen=True)
 class PruningReport:
     """
-    :param model: what was pruned, a folder or a hub id
-    :param calibration: what it was calibrated on; None if the caller of ``oneshot()``
-        alone knows
+    The report of what was done to a model, which is kept beside its checkpoint.
+
+    :param model: the model that was pruned, a folder or a hub id
+    :param calibration: the data that it was calibrated on; None if only the caller of
+        ``oneshot()`` knows
     :param seconds: wall time of calibration and pruning
     :param operators: what became of each operator, in the order of pruning
     :param layers: what became of each reconstructed decoder layer, by its name
@@ -194,20 +200,21 @@ class PruningReport:
     :param stored_share: bytes of these weights, as a share of those of dense ones
     :param share_of_layers: what the pruned operators hold of the matrices in the
         decoder layers; reports of older versions have none
-    :param removed_share: of the decoder layers' parameters, what left the model; None
-        if nothing did
-    :param zeroed_share: of the decoder layers' parameters, those of whole channels that
-        are zeros in place, and did not leave; None if there are none
-    :param zero_rows: operators whose output channels are zeros in place, biases too,
-        with the number of these
-    :param sizes: values of config.json that changed with that, by their names, with
-        dots between those of nested configurations
+    :param removed_share: share of the decoder layers' parameters that left the model;
+        None if nothing did
+    :param zeroed_share: share of the decoder layers' parameters that belong to whole
+        channels which are zeros in place, and did not leave; None if there are none
+    :param zero_rows: number of output channels that are zeros in place, biases too, by
+        the names of the operators that have some
+    :param sizes: values of config.json that changed as channels left, by their names,
+        with dots between those of nested configurations
     :param smaller_by: the published methods that took channels out, with the choice of
-        channels where it is another
+        channels where it is not the method's own
     :param recovery: each training of the whole model after its pruning, in order; the
         operators' errors are those before it, their zeros those after it
-    :param recipe: what was applied, as YAML; reports of older versions have none
-    :param versions: of this package and of those that its result depends on
+    :param recipe: the recipe that was applied, as YAML; reports of older versions have
+        none
+    :param versions: versions of this package and of those that its result depends on
     """
 
     model: str
@@ -231,17 +238,20 @@ class PruningReport:
 
     @property
     def tokens(self) -> int:
-        """of the calibration data, padding left out"""
+        """Number of calibration tokens, without padding."""
         return max((operator.tokens for operator in self.operators), default=0)
 
     @property
     def patterns(self) -> dict[str, int]:
-        """how many operators have each pattern, by its name, the most common first"""
+        """Number of operators with each pattern, by its name, the most common first."""
         return dict(Counter(one.pattern for one in self.operators).most_common())
 
     @property
     def summary_of_patterns(self) -> str:
-        """the pattern; of a few patterns also their counts, of many the range"""
+        """
+        The patterns in words: the only one, a few with their counts, or the range of
+        many.
+        """
         counts = self.patterns
         if len(counts) > SHOWN:
             by_zeros = sorted(self.operators, key=lambda operator: operator.sparsity)
@@ -253,24 +263,26 @@ class PruningReport:
 
     @property
     def smaller(self) -> list[OperatorResult]:
-        """the operators that lost channels"""
+        """The operators that lost channels."""
         return [operator for operator in self.operators if operator.is_smaller]
 
     @property
     def sparse(self) -> list[OperatorResult]:
-        """the operators that got zeros, some of which may have lost channels before"""
+        """The operators that got zeros, some of which may have lost channels before."""
         return [operator for operator in self.operators if not operator.is_smaller]
 
     @property
     def sparsity(self) -> float:
-        """share of zeros in the weights of all operators that got some"""
+        """The share of zeros in the weights of all operators that got some."""
         operators = self.sparse
         zeros = sum(operator.zeros for operator in operators)
         return zeros / max(_weights(operators), 1)
 
     def followed_by(self, later: PruningReport) -> PruningReport:
         """
-        :param later: of what was done to the same model afterwards
+        Join this report with one of what was done to the same model afterwards.
+
+        :param later: the later report
         :return: a report of both
         """
         share = None
@@ -297,7 +309,9 @@ class PruningReport:
 
     def save(self, folder: Path) -> None:
         """
-        :param folder: of the checkpoint; ``pruning_report.json`` is written into it
+        Write ``pruning_report.json`` into a folder.
+
+        :param folder: folder of the checkpoint
         """
         text = json.dumps(asdict(self), indent=2)
         (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
@@ -305,7 +319,9 @@ class PruningReport:
     @classmethod
     def load(cls, folder: Path) -> PruningReport:
         """
-        :param folder: of the checkpoint
+        Read the report of a checkpoint.
+
+        :param folder: folder of the checkpoint
         :return: its report
         :raises FileNotFoundError: if it has none
         :raises ValueError: if the file is not such a report, naming the field
@@ -318,7 +334,10 @@ class PruningReport:
 
 
 def _removed(first: float | None, then: float | None) -> float | None:
-    """The share that both take. The second is a share of what the first has left."""
+    """
+    Return the share that two runs remove together. The second is a share of what the
+    first has left. None means that a run removes nothing.
+    """
     if first is None or then is None:
         return then if first is None else first
     return 1 - (1 - first) * (1 - then)

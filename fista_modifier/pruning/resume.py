@@ -52,35 +52,39 @@ Fingerprint = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Results:
-    """What a layer's file says beside its weights."""
+    """The results that a layer's file holds beside its weights."""
 
     operators: Sequence[OperatorResult]
     reconstruction: ReconstructionResult | None
 
 
 class TensorDigest:
-    """
-    A running SHA-256 of tensors: of their dtypes, shapes and bits, in order.
-    """
+    """A running SHA-256 of tensors: of their dtypes, shapes and bits, in order."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def update(self, tensor: Tensor) -> None:
-        """:param tensor: of any dtype, on any device"""
+        """
+        Add a tensor to the digest.
+
+        :param tensor: a tensor of any dtype, on any device
+        """
         tensor = tensor.detach().cpu().contiguous()
         self._hash.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         self._hash.update(tensor.flatten().view(torch.uint8).numpy())
 
     def hex(self) -> str:
-        """:return: the digest so far"""
+        """
+        Return the digest of all tensors so far.
+
+        :return: hexadecimal digits
+        """
         return self._hash.hexdigest()
 
 
 class CallDigest:
-    """
-    What a layer was called with, as a digest of each batch.
-    """
+    """A digest of the tensors that a module was called with, for each batch."""
 
     def __init__(self) -> None:
         self.batches: list[str] = []
@@ -88,7 +92,9 @@ class CallDigest:
     def add(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A forward pre-hook with keyword arguments."""
+        """
+        Add the digest of one batch. This is a forward pre-hook with keyword arguments.
+        """
         digest = TensorDigest()
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
@@ -98,8 +104,8 @@ class CallDigest:
 
 class Resumption:
     """
-    A run that goes on from layers on disk, or can be gone on from. Without a folder,
-    several ranks still compare their data here.
+    A run that goes on from layers on disk, or that a later run can go on from. Without
+    a folder, several ranks still compare their data here.
 
     :param disk: finished layers, if the run can be resumed
     :param ranks: the processes of the run
@@ -109,18 +115,20 @@ class Resumption:
         self._disk = disk
         self._ranks = ranks
         self._found: set[DecoderLayer] = set()
-        # until it is compared
+        # The digests are kept until they are compared.
         self._data = CallDigest() if disk is not None or ranks.size > 1 else None
 
     def look_for(self, layers: Sequence[DecoderLayer]) -> set[DecoderLayer]:
         """
-        :param layers: of the model
-        :return: those that are on disk
+        Find the layers that are on disk.
+
+        :param layers: layers of the model
+        :return: those that are on disk, the same on all ranks
         """
         if self._disk is None:
             return set()
         names = [layer.name for layer in layers if layer in self._disk]
-        names = self._ranks.all(names)[0]  # files may appear while the ranks look
+        names = self._ranks.all(names)[0]  # Files may appear while the ranks look.
         self._found = {layer for layer in layers if layer.name in names}
         if self._found:
             logger.info(
@@ -130,8 +138,11 @@ class Resumption:
 
     def hooks(self, model: PreTrainedModel) -> list[Hook]:
         """
-        :param model: being calibrated
-        :return: what is to be hooked until the first layer has run
+        Return the hook that makes digests of the calibration data.
+
+        :param model: the model that is being calibrated
+        :return: what is to be hooked until the first layer has run; empty if nothing
+            has to be compared
         """
         if self._data is None:
             return []
@@ -139,10 +150,11 @@ class Resumption:
 
     def check_data(self) -> None:
         """
-        To be called when the first layer has run. Further calls do no harm.
+        Check the calibration data. This is called when the first layer has run. Further
+        calls do no harm.
 
         :raises ValueError: if the calibration data are not those of the layers on disk,
-            or those of one rank are those of another
+            or all data of one rank are among those of another
         """
         if self._data is None:
             return
@@ -160,8 +172,10 @@ class Resumption:
 
     def load(self, layer: DecoderLayer) -> PrunedLayer | None:
         """
-        :param layer: that the pipeline has left
-        :return: what became of it in the run before, if it is on disk
+        Read what became of a layer in the run before.
+
+        :param layer: a layer that the pipeline has left
+        :return: what became of it; None if it is not on disk
         """
         if self._disk is None or layer not in self._found:
             return None
@@ -169,7 +183,9 @@ class Resumption:
 
     def save(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
         """
-        :param layer: that was pruned
+        Write what became of a layer to disk, if the run can be resumed.
+
+        :param layer: a layer that was pruned
         :param pruned: what became of it
         """
         if self._disk is not None:
@@ -178,7 +194,7 @@ class Resumption:
 
 def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
     """
-    What the result of a run depends on, apart from the calibration data.
+    Describe what the result of a run depends on, apart from the calibration data.
 
     :param model: the dense model; every parameter is read once
     :param recipe: fields of the modifier
@@ -204,7 +220,7 @@ class FinishedLayers:
     says what run they belong to. Every file is there as a whole or not at all.
     Processes that prune other layers of the same run may share the folder.
 
-    :param folder: created if it is missing
+    :param folder: the folder, which is created if it is missing
     :param run: fingerprint of this run
     :raises ValueError: if the folder belongs to another run, naming what differs
     """
@@ -217,7 +233,8 @@ class FinishedLayers:
 
     def check_calibration(self, batches: Sequence[str]) -> None:
         """
-        Complete this run's fingerprint, before its first layer is pruned.
+        Complete this run's fingerprint with the calibration data, before its first
+        layer is pruned.
 
         :param batches: digest of each batch of calibration data, in order
         :raises ValueError: if the folder belongs to another run
@@ -260,7 +277,9 @@ class FinishedLayers:
 
     def save(self, layer: DecoderLayer, pruned: PrunedLayer) -> None:
         """
-        :param layer: that was finished
+        Write a finished layer to its file.
+
+        :param layer: the layer that was finished
         :param pruned: what became of it
         :raises OSError: naming the file, if it cannot be written (a full disk); all
             files that were there stay
@@ -277,6 +296,8 @@ class FinishedLayers:
 
     def load(self, layer: DecoderLayer) -> PrunedLayer:
         """
+        Read a finished layer from its file.
+
         :param layer: a finished layer
         :return: what became of it, bit for bit, on the CPU
         :raises ValueError: if its file is damaged
@@ -316,7 +337,9 @@ class FinishedLayers:
 
 def shortened(changes: Sequence[str]) -> str:
     """
-    :param changes: of :func:`differences`
+    Join the first few differences into one phrase.
+
+    :param changes: phrases of :func:`differences`
     :return: the first few, and how many more there are
     """
     more = len(changes) - SHOWN
@@ -327,10 +350,13 @@ def differences(
     section: str, stored: dict[str, Any], now: dict[str, Any]
 ) -> Iterator[str]:
     """
-    :param section: of a fingerprint
-    :param stored: what it was in the run before
-    :param now: what it is
-    :return: a phrase for each value that is another
+    Yield a phrase for each value of a fingerprint's section that is another than
+    before.
+
+    :param section: name of the section
+    :param stored: values of the section in the run before
+    :param now: values of the section in this run
+    :return: the phrases
     """
     for name in [*now, *(name for name in stored if name not in now)]:
         if stored.get(name) != now.get(name):

@@ -1,4 +1,4 @@
-"""Which rank prunes which layer."""
+"""The choice of the rank that prunes a layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class WaitingLayer:
     A layer that the pipeline has left, and that is not pruned yet.
 
     :param layer: the layer
-    :param recording: what was recorded of it; None on ranks that do not prune it
+    :param recording: the recording of the layer; None on ranks that do not prune it
     """
 
     layer: DecoderLayer
@@ -28,9 +28,9 @@ class WaitingLayer:
 
 class Rounds:
     """
-    With several ranks, either each prunes a layer of its own ("layers": layers wait
-    until there is one for each rank, and are pruned in one round), or all of them the
-    same one ("data").
+    The layers that wait to be pruned. With several ranks, either each prunes a layer of
+    its own ("layers": layers wait until there is one for each rank, and are pruned in
+    one round), or all of them prune the same one ("data").
 
     :param ranks: the processes of the run
     :param distribution: what they share out
@@ -47,16 +47,24 @@ class Rounds:
 
     @property
     def is_full(self) -> bool:
-        """whether each rank has a layer to prune"""
+        """True if each rank has a layer to prune."""
         return len(self._waiting) == self._by_layers.size
 
     def count(self, layers: int) -> int:
-        """:return: how many of so many layers this rank prunes, at most"""
+        """
+        Return how many of so many layers this rank prunes, at most.
+
+        :param layers: number of layers
+        :return: the number for this rank
+        """
         return -(-layers // self._by_layers.size)
 
     def add(self, layer: DecoderLayer, recording: Recording) -> None:
         """
-        :param layer: that the pipeline has left
+        Add a layer to those that wait. Its recording goes to the rank that will prune
+        it.
+
+        :param layer: a layer that the pipeline has left
         :param recording: what this rank recorded of it
         """
         owner = len(self._waiting)
@@ -68,10 +76,11 @@ class Rounds:
         self, work: Callable[[DecoderLayer, Recording], PrunedLayer]
     ) -> Iterator[tuple[WaitingLayer, PrunedLayer]]:
         """
-        Each rank prunes the layer that it has the data of, and all get the rest.
+        Prune the layers that wait. Each rank prunes the layer that it has the data of,
+        and all ranks get all results.
 
         :param work: prunes one layer
-        :return: what became of each layer that waited
+        :return: each layer that waited, and what became of it
         """
         waiting, self._waiting = self._waiting, []
 
@@ -79,11 +88,11 @@ class Rounds:
             if self._by_layers.rank >= len(waiting):
                 return None
             mine = waiting[self._by_layers.rank]
-            assert mine.recording is not None  # its owner has it
+            assert mine.recording is not None  # The owner has it.
             pruned = work(mine.layer, mine.recording)
             return pruned.on_cpu() if self._by_layers.size > 1 else pruned
 
         of_ranks = self._by_layers.each(prune_mine)
         for one, pruned in zip(waiting, of_ranks, strict=False):
-            assert pruned is not None  # there is one for each layer
+            assert pruned is not None  # There is one for each layer.
             yield one, pruned

@@ -1,4 +1,6 @@
-"""When each layer is pruned and stored, while the toolkit's pipeline runs."""
+"""
+The times at which each layer is pruned and stored, while the toolkit's pipeline runs.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ __all__ = ["Resources", "Schedule"]
 @dataclass(frozen=True)
 class Resources:
     """
-    What a run may use; the result does not depend on it.
+    The resources that a run may use. The result does not depend on them.
 
     :param offload_hessians: whether Gram matrices stay in main memory
     :param storage: where activations wait between the passes
@@ -54,14 +56,14 @@ class Resources:
 
 class Schedule:
     """
-    Prunes each layer when the pipeline has run it with all calibration data, and stores
-    the result when it has left it, so that its passes carry the dense activations.
-    What is on disk already is not pruned again.
+    The schedule of a run. Each layer is pruned when the pipeline has run it with all
+    calibration data. The result is stored when the pipeline has left the layer, so that
+    its passes carry the dense activations. What is on disk already is not pruned again.
 
-    :param model: being calibrated
-    :param layers: of the model; lone operators after the decoder layers
-    :param chosen: those of them to prune in this run
-    :param procedure: what is done to each
+    :param model: the model that is being calibrated
+    :param layers: layers of the model; lone operators after the decoder layers
+    :param chosen: the layers to prune in this run
+    :param procedure: what is done to each layer
     :param resources: what the run may use
     """
 
@@ -86,24 +88,29 @@ class Schedule:
         self._stream = (
             PrunedStream(resources.storage) if procedure.chains_layers else None
         )
-        # a layer is to be pruned until the pipeline has left it
+        # A layer is to be pruned until the pipeline has left it.
         self._to_prune = {layer for layer in chosen if layer.operators}
         self._to_prune -= self._resumption.look_for(layers)
         self._finished: set[DecoderLayer] = set()
-        # pruned weights of layers that the pipeline may run again before it moves on
+        # The pipeline may run a layer again before it moves on, so new weights wait.
         self._unstored: list[tuple[Operator, Tensor, Tensor | None]] = []
         self._progress = RunProgress(self._rounds.count(len(self._to_prune)))
 
     @property
     def unfinished(self) -> list[str]:
-        """names of the layers with operators that are left to other runs"""
+        """Names of the layers with operators that are left to other runs."""
         left = (set(self.layers) - self._to_prune) - self._finished
         return [
             layer.name for layer in self.layers if layer in left and layer.operators
         ]
 
     def hooks(self) -> list[tuple[DecoderLayer, Hook]]:
-        """:return: what is to be hooked, and the layer after which it is not needed"""
+        """
+        Return the hooks of the calibration.
+
+        :return: pairs of a layer and a hook, which is not needed any longer after that
+            layer
+        """
         first, last = self.layers[0], self.layers[-1]
         hooks = [(first, hook) for hook in self._resumption.hooks(self._model)]
         hooks.append((last, self._passes.count_batches()))
@@ -121,14 +128,19 @@ class Schedule:
         return hooks
 
     def watching(self) -> AbstractContextManager[None]:
-        """:return: the context of the calibration epoch"""
+        """
+        Return the context of the calibration epoch.
+
+        :return: the context
+        """
         return self._passes.watched()
 
     def leave(self, modules: Iterable[torch.nn.Module]) -> None:
         """
-        To be called when the pipeline has run a part of the model with all data.
+        Prune the layers of a part of the model. This is called when the pipeline has
+        run the part with all data.
 
-        :param modules: the part
+        :param modules: the modules of the part
         :raises ValueError: if the calibration data are not those of the layers on disk,
             or a layer or all of them were not run
         """
@@ -155,7 +167,10 @@ class Schedule:
             self._pass_on(layer, {}, {}, recording)
 
     def _prune_in_turn(self, layer: DecoderLayer) -> None:
-        """Prune the waiting layers, if each rank has one."""
+        """
+        Let a layer wait for its turn, or leave it dense if no rank can prune it. Prune
+        the waiting layers if each rank has one, or no other layer is to come.
+        """
         reasons = self._ranks.each(lambda: self._passes.reason_to_skip(layer))
         recording = self._passes.take(layer)
         assert recording is not None
@@ -176,7 +191,7 @@ class Schedule:
             self._accept(waiting.layer, pruned, waiting.recording)
 
     def _pruned(self, layer: DecoderLayer, recording: Recording) -> PrunedLayer:
-        """Prune one layer; the model stays as it is."""
+        """Prune one layer and return the result. The model stays as it is."""
         with self._passes.running(layer), self._progress.layer(layer) as progress:
             pruned = self._procedure.prune(
                 LayerTask(
@@ -206,7 +221,7 @@ class Schedule:
         self, layer: DecoderLayer, pruned: PrunedLayer, recording: Recording | None
     ) -> None:
         self._finished.add(layer)
-        # what is left dense is no part of the layer's task any longer
+        # What is left dense is no part of the layer's task any longer.
         layer.operators = [one for one in layer.operators if one.name in pruned.weights]
         weights = {one: pruned.weights[one.name] for one in layer.operators}
         biases = {
@@ -229,7 +244,10 @@ class Schedule:
         biases: dict[Operator, Tensor],
         recording: Recording | None,
     ) -> None:
-        """Run the pruned layer for the sake of the next, where that depends on it."""
+        """
+        Run the pruned layer to get the inputs of the next, if layers depend on how
+        those before them were pruned.
+        """
         if self._stream and layer.in_sequence and recording:
             with self._passes.running(layer):
                 inputs = self._stream.inputs_of(recording.inputs, layer.name)
@@ -238,10 +256,16 @@ class Schedule:
                 self._stream.advance(recording.inputs, inputs, onloaded, shifted)
 
     def finish(self) -> None:
-        """To be called when the pipeline has run all of the model."""
+        """
+        Prune and store what is left. This is called when the pipeline has run all of
+        the model.
+
+        :raises ValueError: if nothing was pruned, and no layer is left to other runs
+        """
         with calibration_runs(self._model):
             for layer in self.layers:
-                # what the pipeline runs within a function of its own is no part of it
+                # The pipeline may run a layer within a function of its own, and then
+                # does not leave it.
                 if layer in self._to_prune and all(
                     self._ranks.all(self._passes.has_run(layer))
                 ):
@@ -249,7 +273,8 @@ class Schedule:
             if self._rounds:
                 self._prune_round()
         self.store()
-        if self._to_prune:  # such as the vision tower of a model that was given text
+        if self._to_prune:
+            # An example is the vision tower of a model that was given text.
             names = sorted(layer.name for layer in self._to_prune)
             logger.warning(
                 f"The calibration data do not reach {len(names)} layers, which stay "
@@ -262,13 +287,15 @@ class Schedule:
                 "of the operators that can be pruned (see the warnings above). With "
                 "pipeline='basic' oneshot runs the model as a whole"
             )
-        self._stream = None  # the user may keep the modifier, not the activations
+        self._stream = None  # The user may keep the modifier, not the activations.
 
     def store(self) -> None:
-        """Store the layers that the pipeline has left: it no longer runs them."""
+        """
+        Store the layers that the pipeline has left, because it no longer runs them.
+        """
         if self._unstored:
-            # ranks share what is offloaded: they write one after the other into what
-            # is there, and make smaller tensors together
+            # Ranks share what is offloaded: they write one after the other into what
+            # is there, and make smaller tensors together.
             self._ranks.in_turn(lambda: self._store(resized=False))
             self._store(resized=True)
         self._unstored = []

@@ -44,10 +44,13 @@ BY_MAGNITUDE = replace(PAPER, start="magnitude", patience=0)
 @dataclass(frozen=True)
 class _Solved:
     """
-    :param solution: of one operator
-    :param tokens: that reach it
+    The solution of one operator.
+
+    :param solution: the operator's new weight and its errors
+    :param tokens: number of tokens that reach the operator
     :param seconds: wall time
-    :param orders: of the channels that may change places before it
+    :param orders: orders of the channels that may change places before the operator,
+        one for each of its entries in ``interchangeable``
     """
 
     solution: PrunedWeight
@@ -59,12 +62,12 @@ class _Solved:
 @dataclass(frozen=True, kw_only=True)
 class SparseProcedure(CorrectedProcedure):
     """
-    Prune the operators of a decoder layer in the order in which they run, then train
-    what was kept.
+    The procedure that prunes the operators of a decoder layer in the order in which
+    they run, and then trains what was kept.
 
-    :param patterns: that each operator is to have, by its name
+    :param patterns: the pattern that each operator is to have, by the operator's name
     :param solver: makes the solver of a stage; SolverOptions are such a factory
-    :param preserve_sparsity_mask: whether zeros of W stay zero, as of a model that is
+    :param preserve_sparsity_mask: whether zeros of W stay zero, as in a model that is
         sparse already; otherwise the pattern is found anew, and they may get values
     :param interchangeable: channels that may change places before an operator, so that
         its n:m pattern costs less
@@ -80,7 +83,7 @@ class SparseProcedure(CorrectedProcedure):
     @property
     def options(self) -> SolverOptions:
         """
-        of Algorithm 1
+        The options of Algorithm 1.
 
         :raises TypeError: if the solver is another
         """
@@ -90,7 +93,9 @@ class SparseProcedure(CorrectedProcedure):
 
     def prune(self, task: LayerTask) -> PrunedLayer:
         """
-        :param task: a layer
+        Prune the operators of a layer.
+
+        :param task: the task of the layer
         :return: weights, and what became of the operators and the layer, alike on all
             ranks
         :raises ValueError: if an activation is NaN or infinite
@@ -114,7 +119,10 @@ class SparseProcedure(CorrectedProcedure):
     def _solved(
         self, task: LayerTask
     ) -> tuple[dict[Operator, Tensor], list[OperatorResult], list[Ordered]]:
-        """Weights, in the order of the model as it is, and the orders to come"""
+        """
+        Return the new weights, with rows and columns in the order of the model as it
+        is, the results of the operators, and the orders that they are to get.
+        """
         pruned: dict[Operator, Tensor] = {}
         results: list[OperatorResult] = []
         orders: list[Ordered] = []
@@ -189,10 +197,10 @@ class SparseProcedure(CorrectedProcedure):
         ranks: Ranks,
     ) -> Iterator[tuple[Operator, _Solved]]:
         """
-        What became of each operator; the work is shared out. Uses the statistics up, as
-        nothing else in a layer is as large.
+        Yield each operator with its solution. The work is shared out over the ranks.
+        The list of statistics is emptied, as nothing else in a layer is as large.
         """
-        # operators of a stage share inverses, so stages are split only if they are few
+        # Operators of a stage share inverses, so stages are split only if they are few.
         split = len(wave) < ranks.size
         tasks = [
             (operators, sums)
@@ -240,7 +248,10 @@ class SparseProcedure(CorrectedProcedure):
             yield operator, replace(one, solution=solution)
 
     def _orders(self, operator: Operator, statistics: GramStatistics) -> list[Tensor]:
-        """Of the channels that may change places before the operator, one each"""
+        """
+        Return the best orders of the channels that may change places before an
+        operator, one for each of its entries in ``interchangeable``.
+        """
         pattern = self.patterns[operator.name]
         return [
             best_order(channels, statistics, pattern)

@@ -1,4 +1,6 @@
-"""Channels leave a decoder layer: selector, restorer, reconstruction, and the cut."""
+"""
+The procedure that removes channels: selector, restorer, reconstruction, and the cut.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,13 @@ __all__ = ["StructuredProcedure"]
 @dataclass
 class _Chosen:
     """
-    :param plan: of a group
-    :param pruned: its channels that stay, and the consumer's weight on them
-    :param start_error: relative, without restoration
-    :param tokens: that reach the consumer
+    The channels of one group that were chosen to stay, and the consumer's weight on
+    them.
+
+    :param plan: the plan of the group
+    :param pruned: the channels that stay, and the consumer's weight on them
+    :param start_error: relative error without restoration
+    :param tokens: number of tokens that reach the consumer
     :param seconds: wall time
     """
 
@@ -57,17 +62,18 @@ class _Chosen:
 @dataclass(frozen=True, kw_only=True)
 class StructuredProcedure(CorrectedProcedure):
     """
-    Choose the channels of each group in the order in which their consumers run, give
-    the consumers weights that make up for those that leave, train what is left, and cut
-    rows and columns out. Until the cut, the consumers' columns of a channel that leaves
-    are zero. The layer then computes the same as after the cut. Dimensions of values
-    are not cut: their rows, columns and biases stay, as zeros.
+    The procedure that removes channels. It chooses the channels of each group in the
+    order in which their consumers run, gives the consumers weights that make up for
+    those that leave, trains what is left, and cuts rows and columns out. Until the cut,
+    the consumers' columns of a channel that leaves are zero. The layer then computes
+    the same as after the cut. Dimensions of values are not cut: their rows, columns and
+    biases stay, as zeros.
 
     :param plan: groups of each layer, and how many channels stay
     :param selector: chooses the channels
     :param restorer: finds the consumers' weights on them
     :param alternation: then alternates over the weights of the consumer and of the
-        producer in which its input is linear, where there is one; None does not
+        producer in which its input is linear, where there is one; None to do without
     """
 
     plan: ChannelPlan = field(default_factory=ChannelPlan)
@@ -77,7 +83,9 @@ class StructuredProcedure(CorrectedProcedure):
 
     def prune(self, task: LayerTask) -> PrunedLayer:
         """
-        :param task: a layer
+        Remove channels of a layer.
+
+        :param task: the task of the layer
         :return: smaller weights, alike on all ranks
         :raises ValueError: if an activation is NaN or infinite
         """
@@ -121,7 +129,11 @@ class StructuredProcedure(CorrectedProcedure):
         weights: dict[Operator, Tensor],
         biases: dict[Operator, Tensor],
     ) -> list[_Chosen]:
-        """The choice for each group. Adds the consumers' weights, of the old shapes."""
+        """
+        Return the choice for each group. The consumers' weights, in their old shapes,
+        are added to ``weights``, and changed biases to ``biases``; with alternation, so
+        are those of the linear producers.
+        """
         plans = {
             one.consumer.operator: one for one in self.plan.groups[task.layer.name]
         }
@@ -178,7 +190,8 @@ class StructuredProcedure(CorrectedProcedure):
                 sums = statistics.pop(0)
                 for operator in stage.operators:
                     add(operator, sums, stage, replays)
-        for operator in plans:  # an expert that no token reaches
+        for operator in plans:
+            # No token reaches the operator, as it is an expert.
             if operator not in weights:
                 add(operator, GramStatistics.empty(operator.weight.shape[1]))
         return chosen
@@ -199,7 +212,7 @@ def _problem(plan: GroupPlan, statistics: GramStatistics) -> ChannelProblem:
 
 
 def _norms(plan: GroupPlan) -> Tensor:
-    """The norm of all producers' rows of each channel"""
+    """Return the norm of the rows of each channel, over all producers."""
     squares = [
         one.weight.float().square().sum(1)[indices.to(one.weight.device)].sum(1)
         for one, indices in plan.group.producers

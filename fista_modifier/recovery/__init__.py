@@ -1,5 +1,5 @@
 """
-Training of a pruned model after its pruning: zeros stay zeros, the dense model teaches.
+The training of a pruned model towards the dense one, in which zeros stay zeros.
 
 ``cli`` imports this folder, and the package's root imports ``zeros`` alone. It may
 import everything but ``cli``, and transformers' ``Trainer``.

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be trained further, and a model can teach it."""
+"""The checks that a checkpoint can be trained further, and a model can teach it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ __all__ = ["check_pruned", "check_teacher"]
 
 def check_pruned(checkpoint: Path) -> PruningReport:
     """
+    Refuse a checkpoint that cannot be trained, and return its report.
+
     :param checkpoint: folder of a pruned checkpoint
     :return: its report
-    :raises FileNotFoundError: if there is none, or it has no report
+    :raises FileNotFoundError: if there is no checkpoint, or it has no report
     :raises ValueError: if its weights are quantised or packed, or nothing was pruned
     """
     config = load_config(str(checkpoint))
@@ -48,11 +50,13 @@ def check_pruned(checkpoint: Path) -> PruningReport:
 
 def check_teacher(checkpoint: Path, teacher: str) -> None:
     """
+    Refuse a teacher that does not suit a checkpoint.
+
     :param checkpoint: folder of a pruned checkpoint
     :param teacher: folder of the dense model, or its id on the hub
     :raises FileNotFoundError: if there is no such model
-    :raises ValueError: if it is of another architecture or vocabulary, or no language
-        model, or the checkpoint itself
+    :raises ValueError: if the teacher is of another architecture or vocabulary, or no
+        language model, or the checkpoint itself
     """
     config, dense = load_config(str(checkpoint)), load_config(teacher)
     if Path(teacher).is_dir() and Path(teacher).samefile(checkpoint):

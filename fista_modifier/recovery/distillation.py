@@ -25,12 +25,12 @@ def mean_divergence(
     dense: Tensor, pruned: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
     """
-    Mean KL(dense ‖ pruned) over the real tokens, to be differentiated. Beside the two
-    tensors there is memory for a chunk of tokens only: the backward pass computes the
-    probabilities again.
+    Return the mean KL(dense ‖ pruned) over the real tokens. It can be differentiated.
+    Beside the two tensors it takes memory only for a chunk of tokens, because the
+    backward pass computes the probabilities again.
 
     :param dense: logits, sequences×tokens×vocabulary, of any floating dtype
-    :param pruned: likewise
+    :param pruned: logits of the same shape, of any floating dtype
     :param attention_mask: sequences×tokens, 0 for padding; None if there is none
     :return: nats per token, a scalar in float32
     """
@@ -51,27 +51,28 @@ def mean_divergence(
 
 
 def _sum(dense: Tensor, pruned: Tensor, real: Tensor) -> Tensor:
-    """Of the real tokens; padding may have any logits, also NaN."""
+    """Sum the divergences of the real tokens. Padding may have logits that are NaN."""
     dense = dense.to(pruned.device)
     return divergences(dense[real].float(), pruned[real].float()).sum()
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """
-    Trains a model towards the predictions of another one: the loss of a batch is the
-    mean KL(teacher ‖ model) over its real tokens (Hinton et al., 2015, at temperature
-    1). Its checkpoints hold the trained weights and no others.
+    A ``Trainer`` that trains a model towards the predictions of another one. The loss
+    of a batch is the mean KL(teacher ‖ model) over its real tokens (Hinton et al.,
+    2015, at temperature 1). Its checkpoints hold the trained weights and no others.
 
-    :param arguments: of ``Trainer``
-    :param teacher: with the same vocabulary; it gets no gradient, and keeps its dtype
-    :param options: of ``Trainer``
+    :param arguments: positional arguments of ``Trainer``
+    :param teacher: the model to learn from, with the same vocabulary; it gets no
+        gradient, and keeps its dtype
+    :param options: keyword arguments of ``Trainer``
     """
 
     def __init__(
         self, *arguments: Any, teacher: PreTrainedModel, **options: Any
     ) -> None:
         super().__init__(*arguments, **options)
-        # each batch has a mean of its own
+        # the loss of each batch is a mean already
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher.eval().requires_grad_(False)
         if getattr(teacher, "hf_device_map", None) is None:
@@ -85,11 +86,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """
+        Compute the loss of a batch.
+
         :param model: the pruned model, maybe wrapped
         :param inputs: a batch; labels are not looked at
         :param return_outputs: whether to return the model's outputs, too
         :param num_items_in_batch: not used
-        :return: nats per token, a scalar
+        :return: nats per token, a scalar; with the model's outputs if asked for
         """
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad():

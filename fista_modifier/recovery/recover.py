@@ -1,4 +1,4 @@
-"""The kept weights of a pruned model, trained towards the dense model's predictions."""
+"""The training of a pruned model's kept weights towards the dense model."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ STATES = 0.1
 @dataclass(frozen=True)
 class Training:
     """
-    How weights are trained: by AdamW without weight decay. The learning rate rises
-    linearly over the first twentieth of the steps, and falls linearly to zero. A
-    gradient's norm is at most 1.
+    The settings of a training, which is by AdamW without weight decay. The learning
+    rate rises linearly over the first twentieth of the steps, and falls linearly to
+    zero. A gradient's norm is at most 1.
 
     :param epochs: how often each sequence is seen
-    :param learning_rate: the highest
+    :param learning_rate: the highest learning rate
     :param batch_size: sequences in a step of one process
     :param gradient_checkpointing: whether layers run again in the backward pass, so
         that their activations need not be kept
-    :param seed: of the order of the sequences
+    :param seed: seed of the order of the sequences
     :raises ValueError: if nothing would be trained
     """
 
@@ -69,10 +69,12 @@ class Training:
 
     def arguments(self, folder: Path, kept: bool, bf16: bool) -> TrainingArguments:
         """
-        :param folder: for the states
-        :param kept: whether there are to be any
+        Return the settings in the form that transformers' ``Trainer`` takes.
+
+        :param folder: folder for the states of the training
+        :param kept: whether states are written
         :param bf16: whether to multiply in bfloat16
-        :return: of transformers' ``Trainer``
+        :return: the arguments of the ``Trainer``
         """
         return TrainingArguments(
             output_dir=str(folder),
@@ -111,21 +113,22 @@ def recover(
     teacher_name: str = "",
 ) -> PruningReport:
     """
-    Train the weights that pruning kept: those of the report's operators. Where channels
-    left, they have no zeros to keep, and all operators of their layers are trained, as
-    each has to make up for what is gone. See :func:`train_operators`.
+    Train the weights that pruning kept in the report's operators. In layers that lost
+    channels, all operators are trained, because each has to make up for what is gone.
+    Operators that only lost channels have no zeros to keep. See
+    :func:`train_operators`.
 
-    :param model: pruned, as it was loaded; changed in place
+    :param model: the pruned model, as it was loaded; changed in place
     :param teacher: the dense model, with the same vocabulary
     :param tokens: ``input_ids`` and ``attention_mask`` of equal lengths
-    :param report: what was pruned
-    :param data: where the tokens are from
+    :param report: the report of the pruning
+    :param data: the data that the tokens are from
     :param training: how to train
     :param resume: folder that keeps the state of the training
     :param teacher_name: the teacher's folder or hub id
     :return: the report, with the recovery and the zeros that are there now
-    :raises ValueError: as for :func:`train_operators`, or if the model has not the
-        report's operators
+    :raises ValueError: as for :func:`train_operators`, or if the model does not have
+        the report's operators
     :raises RuntimeError: if the training has diverged
     """
     operators = _operators(model, report)
@@ -159,24 +162,26 @@ def train_operators(
     teacher_name: str = "",
 ) -> RecoveryResult:
     """
-    Train some operators of a model towards the teacher's predictions (ours; the loss is
-    that of Hinton et al., 2015). Weights are trained in float32, and have the dtypes
-    again that they had. One of sixteen sequences is held out, to see whether it helped.
+    Train some operators of a model towards the teacher's predictions. The method is
+    ours; the loss is that of Hinton et al. (2015). Weights are trained in float32, and
+    get their own dtypes again. One of sixteen sequences is held out, to see whether the
+    training helped.
 
     :param model: changed in place
     :param teacher: the dense model, with the same vocabulary
     :param tokens: ``input_ids`` and ``attention_mask`` of equal lengths
-    :param operators: of the model, to be trained
-    :param masks: bool out×in of those whose zeros stay zeros, by their names
-    :param data: where the tokens are from
+    :param operators: the operators of the model that are trained
+    :param masks: masks, bool out×in, of the operators whose zeros stay zeros, by the
+        operators' names
+    :param data: the data that the tokens are from
     :param training: how to train
     :param resume: folder that keeps the state of the training; the same call goes on
         from it. See :func:`fista_modifier.recovery.resume.forget`
     :param teacher_name: the teacher's folder or hub id
-    :return: what it came to
+    :return: the result of the training
     :raises ValueError: if there are fewer than two sequences, the model cannot be run
-        on them, the folder is another run's, or a process has a part of the weights
-        only
+        on them, the folder is another run's, or a process has only a part of the
+        weights
     :raises RuntimeError: if the training has diverged
     """
     started = time.perf_counter()
@@ -190,7 +195,7 @@ def train_operators(
         arguments = training.arguments(folder, resume is not None, bf16)
         if resume is not None:
             run = _run(model, tokens, training, data, teacher_name)
-            # a step has the sequences of all of them
+            # a step has the sequences of all processes, so their number counts
             run["processes"] = {"number": arguments.world_size}
             begin(folder, run)
         for one in (model, teacher):
@@ -217,8 +222,11 @@ def train_operators(
 
 def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
     """
+    Split sequences into those to train on and those to judge by.
+
     :param tokens: sequences, in no order
-    :return: what to train on, and what to judge by: the last sixteenth, at least one
+    :return: the sequences to train on, and those to judge by, which are the last
+        sixteenth and at least one
     :raises ValueError: if there are not enough for both
     """
     count = max(1, len(tokens) // HELD_OUT)
@@ -232,7 +240,12 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def _operators(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
-    """Those of the report, each once, and all of the layers that lost channels."""
+    """
+    Return the operators to train: those of the report, each once, and all operators of
+    the layers that lost channels.
+
+    :raises ValueError: if the model does not have an operator of the report
+    """
     names = list(dict.fromkeys(one.name for one in report.operators))
     if any(name not in dict(model.named_modules()) for name in names):
         linearize(model)  # the report has the experts of a mixture one by one
@@ -261,7 +274,7 @@ def _train(
     arguments: TrainingArguments,
     masks: Mapping[str, Tensor],
 ) -> int:
-    """:return: the steps taken"""
+    """Train the parameters that require gradients, and return the number of steps."""
     use_cache = getattr(model.config, "use_cache", None)
     trainer = DistillationTrainer(
         model,
@@ -285,7 +298,7 @@ def _train(
 
 @contextmanager
 def _states(resume: Path | None) -> Iterator[Path]:
-    """Where the Trainer may write."""
+    """Give the ``Trainer`` a folder: the user's, or else one that is deleted again."""
     if resume is not None:
         yield resume
         return
@@ -297,7 +310,7 @@ def _states(resume: Path | None) -> Iterator[Path]:
 def _in_float32(
     model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[None]:
-    """Within this, the weights are float32; then each has its own dtype again."""
+    """Turn a model's weights into float32, and give each its own dtype afterwards."""
     try:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
@@ -315,7 +328,7 @@ def _run(
     data: Calibration,
     teacher: str,
 ) -> dict[str, dict[str, Any]]:
-    """What the result depends on."""
+    """Return what the result of a training depends on, in sections."""
     state = state_of_checkpoint(teacher) if teacher else ""
     return fingerprint(model, asdict(training)) | {
         "teacher": {"name": teacher, "checkpoint": state},
@@ -325,8 +338,8 @@ def _run(
 
 def _recounted(report: PruningReport, operators: Sequence[Operator]) -> PruningReport:
     """
-    With the zeros of today. Rounding may have added some; where nothing was set to
-    zero, training may have changed some.
+    Return the report with the numbers of zeros that the operators have now. Rounding
+    may have added some; where nothing was set to zero, training may have changed some.
     """
     zeros = {one.name: int((one.weight == 0).sum()) for one in operators}
     # a chain has an operator twice, and only the last entry is of what is stored
@@ -342,7 +355,9 @@ def _recounted(report: PruningReport, operators: Sequence[Operator]) -> PruningR
 
 def _judge(before: float, after: float) -> None:
     """
-    :raises RuntimeError: if the model predicts nothing any more
+    Judge a training by the divergence before and after. A warning says if it rose.
+
+    :raises RuntimeError: if the divergence is infinite or NaN
     """
     if not after < float("inf"):
         raise RuntimeError(

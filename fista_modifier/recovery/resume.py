@@ -1,4 +1,4 @@
-"""A folder with the last state of a training, so that an interrupted one goes on."""
+"""The folder with the state of a training, from which an interrupted one goes on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ RUN_FILE = "run.json"
 
 def begin(folder: Path, run: Fingerprint) -> None:
     """
-    Say what run a folder belongs to.
+    Note in a folder which run it belongs to, or refuse the folder of another run.
 
     :param folder: created if it is missing
     :param run: what the result depends on, in sections
-    :raises ValueError: if the folder belongs to another run, naming what differs
+    :raises ValueError: if the folder belongs to another run; the message names what
+        differs
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_FILE
@@ -48,12 +49,14 @@ def begin(folder: Path, run: Fingerprint) -> None:
 
 def last_state(folder: Path) -> Path | None:
     """
-    :param folder: of a training
+    Find the last state of a training.
+
+    :param folder: folder of the training
     :return: the last of its states that is there as a whole; None if there is none
     """
     steps: dict[int, Path] = {}
     for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:  # it is written last
+        try:  # this file is written last, so that the state is whole if it is there
             found = TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))
         except (OSError, ValueError, TypeError):
             continue
@@ -65,7 +68,7 @@ def forget(folder: Path) -> None:
     """
     Delete what a finished training left.
 
-    :param folder: of it; what others have put there stays
+    :param folder: folder of the training; what others have put there stays
     """
     for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(state)

@@ -1,4 +1,4 @@
-"""Zeros that stay zeros while a ``Trainer`` trains."""
+"""The callback that keeps zeros while a ``Trainer`` trains."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ SHARDED = {
 
 class KeepZeros(TrainerCallback):  # type: ignore[misc]
     """
-    The zeros of a pruned model stay exactly zero in any training by transformers'
-    ``Trainer`` and what is made from it, such as TRL's: ``callbacks=[KeepZeros()]``.
+    A callback that keeps the zeros of a pruned model exactly zero in any training by
+    transformers' ``Trainer`` and what is made from it, such as TRL's:
+    ``callbacks=[KeepZeros()]``.
 
     Zeros get no gradient, so that they have no part in its norm, nor in what an
-    optimizer remembers; and after each step they are zero again, whatever the optimizer
-    made of them. One process, or several with the whole model each, on any devices.
+    optimizer remembers. After each step they are set to zero again, whatever the
+    optimizer made of them. The training may run in one process, or in several that have
+    the whole model each, on any devices.
 
-    :param masks: of :func:`fista_modifier.masks_of`, such as those of another
-        checkpoint; None takes the zeros that the model has when training begins
+    :param masks: masks as :func:`fista_modifier.masks_of` returns them, such as those
+        of another checkpoint; None takes the zeros that the model has when training
+        begins
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -53,8 +56,11 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any
     ) -> None:
         """
-        :raises ValueError: if the model has no zeros, adapters, or other operators than
-            the masks, or its weights are spread over several processes
+        Find the zeros, and see to it that they get no gradient.
+
+        :raises ValueError: if the model has no zeros, has adapters, or does not have
+            the operators of the masks, or if its weights are spread over several
+            processes
         """
         _check_adapters(model)
         check_unsharded(model)
@@ -72,11 +78,11 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any
     ) -> None:
-        """The zeros are zero again."""
+        """Set the zeros to zero again."""
         apply_masks_(model, self._masks)
 
     def on_train_end(self, *_arguments: Any, **_others: Any) -> None:
-        """The model is as it was before, but for its weights."""
+        """Remove the hooks, so that the model is as before except for its weights."""
         self._release()
 
     def _release(self) -> None:
@@ -87,9 +93,9 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
 class _Masked:
     """
-    A gradient's hook.
+    A hook that sets the gradients of zeros to zero.
 
-    :param mask: in the layout of the weight
+    :param mask: the mask of a weight, in the weight's own layout
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -101,8 +107,10 @@ class _Masked:
 
 def check_unsharded(model: Module) -> None:
     """
-    :param model: that accelerate has prepared for training
-    :raises ValueError: if each process has a part of its weights only
+    Refuse a model whose weights are spread over processes.
+
+    :param model: a model that accelerate has prepared for training
+    :raises ValueError: if each process has only a part of the weights
     """
     spread = AcceleratorState().distributed_type
     if spread not in SHARDED and not any(map(_is_shard, model.parameters())):
@@ -133,9 +141,12 @@ def _weight_of(
     model: PreTrainedModel, name: str, mask: Tensor
 ) -> tuple[Parameter, Tensor]:
     """
-    :param name: of an operator, or of the weight of a layer's fused experts
-    :param mask: as :func:`masks_of` gives it
+    Find the weight that a mask belongs to.
+
+    :param name: name of an operator, or of the weight of a layer's fused experts
+    :param mask: the mask, as :func:`masks_of` returns it
     :return: the weight, and its mask in the weight's own layout
+    :raises ValueError: if the model has no such weight
     """
     experts = fused_experts(model)
     if name in experts and experts[name].shape == mask.shape:

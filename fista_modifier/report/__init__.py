@@ -1,5 +1,5 @@
 """
-``pruning_report.json`` as a page to read and to send round.
+The page that shows ``pruning_report.json``, to be read and sent round.
 
 The file itself is read and written by :mod:`fista_modifier.pruning.results`. Drawing it
 needs the extra ``report``, so that only the command imports this folder. It may import

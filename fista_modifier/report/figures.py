@@ -35,7 +35,7 @@ __all__ = ["error_lines", "error_map", "search_paths", "sparsity_map", "times"]
 WIDTH = 10.4
 """inches; 72 points to the inch are as many pixels of a page at full width, or more"""
 PANELS_IN_A_ROW = 4
-# A warm start is often all but equal to the solver's result: it shines through.
+# A warm start is often all but equal to the solver's result, so it must shine through.
 WARM_START_LOOK = {"c": START, "lw": 4.5, "alpha": 0.45}
 SOLVER_LOOK = {"c": SOLVER, "marker": "o", "ms": 1.5}
 STORED_LOOK = {"c": STORED, "marker": "o", "ms": 2.5, "ls": (0, (3, 1))}
@@ -46,9 +46,11 @@ Measure = Callable[[OperatorResult], float]
 
 def error_lines(report: PruningReport, grid: OperatorGrid) -> str:
     """
-    :param report: of the model
+    Draw the errors along the layers.
+
+    :param report: the model's report
     :param grid: its operators
-    :return: errors along the layers, a panel for each kind of operator and one for the
+    :return: an ``svg`` element with a panel for each kind of operator, and one for the
         layers as a whole where they were reconstructed
     """
     lines: list[tuple[str, Measure, dict[str, Any]]] = [
@@ -93,8 +95,10 @@ def error_lines(report: PruningReport, grid: OperatorGrid) -> str:
 
 def error_map(grid: OperatorGrid) -> str:
     """
+    Draw a heat map of the error of every operator as it is stored.
+
     :param grid: the operators
-    :return: the error of every operator as it is stored, as a heat map
+    :return: an ``svg`` element
     """
     highest = max(o.stored_error for cell in grid.cells.values() for o in cell)
     return _map(
@@ -108,8 +112,10 @@ def error_map(grid: OperatorGrid) -> str:
 
 def sparsity_map(grid: OperatorGrid) -> str:
     """
+    Draw a heat map of the share of zeros of every operator, from none to all.
+
     :param grid: the operators
-    :return: the share of zeros of every operator, as a heat map from none to all
+    :return: an ``svg`` element
     """
     return _map(
         grid,
@@ -122,8 +128,10 @@ def sparsity_map(grid: OperatorGrid) -> str:
 
 def search_paths(grid: OperatorGrid) -> str:
     """
+    Draw λ and the error of every operator, round by round.
+
     :param grid: the operators, at least one with a search for λ
-    :return: λ and the error, round by round, of every operator, by kind
+    :return: an ``svg`` element with two panels for each kind of operator
     """
     kinds = [
         (kind, label)
@@ -132,7 +140,7 @@ def search_paths(grid: OperatorGrid) -> str:
     ]
     with style():
         figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
-        # a lone panel as wide as the page would be a caricature
+        # one panel alone must not be as wide as the page
         columns = max(len(kinds), PANELS_IN_A_ROW)
         above, below = figure.subplots(
             2, columns, sharex=True, sharey="row", squeeze=False
@@ -185,9 +193,11 @@ def _search(upper: Axes, lower: Axes, operator: OperatorResult) -> None:
 
 def times(report: PruningReport, grid: OperatorGrid) -> str:
     """
-    :param report: of the model
+    Draw where the time went, by task and along the layers.
+
+    :param report: the model's report
     :param grid: its operators
-    :return: where the time went: by task, and along the layers
+    :return: an ``svg`` element
     """
     solver = {
         label: sum(operator.seconds for operator in grid.of_kind(kind))
@@ -239,7 +249,7 @@ def times(report: PruningReport, grid: OperatorGrid) -> str:
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A grid of small plots with the same axes."""
+    """Make a figure with a grid of small plots, and return it with their axes."""
     rows = math.ceil(count / PANELS_IN_A_ROW)
     figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * rows), layout="constrained")
     axes = list(figure.subplots(rows, PANELS_IN_A_ROW, sharey=True, squeeze=False).flat)
@@ -268,8 +278,8 @@ def _map(
     grid: OperatorGrid, measure: Measure, highest: float, name: str, title: str
 ) -> str:
     """
-    Draw kinds over layers. Each cell shows its value under the mouse, so it is an
-    artist of its own, which those of a mesh or an image are not.
+    Draw a heat map of kinds over layers. Each cell shows its value under the mouse, so
+    it is an artist of its own. The cells of a mesh or an image are not.
     """
     tooltips: dict[str, str] = {}
     extremes: list[tuple[float, str]] = []
@@ -311,10 +321,10 @@ def _map(
 
 
 def _scale(axes: Axes, highest: float, steps: int = 40) -> None:
-    """Draw what the colours of a map mean."""
+    """Draw the scale of a heat map's colours."""
     for step in range(steps):
         colour = heat((step + 0.5) / steps)
-        # higher than its step, so that the page does not shine through the seams
+        # each is higher than its step, so that no page shines through the seams
         height = min(1.5, steps - step) / steps
         axes.add_patch(Rectangle((0, step / steps), 1, height, facecolor=colour))
     axes.set_ylim(0, 1)

@@ -15,8 +15,10 @@ __all__ = ["OperatorGrid"]
 @dataclass(frozen=True)
 class OperatorGrid:
     """
+    The operators of a report, in a grid of layers and kinds.
+
     :param layers: names of the layers, such as "model.layers.0", in the order of
-        pruning; that of operators outside any layer is empty
+        pruning; the name is empty for operators outside any layer
     :param kinds: names of the operators within their layer, such as "self_attn.q_proj"
     :param cells: the operators of each layer and kind: one, or all experts
     """
@@ -28,8 +30,10 @@ class OperatorGrid:
     @classmethod
     def of(cls, operators: Sequence[OperatorResult]) -> OperatorGrid:
         """
-        :param operators: in the order of pruning
-        :return: the same, by layer and kind
+        Sort operators by layer and kind.
+
+        :param operators: the results of the operators, in the order of pruning
+        :return: the grid
         """
         cells: dict[tuple[str, str], list[OperatorResult]] = {}
         for operator in operators:
@@ -40,16 +44,18 @@ class OperatorGrid:
 
     @property
     def layer_labels(self) -> list[str]:
-        """the layers' numbers, or their names where numbers would be ambiguous"""
+        """The layers' numbers, or their names if numbers would be ambiguous."""
         return _shortest(self.layers)
 
     @property
     def kind_labels(self) -> list[str]:
-        """the last parts of the kinds, or all of them, likewise"""
+        """The last parts of the kinds, or the whole kinds if parts were ambiguous."""
         return _shortest(self.kinds)
 
     def of_kind(self, kind: str) -> list[OperatorResult]:
         """
+        Return the operators of a kind.
+
         :param kind: one of ``kinds``
         :return: its operators in all layers
         """
@@ -63,9 +69,11 @@ class OperatorGrid:
         self, kind: str, measure: Callable[[OperatorResult], float]
     ) -> list[float]:
         """
+        Measure the operators of a kind along the layers.
+
         :param kind: one of ``kinds``
-        :param measure: what to take of an operator
-        :return: its mean for each layer, NaN where the layer has no such operator
+        :param measure: returns a figure of one operator
+        :return: the mean for each layer, NaN if the layer has no such operator
         """
         return [
             fmean(map(measure, cell)) if cell else math.nan
@@ -75,9 +83,9 @@ class OperatorGrid:
 
 def _place(name: str) -> tuple[str, str]:
     """
-    The layer and the kind of an operator. The first number in its name is that of the
-    layer, as in every model with a list of layers. Later numbers, those of experts, are
-    left out of the kind.
+    Return the layer and the kind of an operator. The first number in its name is that
+    of the layer, as in every model with a list of layers. Later numbers, those of
+    experts, are left out of the kind.
     """
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)

@@ -1,4 +1,4 @@
-"""One HTML file that opens anywhere: no script, no network, nothing beside it."""
+"""The page as one HTML file, which needs no script, no network and no other file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ TEMPLATE = files("fista_modifier.report") / "page.html.jinja"
 
 def write_page(folder: Path, output: Path) -> None:
     """
-    :param folder: of a checkpoint with a report
+    Write the page of a checkpoint's report.
+
+    :param folder: folder of a checkpoint with a report
     :param output: the HTML file to write
     :raises FileNotFoundError: if the checkpoint has no report
     :raises ValueError: if its report is damaged, or tells of no pruned operator
@@ -43,7 +45,9 @@ def write_page(folder: Path, output: Path) -> None:
 
 def render(report: PruningReport) -> str:
     """
-    :param report: of a pruned model
+    Render a report as a page.
+
+    :param report: the report of a pruned model
     :return: the page; whatever the report says is text in it, never markup
     :raises ValueError: if there is nothing to draw
     """
@@ -79,7 +83,7 @@ def render(report: PruningReport) -> str:
 
 
 def _summary(operators: list[OperatorResult] | Any) -> dict[str, Any]:
-    """Sums and means over operators."""
+    """Return sums and means over operators, by their names in the template."""
     weights = sum(operator.shape[0] * operator.shape[1] for operator in operators)
     return {
         "count": len(operators),
@@ -99,7 +103,7 @@ def _percent(share: float, digits: int = 1) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """A duration in its two largest units"""
+    """Format a duration in its two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

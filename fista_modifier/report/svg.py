@@ -1,9 +1,10 @@
 """
-Matplotlib's figures as parts of a page: they take the page's colours, so that one
+Matplotlib's figures as parts of a page. They take the page's colours, so that one
 drawing suits light and dark, and say what they show to those who cannot see it.
 
-Matplotlib's own settings keep text as text and ids stable. It has none for variables of
-CSS, tooltips, or the names of a figure and what it shows: these are put into its SVG.
+Matplotlib has settings that keep text as text and ids stable. It has none for variables
+of CSS, for tooltips, or for the title and the description of a figure. These are put
+into its SVG here.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ HEAT = re.compile("#0001([0-9a-f]{2})")
 
 def heat(share: float) -> str:
     """
-    :param share: from 0 to 1
+    Return the placeholder of a colour of a heat map.
+
+    :param share: a share from 0 to 1
     :return: the placeholder of a colour from the page's ``--low`` to its ``--high``
     """
     return f"#0001{round(100 * min(max(share, 0.0), 1.0)):02x}"
@@ -53,7 +56,7 @@ def heat(share: float) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Drawing in placeholders, with text that stays text."""
+    """Make matplotlib draw in placeholders of colours, with text that stays text."""
     with matplotlib.rc_context(
         {
             "svg.fonttype": "none",
@@ -92,11 +95,13 @@ def inline_svg(
     tooltips: Mapping[str, str] | None = None,
 ) -> str:
     """
-    :param figure: drawn in :func:`style`
-    :param name: unique on the page
-    :param title: what a screen reader says first
+    Turn a figure into a part of a page.
+
+    :param figure: a figure that was drawn in :func:`style`
+    :param name: a name that is unique on the page
+    :param title: the title, which a screen reader says first
     :param description: what the figure shows, in words
-    :param tooltips: what to show over the artists with these gids
+    :param tooltips: texts to show over artists, by their gids
     :return: an ``svg`` element for HTML, as wide as there is room
     """
     written = StringIO()
@@ -105,7 +110,7 @@ def inline_svg(
     root = ElementTree.fromstring(written.getvalue())
     for element in root.iter():
         _as_html(element, name, tooltips or {})
-    # a style sheet inside would hold for the whole page, and the metadata for nobody
+    # the style sheet would hold for the whole page, and nobody reads the metadata
     for unwanted in (root.find("metadata"), root.find("defs")):
         if unwanted is not None:
             root.remove(unwanted)
@@ -129,7 +134,9 @@ def inline_svg(
 def _as_html(
     element: ElementTree.Element, name: str, tooltips: Mapping[str, str]
 ) -> None:
-    """Drop namespaces, and ids that another figure may have; add a tooltip."""
+    """
+    Drop an element's namespaces, and ids that another figure may have. Add its tooltip.
+    """
     element.tag = element.tag.rpartition("}")[2]
     for attribute in list(element.attrib):
         value = element.attrib.pop(attribute)

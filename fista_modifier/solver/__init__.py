@@ -1,8 +1,8 @@
 """
 Zeros in one operator: the solver works on tensors and knows no models.
 
-Use the names below. Other methods may also use the modules. The folder needs no
-toolkit. It may import nothing else of the package but the modules at the root.
+Use the names below. Other methods may also use the modules. The folder needs no toolkit
+(llm-compressor). It may import nothing else of the package but the modules at the root.
 """
 
 from fista_modifier.solver.gram import GramStatistics

@@ -27,8 +27,8 @@ COMPUTED = (SIDE + 1) / (2 * SIDE)
 
 def row_blocks(weight: Tensor) -> list[slice]:
     """
-    The rows of a weight are independent problems, so that what an iteration needs
-    beside its result does not grow with the weight.
+    Split the rows of a weight into blocks. The rows are independent problems, so what
+    an iteration needs beside its result does not have to grow with the weight.
 
     :param weight: m×n
     :return: slices of the rows, with at most :data:`ENTRIES` entries (or one row) each
@@ -40,9 +40,11 @@ def row_blocks(weight: Tensor) -> list[slice]:
 
 def times(left: Tensor, matrix: Tensor) -> Tensor:
     """
+    Multiply two matrices that may lie on different devices.
+
     :param left: A, m×n
     :param matrix: B, n×k; if it lies on another device, block after block of its
-        columns comes to that of A
+        columns comes to the device of A
     :return: A B, m×k, where A is
     """
     if matrix.shape[1] <= BLOCK:
@@ -58,9 +60,9 @@ def times(left: Tensor, matrix: Tensor) -> Tensor:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
-    Add AᵀB of tokens×m and tokens×n to a sum.
+    Add AᵀB to a sum, for A of tokens×m and B of tokens×n.
 
-    :param total: m×n, updated in place, maybe on another device
+    :param total: the sum, m×n, updated in place; it may lie on another device
     :param left: A
     :param right: B
     """
@@ -74,10 +76,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def add_gram(gram: Tensor, tokens: Tensor) -> None:
     """
-    Add XᵀX of tokens×n to a symmetric sum: only blocks on and above the diagonal are
-    computed (:data:`COMPUTED` of the work), the others are their copies.
+    Add the Gram matrix of tokens to a symmetric sum. Only blocks on and above the
+    diagonal are computed (:data:`COMPUTED` of the work). The others are their copies.
 
-    :param gram: float32 n×n, updated in place, maybe on another device
+    :param gram: the sum, float32 n×n, updated in place; it may lie on another device
     :param tokens: Xᵀ, float32 tokens×n
     """
     features = gram.shape[0]

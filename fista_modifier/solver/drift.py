@@ -1,4 +1,6 @@
-"""What the operators pruned before an operator did to its inputs: Δ = X* − X."""
+"""
+The drift Δ = X* − X: what the operators pruned before an operator did to its inputs.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +17,42 @@ __all__ = ["Drift", "FeatureDrift", "OutputDrift", "inner", "narrows"]
 
 def narrows(rows: int, columns: int) -> bool:
     """
-    :param rows: m
-    :param columns: n
-    :return: whether the drift of a lone operator of this shape is better summed in its
-        outputs (:class:`OutputDrift`) than in its inputs (:class:`FeatureDrift`)
+    Say whether the drift of a lone operator is better summed in its outputs
+    (:class:`OutputDrift`) than in its inputs (:class:`FeatureDrift`).
+
+    :param rows: m, the out features
+    :param columns: n, the in features
+    :return: whether it is better summed in the outputs
     """
     return rows <= columns
 
 
 class Drift(Protocol):
-    """
-    Sums over the tokens that give W Δ X*ᵀ and ‖W Δ‖_F² for a weight W.
-    """
+    """Sums over the tokens that give W Δ X*ᵀ and ‖W Δ‖_F² for a weight W."""
 
     def accumulate(self, drift: Tensor, pruned: Tensor) -> None:
         """
-        :param drift: of the inputs, Δᵀ of a batch, float32 tokens×n; or of the outputs,
-            (W Δ)ᵀ, tokens×m
+        Add the tokens of one batch.
+
+        :param drift: drift of the inputs, Δᵀ of the batch, float32 tokens×n; or drift
+            of the outputs, (W Δ)ᵀ, tokens×m
         :param pruned: X*ᵀ of the same tokens, float32 tokens×n
         """
         ...
 
     def scaled(self, scale: Tensor) -> Drift:
         """
+        Return the sums of inputs divided by a scale, for weights multiplied by it.
+
         :param scale: n, positive
-        :return: the sums of inputs divided by it, for weights multiplied by it
+        :return: the scaled sums
         """
         ...
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
         """
+        Return what the drift adds to the problem of a weight.
+
         :param weight: W, float32 m×n
         :return: W Δ X*ᵀ, m×n, and ‖W Δ‖_F²
         """
@@ -52,21 +60,28 @@ class Drift(Protocol):
 
     def in_outputs(self, drift: Tensor, weight: Tensor) -> Tensor:
         """
-        :param drift: of what is summed here for one token, or a mean of it, float32
+        Return a drift of the outputs for a drift of what is summed here.
+
+        :param drift: drift of what is summed here for one token, or a mean of it,
+            float32
         :param weight: W, float32 m×n
-        :return: of the outputs, m
+        :return: drift of the outputs, m
         """
         ...
 
     def sums(self) -> list[Tensor]:
-        """:return: what is to be added up over ranks, in place"""
+        """
+        Return the tensors that are to be added up over ranks, in place.
+
+        :return: the tensors
+        """
         ...
 
 
 @dataclass
 class FeatureDrift:
     """
-    For any weight, from the drift of the inputs: sums over products of features.
+    The drift of the inputs, for any weight: sums over products of features.
 
     :param cross: Δ X*ᵀ, float32 n×n, where G is
     :param gram: Δ Δᵀ, float32 n×n, where G is
@@ -98,8 +113,8 @@ class FeatureDrift:
 @dataclass
 class OutputDrift:
     """
-    For one operator with no more outputs than inputs, such as a down projection, from
-    the drift of its outputs: less work and memory than the products of features.
+    The drift of the outputs, for one operator with no more outputs than inputs, such as
+    a down projection. It takes less work and memory than the products of features.
 
     :param cross: W Δ X*ᵀ, float32 m×n
     :param power: ‖W Δ‖_F², a float64 scalar
@@ -127,8 +142,10 @@ class OutputDrift:
 
 def inner(a: Tensor, b: Tensor) -> float:
     """
-    :param a: m×n
-    :param b: m×n
+    Return the inner product ⟨A, B⟩ of two matrices.
+
+    :param a: A, m×n
+    :param b: B, m×n
     :return: ⟨A, B⟩, summed in float32 within the rows and in float64 over them
     """
     return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))

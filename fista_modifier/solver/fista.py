@@ -17,7 +17,7 @@ __all__ = ["FISTASolution", "fista", "soft_threshold"]
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
     """
-    SoftShrinkage_ρ of section 3.2, the proximal operator of ρ‖·‖₁.
+    Apply SoftShrinkage_ρ of section 3.2, the proximal operator of ρ‖·‖₁.
 
     :param values: any shape
     :param threshold: ρ ≥ 0
@@ -29,9 +29,11 @@ def soft_threshold(values: Tensor, threshold: float) -> Tensor:
 @dataclass(frozen=True)
 class FISTASolution:
     """
+    The result of FISTA.
+
     :param weight: the last proximal point, m×n (sparse where the penalty bites), a new
         tensor
-    :param iterations: iterations done, by the rows that took most
+    :param iterations: number of iterations done, by the rows that took most
     """
 
     weight: Tensor
@@ -48,23 +50,23 @@ def fista(
     """
     Minimise f(V) + λ Σ_i ‖V_i‖₁ by FISTA (Beck & Teboulle 2009; Eqs. 4a–4d).
 
-    Eq. (4d) as printed extrapolates from the previous extrapolated point; here, as in
-    Beck & Teboulle, from the previous proximal point, for which the O(1/k²) rate is
-    proved. Stop (5) is made independent of the scale of the weights:
-    ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F. Large weights are solved block of rows after
-    block, and each block stops by its own norms. Products may be those of
-    TensorFloat-32: with ``preset: paper`` they change the squared error that Algorithm
-    1 ends with by 0.6 % at most and by nothing on average (docs/cost.md).
+    Eq. (4d) as printed extrapolates from the previous extrapolated point. Here, as in
+    Beck & Teboulle, it extrapolates from the previous proximal point, for which the
+    O(1/k²) rate is proved. The stop (5) is made independent of the scale of the
+    weights: ‖V_k − V_{k−1}‖_F < tolerance · ‖W‖_F. Large weights are solved in blocks
+    of rows, one after the other, and each block stops by its own norms. Products may be
+    those of TensorFloat-32: with ``preset: paper`` they change the squared error that
+    Algorithm 1 ends with by 0.6 % at most and by nothing on average (docs/cost.md).
 
     :param objective: f
     :param penalty: λ ≥ 0, in the units of ∇f
     :param start: V₀, m×n
-    :param max_iterations: K
-    :param tolerance: of the stop, relative to ‖W‖_F
+    :param max_iterations: K, the most iterations
+    :param tolerance: tolerance of the stop, relative to ‖W‖_F
     :return: the last proximal point
     """
     lipschitz = objective.quadratic.lipschitz
-    if lipschitz == 0:  # no token excites the operator: every V has the same error
+    if lipschitz == 0:  # No token excites the operator: every V has the same error.
         return FISTASolution(start.clone(), 0)
     blocks = [
         _fista(objective, rows, penalty, start[rows], max_iterations, tolerance)
@@ -84,7 +86,7 @@ def _fista(
     max_iterations: int,
     tolerance: float,
 ) -> FISTASolution:
-    """The solution for some rows"""
+    """Return the solution for some rows."""
     lipschitz = objective.quadratic.lipschitz
     stop = tolerance * objective.weight[rows].norm()
     current, extrapolated = start, start.clone()
@@ -93,18 +95,18 @@ def _fista(
     done = torch.tensor(False, device=start.device)
     iterations = torch.tensor(0, device=start.device)
     for step in range(1, max_iterations + 1):
-        # (4a), a gradient step from the extrapolated point
+        # (4a) is a gradient step from the extrapolated point.
         gradient = objective.gradient(extrapolated, rows, "tf32")
         torch.sub(extrapolated, gradient, alpha=1 / lipschitz, out=gradient)
-        # (4b), the proximal operator of the penalty
+        # (4b) applies the proximal operator of the penalty.
         shrunk = soft_threshold(gradient, penalty / lipschitz)
-        # a solution that has converged stays
+        # A solution that has converged stays.
         torch.where(done, current, shrunk, out=shrunk)
         torch.sub(shrunk, current, out=change)
         current = shrunk
-        # (4c), the paper's t_k
+        # (4c) finds the paper's t_k.
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        # (4d), from the previous proximal point
+        # (4d) extrapolates from the previous proximal point.
         torch.add(
             current, change, alpha=(momentum - 1) / next_momentum, out=extrapolated
         )

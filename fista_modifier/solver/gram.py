@@ -18,22 +18,22 @@ __all__ = ["GramStatistics"]
 @dataclass
 class GramStatistics:
     """
-    Second moments of X* (inputs in the partly pruned layer) and of the drift
-    Δ = X* − X from the dense layer's inputs X. Memory does not grow with the number p
-    of calibration tokens.
+    Second moments of X* (inputs in the partly pruned layer) and of the drift Δ = X* − X
+    from the dense layer's inputs X. Memory does not grow with the number p of
+    calibration tokens.
 
     With a weight W, the sums carry the same information as X Xᵀ, X X*ᵀ and X* X*ᵀ, but
-    Δ is formed before anything is squared: where X* is close to X, the error of the
-    pruned operator is not lost in the difference of two large sums, and where X* = X
-    the drift is exactly zero (nothing is then stored of it).
+    Δ is formed before anything is squared. So where X* is close to X, the error of the
+    pruned operator is not lost in the difference of two large sums. Where X* = X the
+    drift is exactly zero, and nothing is stored of it.
 
     :param gram: G = X* X*ᵀ, float32 n×n; may lie on another device than that which
         executes the operators
     :param drift: sums of Δ, or None where X* = X
     :param tokens: p, the number of tokens summed so far
     :param weight: W, float32 m×n, if these are the inputs of a single operator whose
-        drift is better summed in its outputs
-    :param device: that executes the operators, if it is not G's
+        drift is better summed in its outputs; otherwise None
+    :param device: the device that executes the operators; None if it is that of G
     :param total: Σ X* over the tokens, float64 n, for means; None before the first
     :param drift_total: Σ of what the drift is summed from, float64 n or m; None where
         X* = X
@@ -56,12 +56,15 @@ class GramStatistics:
         offload: bool = False,
     ) -> GramStatistics:
         """
+        Return statistics of zero tokens.
+
         :param features: n, the operators' input width
-        :param device: that executes the operators, and keeps the sums
-        :param weights: of all operators that will use the statistics, out×in; if there
-            is one with no more rows than columns, the statistics are for it alone
-        :param offload: keep n×n matrices in main memory instead
-        :return: statistics of zero tokens
+        :param device: the device that executes the operators, and keeps the sums
+        :param weights: weights, out×in, of all operators that will use the statistics;
+            if there is just one, with no more rows than columns, the statistics are for
+            it alone
+        :param offload: whether to keep n×n matrices in main memory instead
+        :return: the statistics
         """
         single = None
         if len(weights) == 1 and narrows(weights[0].shape[0], features):
@@ -71,24 +74,24 @@ class GramStatistics:
 
     @property
     def execution_device(self) -> torch.device:
-        """where tokens come from and weights are"""
+        """The device that tokens come from and weights are on."""
         return self.device or self.gram.device
 
     @property
     def features(self) -> int:
-        """n, the operator's input width"""
+        """n, the operator's input width."""
         return self.gram.shape[0]
 
     @property
     def dead(self) -> Tensor:
-        """bool n: features that no calibration token excites (G_jj = 0)"""
+        """Features that no calibration token excites (G_jj = 0), bool n."""
         return self.gram.diagonal() == 0
 
     @property
     def typical_power(self) -> float:
         """
-        the geometric mean of diag(G) over features that are not dead (0 if all are), on
-        which a few features of great power have little hold
+        The geometric mean of diag(G) over features that are not dead (0 if all are
+        dead). A few features of great power have little hold on it.
         """
         powers = self.gram.diagonal()[~self.dead].double()
         return float(powers.log().mean().exp()) if len(powers) else 0.0
@@ -102,14 +105,14 @@ class GramStatistics:
         """
         Add the tokens of one batch. Products and sums are float32 whatever the dtype
         of the activations, so the result depends on the batch size only by rounding.
-        Those of 16-bit activations, and of the 16-bit weights that go with them, may be
-        computed in TensorFloat-32, which holds such values exactly. Where X* = X,
+        Products of 16-bit activations, and of the 16-bit weights that go with them, may
+        be computed in TensorFloat-32, which holds such values exactly. Where X* = X,
         neither ``dense`` nor ``outputs`` is given.
 
         :param pruned: X*ᵀ of the batch, tokens×n
         :param dense: Xᵀ of the same tokens, tokens×n
-        :param outputs: (W X)ᵀ of the same tokens, tokens×m, which does for X where
-            these are the statistics of a single ``weight``
+        :param outputs: (W X)ᵀ of the same tokens, tokens×m, which takes the place of X
+            where these are the statistics of a single ``weight``
         """
         exact: Precision = "tf32" if pruned.element_size() == 2 else "float32"
         pruned = pruned.to(self.execution_device, torch.float32)
@@ -142,15 +145,22 @@ class GramStatistics:
         return OutputDrift(torch.zeros_like(self.weight), power)
 
     def sums(self) -> list[Tensor]:
-        """:return: what is to be added up over ranks, in place; and so are tokens"""
+        """
+        Return the tensors that are to be added up over ranks, in place. The number of
+        tokens is to be added up, too.
+
+        :return: the tensors
+        """
         totals = [one for one in (self.total, self.drift_total) if one is not None]
         return [self.gram, *(self.drift.sums() if self.drift else []), *totals]
 
     def column_scale(self, damping: Tensor | None = None) -> Tensor:
         """
-        :param damping: δ, n, in the units of G
-        :return: (diag(G) + δ)^½, n: the norm of each input feature over all tokens;
-            a tiny number instead of 0, so that it can be divided by
+        Return the norm of each input feature over all tokens.
+
+        :param damping: δ, n, in the units of G; None is zero
+        :return: (diag(G) + δ)^½, n; a tiny number instead of 0, so that it can be
+            divided by
         """
         diagonal = self.gram.diagonal()
         floor = 1e-8 * diagonal.mean()
@@ -160,8 +170,8 @@ class GramStatistics:
 
     def scaled(self, scale: Tensor) -> GramStatistics:
         """
-        The statistics of inputs divided by ``scale``, for weights multiplied by it: the
-        outputs, and so all errors, are the same.
+        Return the statistics of inputs divided by ``scale``, for weights multiplied by
+        it. The outputs, and so all errors, are the same.
 
         :param scale: n, positive
         :return: statistics with new matrices
@@ -176,7 +186,9 @@ class GramStatistics:
 
     def is_finite(self) -> bool:
         """
-        :return: whether no activation was NaN or infinite (or overflowed when squared)
+        Say whether no activation was NaN or infinite (or overflowed when squared).
+
+        :return: whether all sums are finite
         """
         return all(bool(matrix.isfinite().all()) for matrix in self.sums())
 

@@ -1,4 +1,6 @@
-"""What a solver is: from the sums of a stage to the pruned weights of its operators."""
+"""
+The interface of a solver: from the sums of a stage to its operators' pruned weights.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ __all__ = ["PrunedWeight", "Solver", "SolverFactory"]
 @dataclass(frozen=True)
 class PrunedWeight:
     """
+    The pruned weight of one operator, with its error.
+
     :param weight: W*, m×n, with the pattern, in the dtype asked for
     :param error: ‖W* X* − W X‖_F of exactly this weight
-    :param start_error: the same of the warm start, rounded and cast but not refitted
+    :param start_error: that error of the warm start, rounded and cast but not refitted
     :param output_norm: ‖W X‖_F, the yardstick of relative errors
     :param trials: the rounds of Algorithm 1, in order
     """
@@ -34,47 +38,62 @@ class PrunedWeight:
 
     @property
     def relative_error(self) -> float:
-        """error / ‖WX‖_F; 0 where the operator's output is zero"""
+        """The error as a share of ‖WX‖_F; 0 where the operator's output is zero."""
         return self.relative(self.error)
 
     @property
     def relative_start_error(self) -> float:
-        """start_error / ‖WX‖_F"""
+        """
+        The start error as a share of ‖WX‖_F; 0 where the operator's output is zero.
+        """
         return self.relative(self.start_error)
 
     def relative(self, error: float) -> float:
         """
-        :param error: such as that of a trial
+        Return an error as a share of ‖WX‖_F.
+
+        :param error: an error such as that of a trial
         :return: error / ‖WX‖_F; 0 where the operator's output is zero
         """
         return error / self.output_norm if self.output_norm else 0.0
 
     def moved_to(self, device: torch.device | str) -> PrunedWeight:
-        """:return: the same, with the weight on a device"""
+        """
+        Return the same result with the weight on a device.
+
+        :param device: the device
+        :return: the result
+        """
         return replace(self, weight=self.weight.to(device))
 
 
 class Solver(Protocol):
-    """Prunes operators that share an input."""
+    """A method that prunes operators which share an input."""
 
     def prune(
         self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedWeight]:
         """
+        Prune each operator to its pattern.
+
         :param weights: dense weight W, m×n, of each operator, of any floating dtype
-        :param patterns: that each of them is to have
-        :return: W* of each, in the dtype and on the device of its W
+        :param patterns: the pattern that each operator is to have
+        :return: W* of each operator, in the dtype and on the device of its W
         :raises ValueError: if a pattern does not fit the width n
         """
         ...
 
 
 class SolverFactory(Protocol):
-    """Makes a solver for a stage, as options do when they are called."""
+    """
+    A function that makes a solver for a stage. Options that can be called serve as one.
+    """
 
     def __call__(self, statistics: GramStatistics) -> Solver:
         """
+        Make the solver of a stage.
+
         :param statistics: Gram matrices of the shared input, n×n
-        :return: a solver for the operators that have it
+        :return: a solver for the operators that have this input
         """
         ...

@@ -17,7 +17,8 @@ __all__ = ["LayerObjective"]
 
 class LayerObjective:
     """
-    f(V) = ½‖V X* − W X‖_F² of Eq. (3) in Gram form. With the drift Δ = X* − X,
+    The function f(V) = ½‖V X* − W X‖_F² of Eq. (3) in Gram form. With the drift
+    Δ = X* − X,
 
         V X* − W X = (V − W) X* + W Δ,
         ‖V X* − W X‖_F² = ⟨V − W, (V − W) G + 2 W Δ X*ᵀ⟩ + ⟨W, W Δ Δᵀ⟩,
@@ -27,8 +28,9 @@ class LayerObjective:
     the rows.
 
     With damping δ the gradient is that of f(V) + ½ Σ_j δ_j ‖V_j − W_j‖², j running over
-    the columns: δ is added to the diagonal of G and W diag(δ) to B, which holds back
-    directions that the data hardly determine. Errors are always those of f itself.
+    the columns. For that, δ is added to the diagonal of G and W diag(δ) to B. This
+    holds back directions that the data hardly determine. Errors are always those of f
+    itself.
 
     :param weight: dense weight W, m×n
     :param quadratic: G and the other sums over the tokens of the operator's input
@@ -40,7 +42,9 @@ class LayerObjective:
 
     @cached_property
     def _drifts(self) -> tuple[Tensor | None, float]:
-        """W Δ X*ᵀ, m×n, and ‖W Δ‖_F², the error of W itself; none where X* = X"""
+        """
+        W Δ X*ᵀ, m×n, and ‖W Δ‖_F², the error of W itself; None and 0 where X* = X.
+        """
         drift = self.quadratic.statistics.drift
         return (None, 0.0) if drift is None else drift.of(self.weight)
 
@@ -54,13 +58,15 @@ class LayerObjective:
 
     @cached_property
     def target(self) -> Tensor:
-        """B = W X X*ᵀ, m×n: the linear term of f"""
+        """B = W X X*ᵀ, m×n, the linear term of f."""
         product = self.quadratic.times_gram(self.weight)
         return product if self._drift is None else product.sub_(self._drift)
 
     @cached_property
     def output_norm(self) -> float:
-        """‖W X‖_F, the size of the dense output: the yardstick of relative errors"""
+        """
+        ‖W X‖_F, the size of the dense output and the yardstick of relative errors.
+        """
         squared = self._form(self.weight) + self._drift_error
         if self._drift is not None:
             squared -= 2 * inner(self.weight, self._drift)
@@ -73,9 +79,11 @@ class LayerObjective:
         precision: Precision = "float32",
     ) -> Tensor:
         """
+        Return the gradient of f.
+
         :param candidate: V, m×n, or some of its rows
-        :param rows: which of them
-        :param precision: the lowest that will do for V G; B is always float32
+        :param rows: the rows that ``candidate`` has
+        :param precision: the lowest precision that will do for V G; B is always float32
         :return: ∇f(V) = V G − B, for these rows
         """
         target = self.target[rows]
@@ -84,6 +92,8 @@ class LayerObjective:
 
     def error(self, candidate: Tensor) -> float:
         """
+        Return the output error of a weight.
+
         :param candidate: V, m×n
         :return: ‖V X* − W X‖_F over all calibration tokens
         """
@@ -94,5 +104,5 @@ class LayerObjective:
         return math.sqrt(max(squared, 0.0))
 
     def _form(self, weight: Tensor) -> float:
-        """⟨V, V X* X*ᵀ⟩"""
+        """Return ⟨V, V X* X*ᵀ⟩ for a weight V."""
         return inner(weight, self.quadratic.times_undamped(weight))

@@ -21,8 +21,8 @@ def regrouped(scores: Tensor, pattern: NofM) -> Tensor:
     Spread the large entries of each row over its groups, so that fewer of them compete
     for the n places of one group (after Pool & Yu, 2021). At first, each group gets
     channels of all sizes. Then the channels at one place of all groups are dealt out
-    anew, by an assignment that keeps most beside what the other places have: once for
-    each place, as a second time gains next to nothing.
+    anew, by the assignment that keeps most beside what the other places have. This is
+    done once for each place, as a second time gains next to nothing.
 
     :param scores: importance of each entry, at least zero, m×channels
     :param pattern: n:m
@@ -48,9 +48,11 @@ def regrouped(scores: Tensor, pattern: NofM) -> Tensor:
 
 def kept_share(scores: Tensor, pattern: NofM) -> float:
     """
+    Return the share of all scores that a pattern keeps.
+
     :param scores: importance of each entry, at least zero, m×n
     :param pattern: n:m
-    :return: share of all scores that the pattern keeps
+    :return: the share; 1 if all scores are zero
     """
     total = float(scores.sum(dtype=torch.float64))
     kept = (scores * pattern.support(scores)).sum(dtype=torch.float64)
@@ -58,7 +60,10 @@ def kept_share(scores: Tensor, pattern: NofM) -> float:
 
 
 def _parts(groups: int, turn: int) -> list[Tensor]:
-    """Parts of at most so many groups, other ones in each turn"""
+    """
+    Split the numbers of the groups at random into parts of at most :data:`DEALT`. Each
+    turn has other parts.
+    """
     generator = torch.Generator().manual_seed(turn)
     places = torch.randperm(groups, generator=generator)
     return list(torch.tensor_split(places, -(-groups // DEALT)))
@@ -66,10 +71,10 @@ def _parts(groups: int, turn: int) -> list[Tensor]:
 
 def _dealt(groups: Tensor, place: int, scores: Tensor, n: int) -> Tensor:
     """
-    Groups (number×m) with the channels at one place dealt out anew. A channel c adds
-    max(0, S_rc − t_rg) to what row r keeps of group g, with t_rg the n-th largest of
-    the others there. The sum over r is half of Σ|S_rc − t_rg|, apart from terms that
-    are the same for all assignments.
+    Deal out anew the channels at one place of the groups (number×m), and return the new
+    groups. A channel c adds max(0, S_rc − t_rg) to what row r keeps of group g, with
+    t_rg the n-th largest of the others there. The sum over r is half of Σ|S_rc − t_rg|,
+    apart from terms that are the same for all assignments.
     """
     others = torch.cat([groups[:, :place], groups[:, place + 1 :]], 1)
     thresholds = scores[:, others].topk(n).values[..., -1]

@@ -3,7 +3,7 @@ Sparsity patterns: which entries of a weight may be non-zero.
 
 A pattern owns its name: ``str(pattern)`` is what recipes, reports and model cards hold,
 and :func:`pattern_of` reads it back. Whatever other modules need to know of a pattern
-is a member of :class:`SparsityPattern`; none of them asks for its class.
+is a member of :class:`SparsityPattern`. None of them asks for its class.
 """
 
 from __future__ import annotations
@@ -34,46 +34,68 @@ __all__ = [
 
 
 class SparsityPattern(Protocol):
-    """What the solver, the modifier and the checkpoint ask of a sparsity pattern."""
+    """
+    The interface of a sparsity pattern: what the solver, the modifier and the
+    checkpoint ask of it.
+    """
 
     def __str__(self) -> str:
-        """:return: the name, from which ``pattern_of`` makes an equal pattern"""
+        """
+        Return the name, from which ``pattern_of`` makes an equal pattern.
+
+        :return: the name
+        """
         ...
 
     @property
     def sparsity(self) -> float:
-        """share of the entries that must be zero, in [0, 1)"""
+        """The share of the entries that must be zero, in [0, 1)."""
         ...
 
     @property
     def group(self) -> tuple[int, int] | None:
-        """(n, m) if the pattern is n:m, for kernels and file formats that know no
-        other; None for any other pattern, which they take for an unstructured one"""
+        """
+        (n, m) if the pattern is n:m, for kernels and file formats that know no other
+        pattern. For any other pattern it is None, and they take it for an unstructured
+        one.
+        """
         ...
 
     @property
     def tag(self) -> str:
-        """of its kind, for the hub: letters, digits and hyphens"""
+        """The tag of its kind for the hub: letters, digits and hyphens."""
         ...
 
     @property
     def description(self) -> str:
-        """what its name means, for the model card: a clause without a full stop"""
+        """The meaning of its name for the model card: a clause without a full stop."""
         ...
 
     def check_columns(self, columns: int) -> None:
-        """:raises ValueError: where a weight with so many columns cannot have it"""
+        """
+        Refuse a width that the pattern does not fit.
+
+        :param columns: number of columns of a weight
+        :raises ValueError: if a weight with so many columns cannot have the pattern
+        """
         ...
 
     def support(self, scores: Tensor) -> Tensor:
         """
+        Choose the entries that the pattern keeps.
+
         :param scores: importance of each entry, m×n
         :return: bool m×n, True at the most important entries that the pattern keeps
         """
         ...
 
     def holds(self, weight: Tensor) -> bool:
-        """:return: whether ``weight`` (m×n) has at least the zeros asked for"""
+        """
+        Say whether a weight has at least the zeros asked for.
+
+        :param weight: m×n
+        :return: whether it has them
+        """
         ...
 
 
@@ -83,9 +105,11 @@ class RegisteredPattern(SparsityPattern, Protocol):
     @classmethod
     def parse(cls, text: str) -> SparsityPattern | None:
         """
+        Read the name of a pattern.
+
         :param text: name of a pattern
         :return: the pattern; None if that is the name of no pattern of this class
-        :raises ValueError: if it is, but there can be no such pattern
+        :raises ValueError: if it is such a name, but there can be no such pattern
         """
         ...
 
@@ -100,7 +124,7 @@ def register(syntax: str | None) -> Callable[[type[Registered]], type[Registered
     wherever else a name is read.
 
     :param syntax: how such names are written, for messages: "a sparsity such as 0.5";
-        None for what reports name and no recipe can ask for
+        None for patterns that reports name and no recipe can ask for
     :return: the decorator of the class
     """
 
@@ -113,6 +137,8 @@ def register(syntax: str | None) -> Callable[[type[Registered]], type[Registered
 
 def pattern_of(text: str) -> SparsityPattern:
     """
+    Return the pattern that a name means in a recipe.
+
     :param text: the name of a pattern: "n:m" (n kept of m), a sparsity such as "0.5" or
         "50 %", or what another registered class reads
     :return: the pattern
@@ -123,7 +149,9 @@ def pattern_of(text: str) -> SparsityPattern:
 
 def reported_pattern(text: str) -> SparsityPattern:
     """
-    :param text: what a report calls a pattern
+    Return the pattern that a name means in a report.
+
+    :param text: the name of a pattern in a report
     :return: the pattern, which may be one that nothing can be pruned to
     :raises ValueError: if it is the name of none
     """
@@ -143,10 +171,11 @@ def _read(
 
 def project(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """
-    The rounding operator H of Eq. (6): the nearest weight with the pattern, which
-    keeps the largest magnitudes.
+    Round a weight to a pattern. This is the operator H of Eq. (6): it returns the
+    nearest weight with the pattern, which keeps the largest magnitudes.
 
     :param weight: m×n
+    :param pattern: the pattern
     :return: m×n, zero off the support
     """
     return weight * pattern.support(weight.abs())
@@ -156,7 +185,8 @@ def project(weight: Tensor, pattern: SparsityPattern) -> Tensor:
 @dataclass(frozen=True)
 class NofM:
     """
-    At most n non-zeros in each group of m consecutive entries of a row (section 3.3).
+    The pattern n:m: at most n non-zeros in each group of m consecutive entries of a row
+    (section 3.3).
 
     :param n: entries kept in a group
     :param m: size of a group
@@ -205,8 +235,8 @@ class NofM:
             )
 
     def support(self, scores: Tensor) -> Tensor:
-        # an entry stays if fewer than n of its group beat it; of equals, the first do:
-        # a comparison of each pair is four times faster than topk on groups of four
+        # An entry stays if fewer than n of its group beat it. The first of equals wins.
+        # A comparison of each pair is four times faster than topk on groups of four.
         entries = scores.reshape(scores.shape[0], -1, self.m).unbind(-1)
         beaten = [torch.zeros_like(entry, dtype=torch.int16) for entry in entries]
         for second in range(self.m):
@@ -225,7 +255,8 @@ class NofM:
 @dataclass(frozen=True)
 class Unstructured:
     """
-    Any entry of the m×n weight may be zero; exactly round(s·m·n) of them are.
+    The pattern without a structure: any entry of the m×n weight may be zero, and
+    exactly round(s·m·n) of them are.
 
     :param sparsity: s in [0, 1)
     :raises ValueError: for a sparsity outside [0, 1)
@@ -255,12 +286,13 @@ class Unstructured:
         return cls(float(value if number == text else value.scaleb(-2)))
 
     def __str__(self) -> str:
-        # decimal, as 100 times a float is rounded: 0.07 would not come back
+        # The number is decimal, as 100 times a float is rounded: 0.07 would not come
+        # back.
         per_cent = Decimal(repr(float(self.sparsity))).scaleb(2).normalize()
         return f"{per_cent:f} %"
 
     def check_columns(self, columns: int) -> None:
-        """Any width will do."""
+        """Do nothing, as any width will do."""
 
     def support(self, scores: Tensor) -> Tensor:
         flat = scores.flatten()
@@ -270,7 +302,7 @@ class Unstructured:
         threshold = _smallest(flat, zeros)
         keep = flat > threshold
         missing = flat.numel() - zeros - keep.sum()
-        # equal scores share the threshold: the first of them fill it up
+        # Equal scores share the threshold. The first of them take the places left.
         equal = flat == threshold
         keep |= equal & (equal.cumsum(0, dtype=torch.int32) <= missing)
         return keep.view_as(scores)
@@ -280,7 +312,10 @@ class Unstructured:
 
 
 def _smallest(values: Tensor, rank: int) -> Tensor:
-    """The rank-th smallest of a vector; on the CPU ten times faster than kthvalue."""
+    """
+    Return the rank-th smallest entry of a vector. On the CPU this is ten times faster
+    than kthvalue.
+    """
     if values.device.type == "cpu" and values.dtype == torch.float32:
         partitioned = np.partition(values.numpy(), rank - 1)
         return torch.from_numpy(partitioned)[rank - 1]
@@ -293,7 +328,7 @@ class _OfOneWeight:
     A pattern with what is particular to one weight. Its name and all else are those of
     the pattern asked for.
 
-    :param pattern: sparsity asked for
+    :param pattern: the sparsity asked for
     """
 
     pattern: SparsityPattern
@@ -353,7 +388,7 @@ class Reordered(_OfOneWeight):
 
     @property
     def group(self) -> None:
-        """no kernel knows it before the columns are in that order"""
+        """None, as no kernel knows the pattern before the columns are in that order."""
 
     def support(self, scores: Tensor) -> Tensor:
         order = self.order.to(scores.device)
@@ -365,9 +400,11 @@ class Reordered(_OfOneWeight):
 
 def mask_structure_of(number: int) -> str:
     """
+    Return the n:m that a number stands for.
+
     :param number: what YAML 1.1 makes of n:m without quotes, 60·n + m
     :return: "n:m", or "0:0"
-    :raises ValueError: if it is that of no pattern
+    :raises ValueError: if it is the number of no pattern
     """
     n, m = divmod(number, 60)
     if number == 0 or 1 <= n <= m:
@@ -380,10 +417,11 @@ def mask_structure_of(number: int) -> str:
 
 def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPattern:
     """
-    The two fields with which the toolkit's recipes describe a pattern.
+    Return the pattern that the two fields of the toolkit's recipes describe.
 
     :param mask_structure: the name of a pattern, or "0:0" for unstructured
-    :param sparsity: share of zeros in [0, 1); may be left out where the name fixes it
+    :param sparsity: share of zeros in [0, 1); may be None where the name fixes it
+    :return: the pattern
     :raises ValueError: if there is no such pattern, no sparsity at all, or one that
         contradicts the name
     """
@@ -407,7 +445,7 @@ def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPatter
 
 
 def _hint(pattern: SparsityPattern, sparsity: float) -> str:
-    """What to write in place of a sparsity that the pattern does not have."""
+    """Say what to write in place of a sparsity that the pattern does not have."""
     hint = f"drop sparsity, or write {pattern.sparsity:g}"
     n, m = pattern.group or (0, 0)
     if n < m and abs(sparsity - n / m) <= 1e-6:

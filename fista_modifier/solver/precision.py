@@ -1,4 +1,4 @@
-"""Where products of float32 matrices may be less precise than float32."""
+"""Products of float32 matrices that may be less precise than float32."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Precision = Literal["float32", "tf32", "bf16"]
 def matmul_precision(lowest: Precision) -> Iterator[None]:
     """
     Let a device that is faster at it round float32 matrices as they enter a product,
-    whose sums stay float32: a GPU to TensorFloat-32, a CPU to bfloat16.
+    whose sums stay float32. A GPU rounds to TensorFloat-32, and a CPU to bfloat16.
 
-    :param lowest: "float32" changes nothing, "tf32" nothing on a CPU; what the user has
-        set stays where it is lower
+    :param lowest: "float32" changes nothing; "tf32" changes nothing on a CPU; what the
+        user has set stays where it is lower
     """
     gpu: Any = backends.cuda.matmul
     cpu: Any = backends.mkldnn.matmul  # type: ignore[attr-defined]

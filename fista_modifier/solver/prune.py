@@ -54,11 +54,12 @@ class SolverOptions:
     :param xi: ξ: λ grows while rounding causes more than this share of the error
     :param start: the warm start W₀*
     :param admm_steps: steps of an ADMM warm start
-    :param column_scaling: solve for V diag(G)^½ (G with its damping), so that the ℓ1
-        penalty and the rounding weigh an entry by its feature's norm, as Wanda does,
-        and the problem is better conditioned
-    :param refit: after each rounding, give the kept entries their least squares values
-        (:func:`~fista_modifier.solver.support.refit_`), free of the ℓ1 term's shrinkage
+    :param column_scaling: whether to solve for V diag(G)^½ (G with its damping), so
+        that the ℓ1 penalty and the rounding weigh an entry by its feature's norm, as
+        Wanda does, and the problem is better conditioned
+    :param refit: whether to give the kept entries their least squares values after each
+        rounding (:func:`~fista_modifier.solver.support.refit_`), free of the ℓ1 term's
+        shrinkage
     :param dampening_frac: damping of the whole problem (with ``refit``), as a fraction
         of :attr:`~fista_modifier.solver.gram.GramStatistics.typical_power`, and of a
         SparseGPT warm start, as a fraction of the mean of diag(G)
@@ -80,8 +81,10 @@ class SolverOptions:
 
     def __call__(self, statistics: GramStatistics) -> FISTAPruner:
         """
-        :param statistics: Gram matrices of the input of a stage, n×n
-        :return: Algorithm 1 with these parameters, for its operators
+        Make the solver of a stage.
+
+        :param statistics: Gram matrices of the input of the stage, n×n
+        :return: Algorithm 1 with these parameters, for the operators of the stage
         """
         return FISTAPruner(statistics, self)
 
@@ -127,10 +130,10 @@ def prune_weight(
 @dataclass
 class Incumbent:
     """
-    The best candidate so far, in a place of its own: no caller holds one that a better
-    one has replaced.
+    The best candidate so far, in a place of its own. No caller holds a candidate that a
+    better one has replaced.
 
-    :param best: of lowest error
+    :param best: the candidate of lowest error
     """
 
     best: Candidate
@@ -140,11 +143,11 @@ class FISTAPruner:
     """
     Algorithm 1 of the paper, for all operators that share an input.
 
-    The result is never worse than its warm start, in the checkpoint either. As in
-    section 3.5's text (and unlike the listing, which never resets t), T counts
-    consecutive rounds without improvement. Rounds that repeat the same λ are not idle:
-    FISTA goes on from the best weight so far, and its support may change. There are 100
-    at most, a bound that the paper does not have.
+    The result is never worse than its warm start, and this holds in the checkpoint,
+    too. As in section 3.5's text (and unlike the listing, which never resets t), T
+    counts consecutive rounds without improvement. Rounds that repeat the same λ are not
+    idle: FISTA goes on from the best weight so far, and its support may change. There
+    are at most 100 rounds, a bound that the paper does not have.
 
     :param statistics: Gram matrices of the shared input, n×n
     :param options: parameters of the algorithm
@@ -152,7 +155,7 @@ class FISTAPruner:
 
     def __init__(self, statistics: GramStatistics, options: SolverOptions) -> None:
         self._options = options
-        # one-shot methods have a damping of their own; nothing else needs it unscaled
+        # One-shot methods have a damping of their own. Only they need G unscaled.
         one_shot = options.start in get_args(OneShot)
         self._raw_gram = statistics.gram if one_shot else None
         ridge = options.dampening_frac * statistics.typical_power
@@ -166,9 +169,11 @@ class FISTAPruner:
         self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedWeight]:
         """
+        Prune each operator to its pattern.
+
         :param weights: dense weight W, m×n, of each operator, of any floating dtype
-        :param patterns: that each of them is to have
-        :return: W* of each, in the dtype and on the device of its W
+        :param patterns: the pattern that each operator is to have
+        :return: W* of each operator, in the dtype and on the device of its W
         :raises ValueError: if a pattern does not fit the width n
         """
         starter = self._starter()
@@ -177,7 +182,7 @@ class FISTAPruner:
             problem = self._stage.operator(weight, pattern)
             start = starter(problem)
             if number == len(weights) - 1:
-                del starter  # an inverse of G need not wait for the last operator
+                del starter  # Its inverse of G is not needed any longer.
             support = pattern.support(start.abs())
             incumbent = Incumbent(problem.cast(start * support))
             del start
@@ -188,20 +193,20 @@ class FISTAPruner:
             trials = self._search(problem, incumbent)
             best = problem.filled(incumbent.best)
             solutions.append(problem.solution(best, start_error, trials))
-            del problem, incumbent, best  # before the next needs as much
+            del problem, incumbent, best  # The next operator needs as much memory.
         return solutions
 
     def _search(self, problem: OperatorProblem, incumbent: Incumbent) -> list[Trial]:
         """
-        The loop of Algorithm 1.
+        Run the loop of Algorithm 1.
 
-        :param incumbent: the start; W*_best at the end
+        :param incumbent: holds the start, and in the end W*_best
         :return: the rounds that led to it
         """
         options, objective = self._options, problem.objective
         unit = lambda_unit(objective)
         search = LambdaBisection(options.lambda_init, options.lambda_max)
-        # FISTA starts from dense weights as they are, though only their rounding counts
+        # FISTA starts from dense weights as they are, but only their rounding counts.
         from_dense = options.start == "dense"
         iterate = objective.weight if from_dense else incumbent.best.weight
         trials: list[Trial] = []
@@ -231,7 +236,10 @@ class FISTAPruner:
     def _feasible_(
         self, problem: OperatorProblem, iterate: Tensor, best_error: float
     ) -> Candidate:
-        """Round and refit in place, and cast as the checkpoint will."""
+        """
+        Round and refit an iterate in place, and return it cast as the checkpoint will
+        have it.
+        """
         support = problem.pattern.support(iterate.abs())
         iterate.mul_(support)
         if self._options.refit:
@@ -245,7 +253,7 @@ class FISTAPruner:
         if kind == "admm":
             admm = ADMM(self._stage.quadratic, self._options.admm_steps)
             return lambda problem: admm(problem.objective, problem.pattern)
-        assert self._raw_gram is not None  # kept for these starts
+        assert self._raw_gram is not None  # It was kept for these starts.
         return partial(self._one_shot, kind, self._raw_gram.to(self._stage.device))
 
     def _one_shot(

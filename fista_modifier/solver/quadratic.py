@@ -42,11 +42,13 @@ class Quadratic:
 
     @cached_property
     def diagonal(self) -> Tensor:
-        """diag(G), n, where the weights are"""
+        """diag(G), n, on the device of the weights."""
         return self.statistics.gram.diagonal().to(self.device) + self.damping
 
     def times_gram(self, weight: Tensor) -> Tensor:
         """
+        Multiply a weight with G, damping included.
+
         :param weight: V, m×n
         :return: V G, m×n
         """
@@ -54,6 +56,8 @@ class Quadratic:
 
     def times_undamped(self, weight: Tensor) -> Tensor:
         """
+        Multiply a weight with X* X*ᵀ, without damping.
+
         :param weight: V, m×n
         :return: V X* X*ᵀ, m×n
         """
@@ -61,11 +65,13 @@ class Quadratic:
 
     @cached_property
     def lipschitz(self) -> float:
-        """L, an upper estimate of λ_max(G): the step length of FISTA is 1/L"""
+        """L, an upper estimate of λ_max(G); the step length of FISTA is 1/L."""
         return largest_eigenvalue(self.statistics.gram, self.damping)
 
     def shifted(self, rho: float) -> Tensor:
         """
+        Add ρ to the diagonal of G.
+
         :param rho: ρ ≥ 0
         :return: G + ρ I, n×n, a new matrix where that of the statistics is
         """
@@ -75,19 +81,23 @@ class Quadratic:
 
     def resolvent(self, rho: float) -> Tensor:
         """
+        Invert G + ρ I.
+
         :param rho: ρ > 0
         :return: (G + ρ I)⁻¹, n×n, where G is
         """
-        # the matrix is forgotten before the inverse is made of its factor
+        # The matrix is freed before the inverse is made of its factor.
         factor = torch.linalg.cholesky(self.shifted(rho))
         return torch.cholesky_inverse(factor)
 
 
 def unit_of(diagonal: Tensor) -> float:
     """
+    Return a power of four near the largest entry of diag(G). To divide by it (or by its
+    root) rounds nothing.
+
     :param diagonal: diag(G), n
-    :return: a power of four near its largest entry; 1 for G = 0. To divide by it (or by
-        its root) rounds nothing
+    :return: the power of four; 1 for G = 0
     """
     return 4.0 ** (math.frexp(float(diagonal.amax()))[1] // 2)
 
@@ -96,15 +106,16 @@ def largest_eigenvalue(
     gram: Tensor, damping: Tensor, iterations: int = LANCZOS_STEPS
 ) -> float:
     """
-    λ_max of G + diag(δ), positive semidefinite, by Lanczos' iteration: the largest Ritz
-    value θ of the Krylov space of a random vector. (Power iteration with as many
-    products is several per cent too low where the largest eigenvalues lie close
-    together.) The residual ‖Gv + δv − θv‖ bounds the distance from θ to an eigenvalue;
-    adding it makes the estimate err to the safe side (a step of 1/L must not be too
+    Estimate λ_max of G + diag(δ), positive semidefinite, by Lanczos' iteration: the
+    largest Ritz value θ of the Krylov space of a random vector. (Power iteration with
+    as many products is several per cent too low where the largest eigenvalues lie close
+    together.) The residual ‖Gv + δv − θv‖ bounds the distance from θ to an eigenvalue.
+    Adding it makes the estimate err to the safe side (a step of 1/L must not be too
     long).
 
     :param gram: G, n×n
     :param damping: δ, n
+    :param iterations: products with G at most
     :return: θ + ‖Gv + δv − θv‖; 0 for G = 0 and δ = 0
     """
     features = gram.shape[0]
@@ -114,15 +125,15 @@ def largest_eigenvalue(
     images = torch.zeros_like(basis)
     rounding = torch.finfo(gram.dtype).eps
     damping = damping.to(gram.device)
-    # the squares in a norm would overflow long before G does
+    # The squares in a norm would overflow long before G does.
     unit = unit_of(gram.diagonal() + damping)
     for step in range(len(basis)):
         basis[step] = vector / vector.norm().clamp_min(1e-30)
         images[step] = (gram @ basis[step] + damping * basis[step]) / unit
         vector = images[step]
-        for _ in range(2):  # once leaves rounding errors, twice is enough
+        for _ in range(2):  # One pass leaves rounding errors, and two are enough.
             vector = vector - (basis @ vector) @ basis
-        # the space is exhausted where nothing but rounding is left: zeros do no harm
+        # The space is exhausted where nothing but rounding is left. Zeros do no harm.
         exhausted = vector.norm() <= features * rounding * images[step].norm()
         vector = vector.masked_fill(exhausted, 0)
     values, vectors = torch.linalg.eigh(basis @ images.T)

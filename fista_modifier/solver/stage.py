@@ -48,8 +48,9 @@ class StageProblem:
     What the operators that share an input have in common.
 
     :param statistics: Gram matrices of the shared input, n×n
-    :param damping: what is added to each entry of diag(G)
-    :param column_scaling: solve for V diag(G)^½ (G with its damping) instead of V
+    :param damping: what is added to each entry of diag(G); None is nothing
+    :param column_scaling: whether to solve for V diag(G)^½ (G with its damping) instead
+        of V
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class StageProblem:
 
     def operator(self, weight: Tensor, pattern: SparsityPattern) -> OperatorProblem:
         """
+        Return the problem of one operator.
+
         :param weight: dense weight W, m×n, of any floating dtype
-        :param pattern: that W* is to have
+        :param pattern: the pattern that W* is to have
         :return: the problem of this operator
         :raises ValueError: if the pattern does not fit the width n
         """
@@ -84,14 +87,18 @@ class StageProblem:
 
     def scaled(self, weight: Tensor) -> Tensor:
         """
+        Scale the columns of a weight.
+
         :param weight: m×n
-        :return: the same in scaled columns
+        :return: the weight in scaled columns
         """
         return weight if self._scale is None else weight * self._scale
 
     def unscaled(self, weight: Tensor) -> Tensor:
         """
-        :param weight: in scaled columns, m×n
+        Undo the scaling of a weight's columns.
+
+        :param weight: a weight in scaled columns, m×n
         :return: the weight itself
         """
         return weight if self._scale is None else weight / self._scale
@@ -103,9 +110,9 @@ class OperatorProblem:
     cast to the dtype of the weight, so that the error reported is that of the
     checkpoint.
 
-    :param stage: with its sums
+    :param stage: the stage with its sums
     :param weight: dense weight W, m×n, of any floating dtype
-    :param pattern: that W* is to have
+    :param pattern: the pattern that W* is to have
     """
 
     def __init__(
@@ -120,13 +127,18 @@ class OperatorProblem:
 
     def rounded(self, weight: Tensor) -> Candidate:
         """
+        Round a weight to the pattern, and cast it.
+
         :param weight: V in scaled columns, m×n, without the pattern
-        :return: its largest entries where the pattern has any
+        :return: the weight's largest entries, where the pattern has any, with their
+            error
         """
         return self.cast(weight * self.pattern.support(weight.abs()))
 
     def cast(self, weight: Tensor) -> Candidate:
         """
+        Cast a weight to the dtype of the operator and measure its error.
+
         :param weight: V in scaled columns, m×n
         :return: the weight as the dtype of the operator stores it, with its error
         """
@@ -136,9 +148,12 @@ class OperatorProblem:
 
     def refit(self, start: Candidate, support: Tensor | None = None) -> Candidate:
         """
-        :param start: with the pattern
-        :param support: bool m×n; where ``start`` is not zero if left out
-        :return: least squares values on its support, if they are better
+        Refit a candidate on its support.
+
+        :param start: a candidate with the pattern
+        :param support: bool m×n; None for the entries of ``start`` that are not zero
+        :return: least squares values on the support if they are better; otherwise
+            ``start``
         """
         support = start.weight != 0 if support is None else support
         refitted = self.cast(self.refitted_(start.weight.clone(), support, start.error))
@@ -146,9 +161,12 @@ class OperatorProblem:
 
     def refitted_(self, weight: Tensor, support: Tensor, error: float) -> Tensor:
         """
+        Refit a weight in place.
+
         :param weight: V in scaled columns, m×n, changed in place
-        :param support: bool m×n, what may be non-zero
-        :param error: an error in whose resolution the steps end
+        :param support: bool m×n, the entries that may be non-zero
+        :param error: an error of the weight; the steps end where they lower its square
+            by less than the share :data:`REFIT_TOLERANCE`
         :return: the weight, with least squares values on the support
         """
         tolerance = REFIT_TOLERANCE * error**2 / 2
@@ -156,10 +174,14 @@ class OperatorProblem:
 
     def filled(self, best: Candidate) -> Candidate:
         """
-        :param best: with the pattern
-        :return: the same, with as many non-zeros as the pattern allows
+        Use up the non-zeros that the pattern allows.
+
+        :param best: a candidate with the pattern
+        :return: the candidate with as many non-zeros as the pattern allows; ``best``
+            itself if it has them, or if the cast would raise its error by more than
+            :data:`RESOLUTION` hides
         """
-        # damping would have the last entries move towards W, at the cost of the error
+        # Damping would move the last entries towards W, at the cost of the error.
         undamped = LayerObjective(
             self.objective.weight, Quadratic(self.stage.quadratic.statistics)
         )
@@ -167,7 +189,7 @@ class OperatorProblem:
         if weight is best.weight:
             return best
         filled = self.cast(weight)
-        # few tokens may ask for values that half precision cannot hold
+        # Few tokens may ask for values that half precision cannot hold.
         if filled.error > max(best.error, RESOLUTION * self.objective.output_norm):
             return best
         return filled
@@ -176,12 +198,15 @@ class OperatorProblem:
         self, best: Candidate, start_error: float, trials: list[Trial] | None = None
     ) -> PrunedWeight:
         """
-        :param best: W* in scaled columns
-        :param start_error: that of the warm start
-        :param trials: of a search for λ
+        Return the result of the operator.
+
+        :param best: W* in scaled columns, with its error
+        :param start_error: error of the warm start
+        :param trials: rounds of a search for λ
         :return: W* in the dtype and on the device of W, and how well it went
         """
-        weight = self.stage.unscaled(best.weight).add(0.0)  # and no zero is negative
+        # After the addition no zero is negative.
+        weight = self.stage.unscaled(best.weight).add(0.0)
         return PrunedWeight(
             weight=weight.to(self._like),
             error=best.error,

@@ -1,4 +1,4 @@
-"""When an iteration looks whether it has ended."""
+"""The steps at which an iteration looks whether it has ended."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ INTERVAL = 5
 
 def ended(done: Tensor, step: int) -> bool:
     """
-    Reading a flag makes the host wait for all work that it has given to the device. On
-    a CPU that costs nothing. On an accelerator only every fifth step reads it, and the
-    steps between the end and the next reading must leave the result as it is.
+    Say whether to leave a loop. Reading a flag makes the host wait for all work that it
+    has given to the device. On a CPU that costs nothing. On an accelerator only every
+    fifth step reads it, and the steps between the end and the next reading must leave
+    the result as it is.
 
     :param done: whether the iteration has converged, a boolean scalar
     :param step: number of the step just done, from 1

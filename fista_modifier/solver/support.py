@@ -26,18 +26,18 @@ def refit_(
 ) -> Tensor:
     """
     Minimise f over the entries in ``free``, all others held at their values, by
-    conjugate gradients with a Jacobi preconditioner. The rows are independent
-    problems that share G: each takes its own step lengths, and one product with G a
-    step serves all of them. f falls in every row at every step.
+    conjugate gradients with a Jacobi preconditioner. The rows are independent problems
+    that share G. Each row takes its own step lengths, and one product with G a step
+    serves all of them. f falls in every row at every step.
 
     :param objective: f
     :param weight: V, m×n, float32, replaced by the result
     :param free: bool m×n, the entries that may change
     :param iterations: steps at most
-    :param tolerance: the last step is one that lowers f by less than this (in a large
-        weight, of which a block of rows is solved after the other: by less than the
+    :param tolerance: the last step is one that lowers f by less than this (a large
+        weight is solved in blocks of rows, one after the other: there, by less than the
         block's share of this)
-    :return: ``weight``, now m×n values that are V's off ``free``
+    :return: ``weight``, whose entries off ``free`` are still those of V
     """
     for rows in row_blocks(weight):
         block = weight[rows]
@@ -54,10 +54,10 @@ def _refit_(
     iterations: int,
     tolerance: float,
 ) -> None:
-    """The same for some rows"""
+    """Minimise f over the free entries of some rows, in place: see :func:`refit_`."""
     quadratic = objective.quadratic
     diagonal = quadratic.diagonal
-    # as numbers: a product with booleans takes 16 times as long on a CPU
+    # The mask has numbers: a product with booleans takes 16 times as long on a CPU.
     mask = free.to(solution.dtype)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
     residual = objective.gradient(solution, rows).neg_().mul_(mask)
@@ -75,17 +75,20 @@ def _refit_(
         scaled = torch.mul(residual, inverse, out=curved)
         previous, power = power, _row_products(residual, scaled)
         direction.mul_(_ratio(power, previous)).add_(scaled)
-        del curved, scaled  # the next product may have their memory
+        del curved, scaled  # The next product may have their memory.
 
 
 def _row_products(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product of each row with the other's, m×1."""
+    """Return the inner product of each row with the other's, m×1."""
     products: Tensor = torch.linalg.vecdot(one, other)
     return products.unsqueeze(1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """a/b, and 0 where b is not positive: a row that has converged stands still."""
+    """
+    Return a/b, and 0 where b is not positive, so that a row that has converged stands
+    still.
+    """
     return torch.where(denominator > 0, numerator / denominator, 0)
 
 
@@ -93,29 +96,29 @@ def fill_support(
     objective: LayerObjective, weight: Tensor, pattern: SparsityPattern
 ) -> Tensor:
     """
-    Use up the non-zeros that the pattern allows. A weight may come with more zeros
-    than asked for (SparseGPT's kernel prunes one entry more in each block, a large λ
-    many more); the entries that lower f most get their least-squares values, and
-    those of features that no token excites keep their dense values.
+    Use up the non-zeros that the pattern allows. A weight may come with more zeros than
+    asked for (SparseGPT's kernel prunes one entry more in each block, a large λ many
+    more). The entries that lower f most get their least-squares values, and those of
+    features that no token excites get their dense values.
 
     :param objective: f
     :param weight: V with the pattern, m×n, float32
-    :param pattern: sparsity asked for
+    :param pattern: the sparsity asked for
     :return: V with as many non-zeros as the pattern allows, f not higher; ``weight``
         itself if it has them
     """
     zero = weight == 0
     if not (pattern.support(weight.abs()) & zero).any():
-        return weight  # every entry that the pattern keeps is in use
+        return weight  # Every entry that the pattern keeps is in use.
     diagonal = objective.quadratic.diagonal.expand_as(weight)
     dead = diagonal <= 0
     gradient = objective.gradient(weight)
-    # with little data entries of many features gain alike: those of the weakest, which
-    # would take huge values, come last
+    # With little data, entries of many features gain alike. Those of the weakest, which
+    # would take huge values, come last.
     curvature = diagonal + RIDGE * diagonal.mean()
-    gain = gradient * (gradient / curvature)  # its square might overflow
+    gain = gradient * (gradient / curvature)  # The gradient's square might overflow.
     dense = objective.weight.abs()
-    # features without data come last, the largest dense weights among them first
+    # Features without data come last, the largest dense weights among them first.
     gain = torch.where(dead, -1 / dense, gain)
     added = pattern.support(torch.where(zero, gain, torch.inf)) & zero
     filled = refit_(objective, weight.clone(), added & ~dead)

@@ -1,4 +1,4 @@
-"""What the search for λ tried."""
+"""The rounds of the search for λ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ class Trial(NamedTuple):
     rounding: float = 0.0
 
     def in_units_of(self, unit: float) -> Trial:
-        """:return: the same, with both errors divided by a number"""
+        """
+        Return the trial with both errors divided by a number.
+
+        :param unit: the number
+        :return: the trial, with errors of 0 if the number is 0
+        """
         return self._replace(
             error=self.error / unit if unit else 0.0,
             best_error=self.best_error / unit if unit else 0.0,

@@ -1,4 +1,4 @@
-"""Feasible weights to start from; Wanda and SparseGPT are the toolkit's kernels."""
+"""Feasible weights to start from. Wanda and SparseGPT are the toolkit's kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def warm_start(
     dampening_frac: float = 0.01,
 ) -> Tensor:
     """
-    W₀* of Algorithm 1 by a one-shot method (section F.2 of the paper compares them).
+    Find W₀* of Algorithm 1 by a one-shot method (section F.2 of the paper compares
+    them).
 
     :param kind: "magnitude", "wanda" (Sun et al. 2023) or "sparsegpt" (Frantar &
         Alistarh 2023)
@@ -34,10 +35,11 @@ def warm_start(
     :param pattern: the sparsity asked for
     :param block_size: columns that SparseGPT prunes at once
     :param dampening_frac: SparseGPT's damping, as a fraction of the mean of diag(G)
-    :return: float32 m×n
+    :return: W₀*, float32 m×n
     :raises ValueError: for any other kind
     """
-    # without them the solver needs no toolkit, which vLLM's environment cannot have
+    # The imports are here, as vLLM's environment cannot have llm-compressor. Without
+    # them the solver does not need it.
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
         sparsify_weight as sparsify_by_sparsegpt,
     )
@@ -62,7 +64,7 @@ def warm_start(
         case "sparsegpt":
             _, pruned = sparsify_by_sparsegpt(
                 module=module,
-                # the kernel's curvature of a feature without data is 1, in any unit
+                # The kernel's curvature of a feature without data is 1, in any unit.
                 hessians_dict={module: gram / unit_of(gram.diagonal())},
                 sparsity=pattern.sparsity,
                 block_size=_whole_groups(block_size, pattern),
@@ -72,17 +74,23 @@ def warm_start(
             )
         case _:
             raise ValueError(f"warm start '{kind}' is none of {get_args(OneShot)}")
-    # the kernels round the number of zeros down for each row or block
+    # The kernels round the number of zeros down for each row or block.
     return project(pruned, pattern)
 
 
 def _host_pattern(pattern: SparsityPattern) -> dict[str, int]:
-    """The toolkit's n counts the pruned entries of a group, and 0:0 is unstructured."""
+    """
+    Return the pattern as the toolkit's kernels take it. Their n counts the pruned
+    entries of a group, and 0:0 is unstructured.
+    """
     n, m = pattern.group or (0, 0)
     return {"prune_n": m - n, "prune_m": m}
 
 
 def _whole_groups(block_size: int, pattern: SparsityPattern) -> int:
-    """The block size, rounded down so that no group of m straddles two blocks."""
+    """
+    Return the block size, rounded down so that no group of m straddles two blocks. It
+    is at least one group.
+    """
     _, m = pattern.group or (1, 1)
     return max(block_size // m, 1) * m

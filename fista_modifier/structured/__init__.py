@@ -1,9 +1,9 @@
 """
 Structured pruning in tensors: which channels of a group stay, and with which weights.
 
-It may import torch and the solver, whose Gram statistics it works on, and it knows no
-models. A selector chooses the channels of a :class:`ChannelProblem`, a restorer finds
-the consumers' weights on them, and :func:`prune_channels` puts both together.
+The folder may import torch and the solver, whose Gram statistics it works on. It knows
+no models. A selector chooses the channels of a :class:`ChannelProblem`, a restorer
+finds the consumers' weights on them, and :func:`prune_channels` puts both together.
 """
 
 from fista_modifier.structured.alternating import (

@@ -4,7 +4,7 @@ Recovery of a pruned MLP as a whole: SPAP's alternating minimisation.
 SPAP's abstract (Hu & Yuan 2025) has an alternating minimisation over the parts that the
 MLP splits into. The steps here are ours. With the kept channels only, and a = act(gate
 of x), the output of the MLP is D ((U x) ∘ a) + c. It is linear in D and c given U, and
-linear in U given D, c and a. So each of the two steps is least squares towards the
+linear in U given D, c and a. So each of the two steps is a least squares fit to the
 dense MLP's output y:
 
     min over D, c  Σ ‖D ((U x) ∘ a) + c − y‖² + δ ‖D − D₀‖²    by a Gram matrix,
@@ -50,7 +50,7 @@ Sum = Callable[[Tensor], object]
 
 
 def _alone(_tensor: Tensor) -> None:
-    """The sum over one process"""
+    """Do nothing: a tensor is its own sum over one process."""
 
 
 class MLPBatch(NamedTuple):
@@ -58,7 +58,8 @@ class MLPBatch(NamedTuple):
     Tokens of an MLP with c kept channels, of any floating dtype, where the weights are.
 
     :param inputs: xᵀ, tokens×d
-    :param activations: aᵀ = act(gate of x)ᵀ, tokens×c; None is 1, an MLP without a gate
+    :param activations: aᵀ = act(gate of x)ᵀ, tokens×c; None is 1, for an MLP without a
+        gate
     :param outputs: yᵀ of the dense MLP less the biases of its last operator, tokens×m
     """
 
@@ -68,8 +69,10 @@ class MLPBatch(NamedTuple):
 
     def gated(self, hidden: Tensor) -> Tensor:
         """
+        Multiply hidden features by the activations of the gate.
+
         :param hidden: tokens×c
-        :return: times a
+        :return: ``hidden`` ∘ aᵀ, tokens×c
         """
         if self.activations is None:
             return hidden
@@ -77,8 +80,10 @@ class MLPBatch(NamedTuple):
 
     def hidden(self, up: Tensor) -> Tensor:
         """
+        Return the input of the last operator.
+
         :param up: U, float32 c×d
-        :return: (U x) ∘ a, the input of the last operator, tokens×c
+        :return: ((U x) ∘ a)ᵀ, tokens×c
         """
         return self.gated(self.inputs.float() @ up.T)
 
@@ -86,6 +91,8 @@ class MLPBatch(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class AlternatedMLP:
     """
+    The weights that alternating minimisation found.
+
     :param up: U, float32 c×d
     :param down: D, float32 m×c
     :param errors: ‖D ((U x) ∘ a) + c − y‖_F over all tokens: of the weights at the
@@ -102,9 +109,9 @@ class AlternatedMLP:
 @dataclass(frozen=True)
 class Alternation:
     """
-    Solves for D and for U in turn.
+    Alternating minimisation, which solves for D and for U in turn.
 
-    :param rounds: how often each is solved for
+    :param rounds: how often each of them is solved for
     :param dampening_frac: δ of the step for D, as a fraction of the features' typical
         power
     :param iterations: conjugate gradient steps of each step for U
@@ -123,6 +130,8 @@ class Alternation:
         total: Sum = _alone,
     ) -> AlternatedMLP:
         """
+        Alternate over D and U.
+
         :param batches: the tokens, gone through many times
         :param up: U of the kept channels, c×d
         :param down: D of the kept channels, m×c
@@ -152,6 +161,8 @@ def mlp_error(
     total: Sum = _alone,
 ) -> float:
     """
+    Return the output error of a pruned MLP.
+
     :param batches: the tokens
     :param up: U, float32 c×d
     :param down: D, float32 m×c
@@ -168,7 +179,7 @@ def mlp_error(
 def residual(
     batch: MLPBatch, up: Tensor, down: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """(y − D ((U x) ∘ a) − c)ᵀ, tokens×m"""
+    """Return (y − D ((U x) ∘ a) − c)ᵀ of one batch, tokens×m."""
     found = batch.outputs.float() - batch.hidden(up) @ down.T
     return found if bias is None else found - bias
 
@@ -182,6 +193,8 @@ def down_given_up(
     total: Sum = _alone,
 ) -> Restored:
     """
+    Solve for D, and for c if there is a bias, given U.
+
     :param batches: the tokens
     :param up: U, float32 c×d
     :param down: D₀, float32 m×c
@@ -190,7 +203,7 @@ def down_given_up(
     :param total: sums over all processes that have tokens
     :return: the damped least squares D, m×c, and the c that goes with it
     """
-    # what the statistics call drift is the error of D₀, however D is shaped
+    # What the statistics call drift is the error of D₀, whatever the shape of D is.
     gram = torch.zeros(down.shape[1], down.shape[1], device=down.device)
     statistics = GramStatistics(gram, weight=down)
     for batch in batches:
@@ -222,16 +235,17 @@ def up_given_down(
     tolerance: float = 1e-6,
 ) -> Tensor:
     """
-    Conjugate gradients with a Jacobi preconditioner. A step costs as much as a forward
-    and a backward pass of the batches; no matrix larger than U is made.
+    Solve for U given D, by conjugate gradients with a Jacobi preconditioner. A step
+    costs as much as a forward and a backward pass of the batches. No matrix larger than
+    U is made.
 
     :param batches: the tokens
     :param up: U₀, float32 c×d
     :param down: D, float32 m×c
     :param bias: c, m; None is zero
     :param total: sums over all processes that have tokens
-    :param dampening_frac: δ, as a fraction of the typical diagonal entry of the
-        normal equations' matrix
+    :param dampening_frac: δ, as a fraction of the typical diagonal entry of the normal
+        equations' matrix
     :param iterations: steps at most
     :param tolerance: the steps end where the preconditioned norm of the gradient is
         below this share of what it was
@@ -269,12 +283,14 @@ def up_given_down(
 
 
 def _adjoint(batch: MLPBatch, outputs: Tensor, down: Tensor) -> Tensor:
-    """The transpose of U ↦ D ((U x) ∘ a), applied to outputs, c×d"""
+    """
+    Apply the transpose of U ↦ D ((U x) ∘ a) to outputs, and return the result, c×d.
+    """
     return batch.gated(outputs @ down).T @ batch.inputs.float()
 
 
 def _diagonal(batches: Iterable[MLPBatch], up: Tensor, down: Tensor) -> Tensor:
-    """The diagonal of the normal equations, c×d: ‖D_i‖² Σ a_i² x_j²."""
+    """Return the diagonal of the normal equations, c×d: ‖D_i‖² Σ a_i² x_j²."""
     total = torch.zeros_like(up)
     for batch in batches:
         squares = batch.inputs.float().square()

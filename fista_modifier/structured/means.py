@@ -20,9 +20,9 @@ ROUNDING = 1e-5
 class FeatureMeans:
     """
     Means over the tokens of :class:`~fista_modifier.solver.gram.GramStatistics`. They
-    come from the same pass: X* is summed over the tokens where G is, and so are the
-    outputs' drifts W X* − W X (for inputs' drifts Δ, this sum is W times theirs); both
-    sums are divided by the number of tokens.
+    come from the same pass: X* is summed over the tokens together with G, and so are
+    the outputs' drifts W X* − W X. (For inputs' drifts Δ, this sum is W times theirs.)
+    Both sums are divided by the number of tokens.
 
     With a bias c, the best one for a weight V is c = W μ − V μ*, where μ and μ* are the
     means of X and X*. What then remains of the error is the error for centred data:
@@ -41,9 +41,11 @@ class FeatureMeans:
     @classmethod
     def of(cls, statistics: GramStatistics, weight: Tensor) -> FeatureMeans:
         """
-        :param statistics: of one token or more
+        Return the means over the tokens of statistics.
+
+        :param statistics: statistics of one token or more
         :param weight: W, m×N of any floating dtype
-        :return: the means of these tokens
+        :return: the means
         """
         assert statistics.total is not None, "there are tokens"
         tokens = statistics.tokens
@@ -57,6 +59,8 @@ class FeatureMeans:
 
     def best_bias(self, weight: Tensor, candidate: Tensor) -> Tensor:
         """
+        Return the change of the bias with the least error for a weight.
+
         :param weight: W, float32 m×N
         :param candidate: V, float32 m×N
         :return: c = W μ − V μ*, m, the least squares intercept of V
@@ -66,9 +70,11 @@ class FeatureMeans:
 
     def variances(self, statistics: GramStatistics) -> Tensor:
         """
-        :param statistics: of the same tokens
-        :return: t times the variance of each feature of X*, N, where G is; exactly 0
-            where a feature is constant but for rounding
+        Return the variance of each feature of X*, times the number of tokens.
+
+        :param statistics: statistics of the same tokens
+        :return: t times the variances, N, where G is; exactly 0 where a feature is
+            constant but for rounding
         """
         powers = statistics.gram.diagonal()
         centred = powers - self.tokens * self.means.to(powers.device).square()
@@ -76,11 +82,13 @@ class FeatureMeans:
 
     def centred(self, weight: Tensor, statistics: GramStatistics) -> GramStatistics:
         """
+        Return the statistics of the tokens less their means, for W alone. The
+        difference of two large sums is float32, so a variance has an error of about
+        1e-7 of the power.
+
         :param weight: W, float32 m×N
-        :param statistics: of the same tokens
-        :return: statistics of the tokens less their means, for W alone. The difference
-            of two large sums is float32, so a variance has an error of about 1e-7 of
-            the power
+        :param statistics: statistics of the same tokens
+        :return: the centred statistics
         """
         means = self.means.to(statistics.gram.device)
         gram = torch.addr(statistics.gram, means, means, alpha=-self.tokens)

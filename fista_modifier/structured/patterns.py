@@ -1,4 +1,4 @@
-"""How a weight without channels is named in reports, and checked in a checkpoint."""
+"""Names of weights that lost channels, for reports and for checks of checkpoints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ __all__ = ["Smaller", "ZeroColumns", "lost_channels"]
 @dataclass(frozen=True)
 class _LostChannels:
     """
+    A weight that lost channels.
+
     :param kept: how many rows or columns are left
     :param before: how many there were
     """
@@ -26,7 +28,7 @@ class _LostChannels:
 
     @property
     def group(self) -> None:
-        """None, as it is not n:m"""
+        """None, as the weight has no n:m pattern."""
         return None
 
     @property
@@ -40,7 +42,7 @@ class Smaller(_LostChannels):
     """
     A weight that has fewer rows or columns than in the dense model.
 
-    :param side: which of them
+    :param side: which of them are fewer
     """
 
     side: Literal["rows", "columns"]
@@ -58,7 +60,7 @@ class Smaller(_LostChannels):
 
     @property
     def sparsity(self) -> float:
-        """share of the zeros that it must have"""
+        """The share of the zeros that the weight must have."""
         return 0.0
 
     @property
@@ -66,7 +68,7 @@ class Smaller(_LostChannels):
         return f"{self.before - self.kept} {self.side} have left the model"
 
     def check_columns(self, columns: int) -> None:
-        """Any width will do."""
+        """Do nothing, as any width will do."""
 
     def support(self, scores: Tensor) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -95,7 +97,7 @@ class ZeroColumns(_LostChannels):
 
     @property
     def sparsity(self) -> float:
-        """share of the zeros that it must have"""
+        """The share of the zeros that the weight must have."""
         return 1 - self.kept / self.before
 
     @property
@@ -103,7 +105,11 @@ class ZeroColumns(_LostChannels):
         return f"{self.before - self.kept} columns are zeros in place"
 
     def check_columns(self, columns: int) -> None:
-        """:raises ValueError: if there are not as many"""
+        """
+        Refuse a width other than the weight's own.
+
+        :raises ValueError: if there are more or fewer columns
+        """
         if columns != self.before:
             raise ValueError(f"has {columns} columns, and not {self.before}")
 
@@ -120,7 +126,9 @@ class ZeroColumns(_LostChannels):
 
 def lost_channels(pattern: str) -> bool:
     """
-    :param pattern: what a report calls it
-    :return: whether it is one of an operator that lost whole channels
+    Say whether a pattern is that of an operator that lost whole channels.
+
+    :param pattern: the name of the pattern in a report
+    :return: whether it is
     """
     return bool(Smaller.parse(pattern) or ZeroColumns.parse(pattern))

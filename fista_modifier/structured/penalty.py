@@ -16,9 +16,9 @@ where V_i and X*_i are the columns and rows of channel i. At a binary z this is 
 damped error of :class:`~fista_modifier.structured.restoration.LeastSquares`. The
 penalty z (1 − z) is weighed by the power of a channel's output, for this reason: if
 each channel stays with probability z_i, independently of the others, the sum at ρ = 1
-is the expected damped error of one V for all choices. A penalty without V would let V
-undo any z > 0, and z would mean nothing: V has to be good without a channel already
-before it leaves.
+is the expected damped error of one V for all choices. V has to be good without a
+channel already before it leaves. If the penalty did not depend on V, V could undo any
+z > 0, and z would mean nothing.
 
 Our steps. ρ grows by a constant factor from round to round. A round first solves for V
 given z, which is least squares. With bd(G) the r×r diagonal blocks of G,
@@ -27,13 +27,14 @@ given z, which is least squares. With bd(G) the r×r diagonal blocks of G,
 
 Given V, the sum is zᵀ Q z + ρ Σ z_i (1 − z_i) Q_ii − 2 cᵀ z and a constant. Q sums
 VᵀV ∘ G over the columns of the channels. A step of projected gradient follows, in the
-metric diag(Q), in which channels of little power take steps as long as others and the
-projection onto the capped simplex is exact. The step is judged with V refitted: if the
-sum has not risen, it counts and the next is twice as long, else the next is half as
-long. A bound from Q alone would allow far shorter steps, since V makes up for most of
-what a step does. Once ρ is above λ_max(diag(Q)^-½ Q diag(Q)^-½) the sum is concave in
-z, and its minima are vertices: binary choices of k channels. Channels that are exactly
-alike may be left with equal z; the first of them then stays.
+metric diag(Q). In this metric, channels of little power take steps as long as others,
+and the projection onto the capped simplex is exact. The step is judged with V refitted:
+if the sum has not risen, the step counts and the next one is twice as long. Otherwise
+the next one is half as long. A bound from Q alone would allow only far shorter steps,
+since V makes up for most of what a step does. Once ρ is above
+λ_max(diag(Q)^-½ Q diag(Q)^-½), the sum is concave in z, and its minima are vertices:
+binary choices of k channels. Channels that are exactly alike may be left with equal z.
+The first of them then stays.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class PenaltyMethod:
 
     def relaxed(self, problem: ChannelProblem) -> Tensor:
         """
+        Solve the relaxed problem.
+
         :param problem: W and the sums over its inputs
         :return: z of the last round, float32 n; binary unless ``max_rounds`` ended it
         """
@@ -125,7 +128,11 @@ class Relaxation:
         self.hold(self.dense)
 
     def start(self) -> Tensor:
-        """:return: z = k/n for all channels"""
+        """
+        Return the first z.
+
+        :return: k/n for all channels
+        """
         channels = self.shape[0]
         return self.gram.new_full((channels,), self.keep / channels)
 
@@ -146,8 +153,8 @@ class Relaxation:
 
     def hold(self, weight: Tensor) -> None:
         """
-        Make a weight V, and find Q, n×n, and c, n, for it. What damping adds is linear
-        in z.
+        Take a weight as V, and find Q, n×n, and c, n, for it. What damping adds is
+        linear in z.
 
         :param weight: m×N
         """
@@ -161,9 +168,11 @@ class Relaxation:
 
     def step(self, shares: Tensor, rho: float, length: float) -> Tensor:
         """
+        Take one step of projected gradient.
+
         :param shares: z, n
         :param rho: ρ
-        :param length: of the step, without a unit
+        :param length: length of the step, without a unit
         :return: another z, for which :meth:`value` is not higher after the refit that
             comes with it; or ``shares`` itself, and V stays
         """
@@ -180,16 +189,18 @@ class Relaxation:
 
     def value(self, shares: Tensor, rho: float) -> float:
         """
+        Return what is minimised.
+
         :param shares: z, n
         :param rho: ρ
-        :return: what is minimised, less the constant ‖W X‖², in this object's unit
+        :return: the sum, less the constant ‖W X‖², in this object's unit
         """
         penalty = rho * self.curvature.diagonal() @ (shares * (1 - shares))
         error = shares @ (self.curvature @ shares) - 2 * self.linear @ shares
         return float(error + penalty)
 
     def _blocks(self, matrix: Tensor) -> Tensor:
-        """A view of the diagonal blocks of the channels, r×r×n."""
+        """Return a view of the diagonal blocks of the channels, r×r×n."""
         channels, size = self.shape
         square = matrix.view(channels, size, channels, size)
         return square.diagonal(dim1=0, dim2=2)

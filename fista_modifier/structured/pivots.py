@@ -13,22 +13,23 @@ __all__ = ["PivotTable"]
 
 class PivotTable:
     """
-    Let S be the columns of the kept channels and R the others, H = G + δ I, B the
-    target of f, V = B_S H_SS⁻¹ the least squares weight on S. The table is the
-    symmetric sweep (Goodnight 1979) of H on S, with B as further rows:
+    A table of the least squares fit on the kept channels. Let S be the columns of the
+    kept channels and R the others, H = G + δ I, B the target of f, V = B_S H_SS⁻¹ the
+    least squares weight on S. The table is the symmetric sweep (Goodnight 1979) of H on
+    S, with B as further rows:
 
         on S×S: −H_SS⁻¹                 on S×R: H_SS⁻¹ H_SR
         on R×R: H_RR − H_RS H_SS⁻¹ H_SR  (what of R is not explained by S)
         B's rows on S: V                 B's rows on R: B_R − V H_SR  (residuals)
 
-    With D_g the r×r diagonal block of a channel g and Y_g its columns in B's rows, its
-    leaving S raises the damped error
+    Let D_g be the r×r diagonal block of a channel g and Y_g its columns in B's rows. If
+    g leaves S, this raises the damped error
 
         E(S) = min over V_S of ‖V_S X*_S − W X‖² + δ ‖V_S − W_S‖²
 
     by tr(Y_g |D_g|⁻¹ Y_gᵀ) − δ ‖W_g‖². The first term is optimal brain surgeon's exact
     cost with all other weights refitted (Hassibi & Stork 1993; for groups: ZipLM,
-    Kurtić et al. 2023); the second is there because damping holds kept columns only.
+    Kurtić et al. 2023). The second is there because damping holds kept columns only.
     For a channel in R the same expression is what E falls by if it returns. Either move
     is one pivot, an exact change of rank r of the table.
 
@@ -57,7 +58,7 @@ class PivotTable:
         self._sweep(self.kept.repeat_interleave(self.size))
 
     def _sweep(self, inside: Tensor) -> None:
-        """Turns the table of no channels into that of S."""
+        """Turn the table of no channels into that of S."""
         kept, others = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
         square = self.table[kept[:, None], kept]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
@@ -69,12 +70,12 @@ class PivotTable:
 
     @property
     def outputs(self) -> Tensor:
-        """Y, m×N: V on S, residuals on R"""
+        """Y, m×N: V on S, and residuals on R."""
         return self.table[len(self.table[0]) :]
 
     @property
     def blocks(self) -> Tensor:
-        """|D|, n×r×r: positive definite"""
+        """|D|, n×r×r, positive definite."""
         count, size = self.channels, self.size
         square = self.table[: count * size].view(count, size, count, size)
         blocks = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -82,16 +83,21 @@ class PivotTable:
 
     def worths(self) -> Tensor:
         """
-        :return: n: by how much E would rise if a kept channel left, or fall if a
-            removed one returned
+        Return by how much E would rise if a kept channel left, or fall if a removed one
+        returned.
+
+        :return: the change for each channel, n
         """
         return energies(self.outputs, self.blocks) - self._damped
 
     def worths_without(self, channel: Tensor) -> tuple[Tensor, Tensor]:
         """
-        :param channel: that would leave S, a scalar
-        :return: the channels in R, and by how much E would fall if they then
-            returned (to be compared with the worth of ``channel``)
+        Return by how much E would fall if a channel left and a removed one then
+        returned. The fall is to be compared with the worth of ``channel``.
+
+        :param channel: the channel that would leave S, a scalar
+        :return: the channels in R, and by how much E would fall if each of them
+            returned
         """
         removed = (~self.kept).nonzero().squeeze(1)
         columns = self._columns(removed)
@@ -108,8 +114,8 @@ class PivotTable:
         """
         Take a channel out of S, or into it.
 
-        :param channel: its index, a scalar (on the table's device, so that no step
-            waits for the host)
+        :param channel: the index of the channel, a scalar (on the table's device, so
+            that no step waits for the host)
         """
         own = self._columns(channel.reshape(1))
         sign = torch.where(self.kept[channel], -1.0, 1.0)
@@ -124,16 +130,18 @@ class PivotTable:
         self.kept[channel] = ~self.kept[channel]
 
     def _columns(self, channels: Tensor) -> Tensor:
-        """The table's columns of some channels, channel after channel."""
+        """Return the table's columns of some channels, channel after channel."""
         offsets = torch.arange(self.size, device=channels.device)
         return (channels[:, None] * self.size + offsets).flatten()
 
 
 def energies(outputs: Tensor, blocks: Tensor) -> Tensor:
     """
+    Return tr(Y_g D_g⁻¹ Y_gᵀ) of each group g of r columns.
+
     :param outputs: Y, m×c·r
     :param blocks: D, c×r×r, positive definite
-    :return: tr(Y_g D_g⁻¹ Y_gᵀ) of each group g of r columns, c
+    :return: the traces, c
     """
     count, size, _ = blocks.shape
     groups = outputs.T.reshape(count, size, -1)

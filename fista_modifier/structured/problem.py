@@ -20,13 +20,14 @@ __all__ = ["ChannelProblem", "damped_quadratic"]
 @dataclass(frozen=True, eq=False)
 class ChannelProblem:
     """
-    Find ``keep`` of n channels, and weights V of the consumers on them, so that
+    The problem to find ``keep`` of n channels, and weights V of the consumers on them,
+    so that
 
         ‖V X* + c 1ᵀ − W X‖_F
 
-    is small, where V is zero in the columns of the channels that leave, and the bias
-    change c is zero unless the consumers have a bias. A channel owns r columns of W,
-    which leave together with the rows of the producers that make their inputs.
+    is small. V is zero in the columns of the channels that leave, and the bias change c
+    is zero unless the consumers have a bias. A channel owns r columns of W, which leave
+    together with the rows of the producers that make their inputs.
 
     :param weight: W, m×N of any floating dtype, all consumers stacked by rows
     :param statistics: sums over the consumers' input X* and its drift
@@ -38,8 +39,9 @@ class ChannelProblem:
     :param intercept: whether the consumers have a bias, into which constants may go
     :param producer_norms: the norm of the producers' rows of each channel, n; magnitude
         pruning counts them if they are given
-    :raises ValueError: if the channels do not divide the columns, if ``keep`` is not
-        between 1 and n, or if means are missing or of other tokens
+    :raises ValueError: if the statistics do not have the width of W, if the channels do
+        not divide the columns, if ``keep`` is not between 1 and n, or if means are
+        missing or of other tokens
     """
 
     weight: Tensor
@@ -78,54 +80,63 @@ class ChannelProblem:
 
     @property
     def channels(self) -> int:
-        """n"""
+        """n, the number of channels."""
         return self.columns.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """that executes the operators, and all that is computed here"""
+        """The device that executes the operators, and on which all here is computed."""
         return self.statistics.execution_device
 
     @cached_property
     def objective(self) -> LayerObjective:
-        """½‖V X* − W X‖_F², without damping or bias"""
+        """½‖V X* − W X‖_F², without damping or bias."""
         return LayerObjective(self.weight, Quadratic(self.statistics))
 
     @cached_property
     def fitted(self) -> GramStatistics:
-        """the statistics to fit weights to: centred if there is a bias"""
+        """The statistics to fit weights to: centred if there is a bias."""
         if self.means is None or not self.intercept:
             return self.statistics
         return self.means.centred(self.objective.weight, self.statistics)
 
     def damped(self, dampening_frac: float) -> LayerObjective:
         """
+        Return the objective for the best bias, with damping, which draws V to W.
+
         :param dampening_frac: damping, as a fraction of
             :attr:`~fista_modifier.solver.gram.GramStatistics.typical_power`
-        :return: the objective for the best bias, with damping, which draws V to W
+        :return: the damped objective
         """
         quadratic = damped_quadratic(self.fitted, dampening_frac)
         return LayerObjective(self.weight, quadratic)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """
-        :param values: of each column, N
-        :return: their sums over the columns of each channel, n
+        Sum values of columns over the columns of each channel.
+
+        :param values: a value for each column, N
+        :return: the sums, n
         """
         return values[self.columns.to(values.device)].sum(1)
 
     def kept_columns(self, kept: Tensor) -> Tensor:
         """
-        :param kept: channels, long k
-        :return: their columns in ascending order, long k·r: those of the smaller weight
+        Return the columns of the channels that stay, which are those of the smaller
+        weight.
+
+        :param kept: channels that stay, long k
+        :return: the columns in ascending order, long k·r
         """
         columns: Tensor = self.columns[kept.to(self.columns.device)].flatten().sort()[0]
         return columns.to(self.device)
 
     def widened(self, weight: Tensor, kept: Tensor) -> Tensor:
         """
-        :param weight: of the kept columns in ascending order, m×k·r
-        :param kept: channels, long k
+        Give a smaller weight its old shape.
+
+        :param weight: weight of the kept columns in ascending order, m×k·r
+        :param kept: channels that stay, long k
         :return: V, float32 m×N, with zeros for the channels that left
         """
         wide = torch.zeros_like(self.objective.weight)
@@ -134,8 +145,10 @@ class ChannelProblem:
 
     def best_bias(self, candidate: Tensor) -> Tensor:
         """
+        Return the change of the bias with the least error for a weight.
+
         :param candidate: V, float32 m×N
-        :return: the bias change c with the least error, m
+        :return: the bias change c, m
         :raises ValueError: if the consumers have no bias
         """
         if self.means is None or not self.intercept:
@@ -144,6 +157,8 @@ class ChannelProblem:
 
     def error(self, candidate: Tensor, bias: Tensor | None = None) -> float:
         """
+        Return the output error of a weight and a change of the bias.
+
         :param candidate: V, float32 m×N
         :param bias: c, m; None is zero
         :return: ‖V X* + c 1ᵀ − W X‖_F over all calibration tokens
@@ -158,10 +173,10 @@ class ChannelProblem:
 
 def damped_quadratic(statistics: GramStatistics, dampening_frac: float) -> Quadratic:
     """
-    The damping has a floor, the rounding of G, so that G + δ I has an inverse whatever
-    the data: without data the solution is W itself.
+    Add damping to statistics. The damping has a floor, the rounding of G, so that G + δ
+    I has an inverse whatever the data: without data the solution is W itself.
 
-    :param statistics: of N features
+    :param statistics: statistics of N features
     :param dampening_frac: δ as a fraction of the features' typical power
     :return: G + δ I
     """

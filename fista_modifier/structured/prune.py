@@ -1,4 +1,4 @@
-"""From a problem to the smaller weight, by a selector and a restorer."""
+"""The way from a problem to the smaller weight, by a selector and a restorer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ __all__ = ["PrunedChannels", "prune_channels"]
 @dataclass(frozen=True, eq=False)
 class PrunedChannels:
     """
+    The channels of a group that stay, and the consumers' weight on them.
+
     :param kept: the channels that stay in ascending order, long k
-    :param weight: of the consumers on the columns that stay, in ascending order,
+    :param weight: weight of the consumers on the columns that stay, in ascending order,
         m×k·r in the dtype of W
-    :param bias: to be added to the consumers' bias, float32 m; None is nothing
+    :param bias: what is to be added to the consumers' bias, float32 m; None is nothing
     :param error: ‖V X* + c 1ᵀ − W X‖_F of exactly this weight and bias change
     :param output_norm: ‖W X‖_F, the yardstick of relative errors
     """
@@ -32,7 +34,7 @@ class PrunedChannels:
 
     @property
     def relative_error(self) -> float:
-        """error / ‖WX‖_F; 0 where the consumers' output is zero"""
+        """The error as a share of ‖WX‖_F; 0 where the consumers' output is zero."""
         return self.error / self.output_norm if self.output_norm else 0.0
 
 
@@ -40,6 +42,8 @@ def prune_channels(
     problem: ChannelProblem, selector: Selector, restorer: Restorer
 ) -> PrunedChannels:
     """
+    Choose the channels of a group that stay, and find the consumers' weights on them.
+
     :param problem: W, the sums over its inputs, and the number of channels to keep
     :param selector: chooses the channels
     :param restorer: finds the weights on them

@@ -27,8 +27,10 @@ DAMPENING = 0.15
 
 class Restored(NamedTuple):
     """
-    :param weight: of the kept columns in ascending order, float32 m×k·r
-    :param bias: to be added to the consumers' bias, float32 m; None is nothing
+    The weights that a restorer found.
+
+    :param weight: weight of the kept columns in ascending order, float32 m×k·r
+    :param bias: what is to be added to the consumers' bias, float32 m; None is nothing
     """
 
     weight: Tensor
@@ -36,10 +38,15 @@ class Restored(NamedTuple):
 
 
 class Restorer(Protocol):
-    """Gives the consumers the weights that make up for the channels that leave."""
+    """
+    A method that gives the consumers the weights that make up for the channels that
+    leave.
+    """
 
     def __call__(self, problem: ChannelProblem, kept: Tensor) -> Restored:
         """
+        Find the consumers' weights on the channels that stay.
+
         :param problem: W and the sums over its inputs
         :param kept: channels that stay, long k
         :return: the smaller weight and the change of the bias
@@ -49,7 +56,9 @@ class Restorer(Protocol):
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """No restoration: W_S as it is, as after Wanda's score alone."""
+    """
+    The restorer that changes nothing: W_S stays as it is, as after Wanda's score alone.
+    """
 
     def __call__(self, problem: ChannelProblem, kept: Tensor) -> Restored:
         return Restored(problem.objective.weight[:, problem.kept_columns(kept)], None)
@@ -58,10 +67,10 @@ class KeptWeights:
 @dataclass(frozen=True)
 class BiasCompensation:
     """
-    FLAP's (An et al. 2024): W_S as it is, and the mean of what the removed channels put
-    out goes into the bias: b + W_R mean(X_R). Where X* ≠ X, the bias also takes the
-    mean drift of the outputs, W mean(X) − W_S mean(X*_S), so that the mean of the
-    outputs is that of the dense model.
+    FLAP's restorer (An et al. 2024). W_S stays as it is, and the mean of what the
+    removed channels put out goes into the bias: b + W_R mean(X_R). Where X* ≠ X, the
+    bias also takes the mean drift of the outputs, W mean(X) − W_S mean(X*_S), so that
+    the mean of the outputs is that of the dense model.
     """
 
     def __call__(self, problem: ChannelProblem, kept: Tensor) -> Restored:
@@ -72,14 +81,14 @@ class BiasCompensation:
 @dataclass(frozen=True)
 class LeastSquares:
     """
-    FASP's: the kept columns' least squares values towards the dense output,
+    FASP's restorer. It fits the kept columns to the dense output by least squares,
 
         W_S = (B + δ W)_S (G_SS + δ I)⁻¹,  B = W X X*ᵀ.
 
-    The damping δ is this project's, which draws W_S to its dense values and not to
-    zero: with all channels kept and X* = X, the weight does not change. Where the
-    consumers have a bias, all sums are of centred data, and the bias is exactly the
-    least squares intercept.
+    The damping δ is this project's. It draws W_S to its dense values and not to zero:
+    with all channels kept and X* = X, the weight does not change. Where the consumers
+    have a bias, all sums are of centred data, and the bias is exactly the least squares
+    intercept.
 
     :param dampening_frac: δ, as a fraction of the features' typical power
     """
@@ -96,10 +105,12 @@ class LeastSquares:
 
 def least_squares(objective: LayerObjective, columns: Tensor) -> Tensor:
     """
+    Minimise f among weights that are zero off some columns S.
+
     :param objective: f with damping, whose G + δ I has an inverse
     :param columns: S, long s
-    :return: the minimiser B_S (G_SS + δ I)⁻¹ of f among weights that are zero off S,
-        m×s; B is the objective's, damping included
+    :return: the minimiser B_S (G_SS + δ I)⁻¹, m×s; B is the objective's, damping
+        included
     """
     quadratic = objective.quadratic
     rows = columns.to(quadratic.statistics.gram.device)

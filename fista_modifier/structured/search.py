@@ -1,4 +1,6 @@
-"""Selectors that count what the other channels can make up for: exact error changes."""
+"""
+Selectors that count what the other channels can make up for, by exact error changes.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,12 @@ GAIN = 1e-3
 @dataclass(frozen=True)
 class GreedyElimination:
     """
-    The structured optimal brain surgeon of ZipLM (Kurtić et al. 2023): channel after
-    channel, the one leaves whose removal costs least if all that stay are refitted; the
-    inverse of G is updated exactly. The costs are those of damped least squares
-    towards the dense output, drift included.
+    The structured optimal brain surgeon of ZipLM (Kurtić et al. 2023). Channels leave
+    one after the other: each time the one whose removal costs least if all that stay
+    are refitted. The inverse of G is updated exactly. The costs are those of damped
+    least squares towards the dense output, drift included.
 
-    :param dampening_frac: as of
+    :param dampening_frac: damping, as that of
         :class:`~fista_modifier.structured.restoration.LeastSquares`
     """
 
@@ -47,16 +49,16 @@ class GreedyElimination:
 @dataclass(frozen=True)
 class LocalSearch:
     """
-    OSSCAR's idea (Meng et al. 2024) in exact form: a kept and a removed channel change
+    OSSCAR's idea (Meng et al. 2024) in exact form. A kept and a removed channel change
     places while that lowers the damped least squares error, the best such pair first.
     The change of the error is exact for each pair, refit included. The result is never
     worse than the start in this error.
 
     :param start: selector to start from
-    :param dampening_frac: as of
+    :param dampening_frac: damping, as that of
         :class:`~fista_modifier.structured.restoration.LeastSquares`
-    :param candidates: how many kept channels are tried, those that cost least alone.
-        Each is tried with all removed channels
+    :param candidates: how many kept channels are tried, those that cost least alone;
+        each is tried with all removed channels
     :param max_swaps: swaps at most
     """
 
@@ -79,7 +81,9 @@ class LocalSearch:
         return table.kept.nonzero().squeeze(1)
 
     def _best_swap(self, table: PivotTable) -> tuple[Tensor, Tensor] | None:
-        """The channel that leaves and the one that returns; None if no pair gains."""
+        """
+        Return the channel that leaves and the one that returns; None if no pair gains.
+        """
         costs = table.worths().masked_fill(~table.kept, torch.inf)
         order = costs.argsort()[: min(self.candidates, int(table.kept.sum()))]
         trials = [table.worths_without(channel) for channel in order]
@@ -94,8 +98,10 @@ def table_of(
     problem: ChannelProblem, kept: Tensor, dampening_frac: float
 ) -> PivotTable:
     """
+    Make the pivot table of some channels.
+
     :param problem: W and the sums over its inputs
-    :param kept: channels, long
+    :param kept: the channels, long
     :param dampening_frac: damping, as a fraction of the features' typical power
     :return: the table of these channels
     """

@@ -13,10 +13,12 @@ __all__ = ["FASPScore", "Fluctuation", "Magnitude", "Selector", "highest"]
 
 
 class Selector(Protocol):
-    """Chooses the channels that stay."""
+    """A method that chooses the channels that stay."""
 
     def __call__(self, problem: ChannelProblem) -> Tensor:
         """
+        Choose the channels that stay.
+
         :param problem: W, the sums over its inputs, and the number k to keep
         :return: the kept channels in ascending order, long k
         """
@@ -25,6 +27,8 @@ class Selector(Protocol):
 
 def highest(scores: Tensor, keep: int) -> Tensor:
     """
+    Return the channels with the highest scores.
+
     :param scores: n
     :param keep: k
     :return: the channels with the k highest scores, the first ones among equals, in
@@ -36,8 +40,8 @@ def highest(scores: Tensor, keep: int) -> Tensor:
 @dataclass(frozen=True)
 class FASPScore:
     """
-    FASP's (Hu et al. 2025): Wanda's scores |W_ij| ‖X_j‖, summed over the rows and over
-    the columns of a channel.
+    FASP's selector (Hu et al. 2025). It scores a channel by Wanda's |W_ij| ‖X_j‖,
+    summed over the rows and over the columns of the channel.
     """
 
     def __call__(self, problem: ChannelProblem) -> Tensor:
@@ -49,8 +53,9 @@ class FASPScore:
 @dataclass(frozen=True)
 class Magnitude:
     """
-    The norm of all weights that a channel takes with it: its columns of the consumers
-    and, if their norms are given, its rows of the producers.
+    The selector by magnitude. It scores a channel by the norm of all weights that leave
+    with it: its columns of the consumers and, if their norms are given, its rows of the
+    producers.
     """
 
     def __call__(self, problem: ChannelProblem) -> Tensor:
@@ -63,15 +68,19 @@ class Magnitude:
 @dataclass(frozen=True)
 class Fluctuation:
     """
-    FLAP's (An et al. 2024): the variance of a feature times the squared norm of its
-    column, summed over the columns of a channel. It is what removal costs if features
-    are uncorrelated and a bias takes up their means.
+    FLAP's selector (An et al. 2024). It scores a channel by the variance of a feature
+    times the squared norm of its column, summed over the columns of the channel. This
+    is what removal costs if features are uncorrelated and a bias takes up their means.
 
-    The means are the problem's ``means``; the variances follow from them and diag(G).
+    The means are the problem's ``means``. The variances follow from them and diag(G).
     """
 
     def __call__(self, problem: ChannelProblem) -> Tensor:
-        """:raises ValueError: if the problem has no means"""
+        """
+        Choose the channels with the highest scores.
+
+        :raises ValueError: if the problem has no means
+        """
         if problem.means is None:
             raise ValueError("FLAP's score needs the means of the features")
         variances = problem.means.variances(problem.statistics).to(problem.device)

@@ -12,9 +12,9 @@ def project_to_capped_simplex(
     point: Tensor, total: float, metric: Tensor | None = None
 ) -> Tensor:
     """
-    The projection in a diagonal metric, min Σ_i d_i (z_i − y_i)². Its solution is
-    z = clip(y − τ/d, 0, 1) with the τ at which Σ z = k. That sum falls linearly between
-    the 2n values of τ at which an entry leaves 1 or reaches 0; they are sorted, so τ is
+    Project a point in a diagonal metric, min Σ_i d_i (z_i − y_i)². The solution is z =
+    clip(y − τ/d, 0, 1) with the τ at which Σ z = k. That sum falls linearly between the
+    2n values of τ at which an entry leaves 1 or reaches 0. These are sorted, so τ is
     found exactly.
 
     :param point: y, n
@@ -28,7 +28,7 @@ def project_to_capped_simplex(
     slopes = torch.cat([1 / weights, -1 / weights])[order].cumsum(0)
     falls = torch.cat([slopes.new_zeros(1), slopes[:-1] * breaks.diff()]).cumsum(0)
     needed = len(point) - total
-    # the last break at which the sum has not fallen too far
+    # This is the last break at which the sum has not fallen too far.
     last = torch.searchsorted(falls, needed, right=True).sub(1)
     last = last.clamp(0, len(falls) - 2)
     rest = needed - falls[last]

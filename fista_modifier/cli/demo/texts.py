@@ -84,7 +84,7 @@ BACK_MATTER = re.compile(
     r"|further reading|external links|works cited)\b",
     re.IGNORECASE | re.MULTILINE,
 )
-# The words that a template prints, as a choice of its parameters; others print none.
+# These templates print some of their parameters. All other templates print nothing.
 TEMPLATE_WORDS = {
     "convert": slice(0, 2),
     "cvt": slice(0, 2),
@@ -97,11 +97,13 @@ SILENT_LINK = re.compile(r"\s*:?(file|image|category|[a-z]{2,3}):", re.IGNORECAS
 SILENT_TAGS = {"ref", "references", "table", "gallery", "math", "code", "source"}
 LIST_ITEMS = {"li", "dd", "dt"}
 LIST_ITEM = "\N{BULLET}"
-# what is left of "(pronounced {{IPA|...}}; Greek: {{...}}, born 1900)" and the like.
+# These find what is left of "(pronounced {{IPA|...}}; Greek: {{...}}, born 1900)" and
+# the like.
 EMPTY_PARENTHESIS = re.compile(r"\s*\([^\w()]*\)")
 PARENTHESIS_EDGE = re.compile(r"(?<=\()[\s,;:]+|[\s,;:]+(?=\))")
 SPACE_BEFORE_MARK = re.compile(r"\s+(?=[,.;:])")
-# broken or hidden markup that no parser understands, and the rest of a cut sentence
+# This finds broken or hidden markup that no parser understands, and the rest of a cut
+# sentence.
 RESIDUE = re.compile(rf"{LIST_ITEM}|''|<ref|[{{|]|^[,!]")
 SHORTEST_PARAGRAPH = 80
 END_OF_PROSE = re.compile(r"""[.!?]["')]?$""")

@@ -43,7 +43,7 @@ class WheelMember:
 
     @property
     def requirement(self) -> str:
-        """:return: the requirement, as pip understands it"""
+        """The requirement, as pip understands it."""
         return f"{self.package}=={self.version}"
 
 
