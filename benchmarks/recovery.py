@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import inputs
-from compare import common_arguments, common_setup, measurement, method_pruner
+from compare import common_arguments, common_setup, measurement
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,14 +28,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner
+from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner, pruner
 from fista_modifier.evaluation.results import Results, Row, digest
 from fista_modifier.files import whole
 from fista_modifier.models.loading import load_model
-from fista_modifier.models.masks import masks_of
 from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import Calibration
-from fista_modifier.recovery.recover import Training, train_operators
+from fista_modifier.recovery.recover import Training, kept_entries, train_operators
+from fista_modifier.solver import pattern_of
 
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best")
 REFERENCE = "sparsegpt"
@@ -73,7 +73,7 @@ def main() -> None:
 def measured(args: argparse.Namespace, job: Job) -> Row:
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / f"{job.method}-{job.seed}-{digest(common_setup(args))}"
-    prune = method_pruner(job.method, "2:4")
+    prune = pruner(job.method, pattern_of("2:4"))
     calibration = inputs.calibration(args, seed=job.seed)
     if not job.times:
         return measurement(args).run(partial(keep, prune=prune, file=file), calibration)
@@ -129,7 +129,8 @@ def train(
     operators = find_operators(model, TARGETS, IGNORE)
     data = Calibration("", len(tokens), len(tokens[0]["input_ids"]), 0)
     dense = load_model(teacher, "float32")
-    train_operators(model, dense, tokens, operators, masks_of(model), data, training)
+    masks = kept_entries(operators)
+    train_operators(model, dense, tokens, operators, masks, data, training)
     return pipeline.PruningRun(model)
 
 

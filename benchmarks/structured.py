@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     REFERENCE: {"selector": "fasp", "restorer": "none", **BARE},
     "magnitude": {"selector": "magnitude", "restorer": "none", **BARE},
     "FASP, paper": {"preset": "paper"},
+    "FASP, paper, recovered": {"preset": "paper"},
     "ZipLM's elimination": {"selector": "greedy", **BARE},
     "SPAP's choice": {"selector": "spap", **BARE},
     "FASP, default": {},
@@ -48,8 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "reconstruction_rate": 0.003,
     },
 }
-RECOVERED = {"FASP, paper, recovered": "FASP, paper"}
-"""pruned as the second, and then trained end to end on the same tokens"""
+RECOVERED = {"FASP, paper, recovered"}
+"""methods whose model is then trained end to end, on the same tokens"""
 SPARSEGPT = "SparseGPT 2:4"
 
 
@@ -57,9 +58,7 @@ def main() -> None:
     parser = common_arguments(__doc__ or "", 32, 16384)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--methods", nargs="+", default=[*METHODS, *RECOVERED, SPARSEGPT]
-    )
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, SPARSEGPT])
     args = parser.parse_args()
     file = args.out.with_suffix(".json")
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -91,11 +90,11 @@ def measured(
         return measurement(args).run(None, None)
     modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
     if method != SPARSEGPT:
-        own = METHODS[RECOVERED.get(method, method)]
-        modifier = FASPPruningModifier(**{"sparsity": level, "ignore": IGNORE} | own)
+        fields = {"sparsity": level, "ignore": IGNORE} | METHODS[method]
+        modifier = FASPPruningModifier(**fields)
     prune = partial(pipeline.prune, recipe=modifier)
     if method in RECOVERED:
-        prune = partial(recovered, recipe=modifier, teacher=args.model)
+        prune = partial(recovered, modifier=modifier, teacher=args.model)
     row = measurement(args).run(prune, inputs.calibration(args, seed=seed))
     return row | {"removed": getattr(modifier, "removed", 0.0)}
 
@@ -105,11 +104,11 @@ def recovered(
     tokenizer: PreTrainedTokenizerBase,
     calibration: Dataset,
     *,
-    recipe: Any,
+    modifier: FASPPruningModifier,
     teacher: str,
 ) -> pipeline.PruningRun:
     """Prune, and train what is left on the same tokens."""
-    pipeline.prune(model, tokenizer, calibration, recipe)
+    pipeline.prune(model, tokenizer, calibration, modifier)
     return train(model, calibration, teacher, Training())
 
 
@@ -118,7 +117,7 @@ def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
     texts = dense["perplexity"]
     lines = [["", "dense", "", *(f"{value:.2f}" for value in texts.values()), "", ""]]
     for level in [*args.levels, 0]:
-        for method in [*METHODS, *RECOVERED, SPARSEGPT]:
+        for method in [*METHODS, SPARSEGPT]:
             of_seeds = [
                 (rows[key], rows.get(f"{REFERENCE} | {level} | {seed}", {}))
                 for seed in args.seeds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from fista_modifier.recovery.distillation import DistillationTrainer
 from fista_modifier.recovery.resume import begin, last_state
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 
-__all__ = ["Training", "held_out", "recover", "train_operators"]
+__all__ = ["Training", "held_out", "kept_entries", "recover", "train_operators"]
 
 HELD_OUT = 16
 """one of so many sequences is not trained on"""
@@ -132,21 +132,30 @@ def recover(
     :raises RuntimeError: if the training has diverged
     """
     operators = _operators(model, report)
-    masks = {
-        one.name: mask for one in operators if not bool((mask := one.weight != 0).all())
-    }
     recovery = train_operators(
         model,
         teacher,
         tokens,
         operators,
-        masks,
+        kept_entries(operators),
         data,
         training,
         resume=resume,
         teacher_name=teacher_name,
     )
     return replace(_recounted(report, operators), recovery=[*report.recovery, recovery])
+
+
+def kept_entries(operators: Iterable[Operator]) -> dict[str, Tensor]:
+    """
+    Return the masks of what is not zero in operators.
+
+    :param operators: operators of a pruned or smaller model
+    :return: bool out×in of each operator that has zeros, by its name
+    """
+    return {
+        one.name: mask for one in operators if not bool((mask := one.weight != 0).all())
+    }
 
 
 def train_operators(
