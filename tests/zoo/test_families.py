@@ -32,18 +32,22 @@ def oriented(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def inputs_of(
-    model: PreTrainedModel, name: str, batches: list[dict[str, Tensor]]
-) -> Tensor:
-    """In plain runs of the model, tokens×n."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _module, args: seen.append(args[0].flatten(0, -2))
-    )
+    model: PreTrainedModel, names: list[str], batches: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What operators are given in plain runs of the model, each tokens×n."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name: seen[name].append(args[0].flatten(0, -2))
+        )
+        for name in names
+    ]
     with torch.no_grad():
         for batch in batches:
             model(**batch)
-    handle.remove()
-    return torch.cat(seen)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(inputs) for name, inputs in seen.items() if inputs}
 
 
 def check_pattern(pruned: Pruned) -> None:
@@ -78,6 +82,8 @@ def check_errors(pruned: Pruned) -> None:
         if isinstance(module, LinearExperts2D)
         or type(module).__name__ == "SwitchTransformersExperts"
     }
+    batches = specimen.together
+    inputs = inputs_of(dense, [result.name for result in results], batches)
     compared = 0
     for index, result in enumerate(results):
         if not 0 < result.tokens <= (specimen.tokens or 0):
@@ -89,9 +95,9 @@ def check_errors(pruned: Pruned) -> None:
             for other in results[:index]
             if part(other.name) == part(result.name) is not None
         ]
-        x = inputs_of(dense, result.name, specimen.batches)
+        x = inputs[result.name]
         with weights_of(pruned.model, dense, before):
-            x_star = inputs_of(dense, result.name, specimen.batches)
+            x_star = inputs_of(dense, [result.name], batches)[result.name]
         assert len(x) == result.tokens, result.name
         weight = oriented(dense, result.name)
         pruned_weight = oriented(pruned.model, result.name)

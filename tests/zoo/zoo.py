@@ -114,6 +114,14 @@ class Specimen:
         ]
 
     @property
+    def together(self) -> list[dict[str, Tensor]]:
+        """The same sequences in as few batches as can be."""
+        if "batch" in self.case:
+            return self.batches
+        names = self.batches[0]
+        return [{name: torch.cat([one[name] for one in self.batches]) for name in names}]
+
+    @property
     def dataset(self) -> Dataset | DataLoader[Any]:
         if "batch" not in self.case:
             return calibration(torch.cat([one["input_ids"] for one in self.batches]))
