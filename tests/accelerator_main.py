@@ -71,17 +71,17 @@ MEASURED: dict[str, dict[str, Any]] = {
     "matrices offloaded": {"preset": "fast", "offload_hessians": True},
 }
 IN_BLOCKS = ("fast, 50 %", "matrices offloaded")
-BLOCK = 2**17
+BLOCK = 2**15
 """entries: an eighth of the weights that are measured"""
-TOKENS = 128
+TOKENS = 64
 WIDE = {
-    "hidden_size": 512,
-    "intermediate_size": 1792,
+    "hidden_size": 256,
+    "intermediate_size": 896,
     "num_attention_heads": 8,
     "num_key_value_heads": 1,
     "max_position_embeddings": TOKENS,
 }
-"""of a layer of LLaMA-3-70B, and a sequence for it, sixteen times as narrow"""
+"""of a layer of LLaMA-3-70B, and a sequence for it, thirty-two times as narrow"""
 
 
 def add_accelerator(library: str) -> None:

@@ -1,129 +1,24 @@
-"""The channels of a layer that can leave the model together, found from runs of it."""
+"""The search for the channel groups of a layer, in runs of the layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.attention import same_output
+from fista_modifier.calibration.groups import (
+    ChannelGroup,
+    Kind,
+    LayerGroups,
+    Members,
+)
 from fista_modifier.calibration.probing import Codes, Probe, shortened
 from fista_modifier.calibration.replay import LayerCall
-from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
+from fista_modifier.models.operators import Operator
 
-__all__ = [
-    "ChannelGroup",
-    "LayerGroups",
-    "Members",
-    "check_cut",
-    "find_groups",
-    "leaving",
-    "without_channels",
-]
-
-Kind = Literal["channels", "values", "heads"]
-
-
-class Members(NamedTuple):
-    """
-    The rows, or the columns, that channels have in one operator.
-
-    :param operator: the operator
-    :param indices: channels×r: the rows, or columns, of each channel, in ascending
-        order
-    """
-
-    operator: Operator
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """
-    Channels inside a layer. Any number of them can leave the model, each with all of
-    its rows and columns, without a change for the others, because only the consumers
-    read them.
-
-    :param kind: "channels" if the consumers read nothing else, as in an MLP; "values"
-        if other rows (queries and keys) reach the consumers too and expect heads of one
-        size, so that the channels can be set to zero, and not cut; "heads" if each
-        channel is a whole head for keys and values with its queries
-    :param producers: operators with the channels' output rows, and biases
-    :param consumers: operators with the channels' input columns
-    :param linear: for "channels", rows of a producer, one for each channel, such that
-        what the consumers read is linear in the outputs of these rows, as in those of
-        up_proj; None if there are none, as where an activation follows each producer
-    """
-
-    kind: Kind
-    producers: tuple[Members, ...]
-    consumers: tuple[Members, ...]
-    linear: Members | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of channels."""
-        return len(self.consumers[0].indices)
-
-    @property
-    def operators(self) -> set[Operator]:
-        """All producers and consumers."""
-        return {operator for operator, _ in (*self.producers, *self.consumers)}
-
-    def moved(self, operator_of: Callable[[Operator], Operator]) -> ChannelGroup:
-        """
-        Return the group of the same channels in another layer.
-
-        :param operator_of: returns the other layer's operator in the place of one of
-            this layer
-        :return: the other layer's group
-        """
-
-        def moved(members: Sequence[Members]) -> tuple[Members, ...]:
-            return tuple(Members(operator_of(one), indices) for one, indices in members)
-
-        linear = None if self.linear is None else moved([self.linear])[0]
-        return replace(
-            self,
-            producers=moved(self.producers),
-            consumers=moved(self.consumers),
-            linear=linear,
-        )
-
-
-@dataclass
-class LayerGroups:
-    """
-    The channel groups that were found in one layer.
-
-    :param groups: the groups
-    :param reasons: for operators, sentences that say why some or all of their rows or
-        columns are in no group
-    """
-
-    groups: list[ChannelGroup] = field(default_factory=list)
-    reasons: dict[Operator, list[str]] = field(default_factory=dict)
-
-    def of_kind(self, kind: Kind) -> list[ChannelGroup]:
-        """
-        Return the groups of one kind.
-
-        :param kind: the kind
-        :return: its groups
-        """
-        return [group for group in self.groups if group.kind == kind]
-
-    def why_not(self, operator: Operator) -> str:
-        """
-        Say why rows or columns of an operator are in no group.
-
-        :param operator: an operator of the layer
-        :return: sentences for a user, "" if there is nothing to say
-        """
-        return " ".join(self.reasons.get(operator, []))
+__all__ = ["find_groups"]
 
 
 def find_groups(
@@ -587,88 +482,3 @@ def _apart(before: dict[Operator, Tensor]) -> Iterator[list[Operator]]:
                 chosen.append(consumer)
                 del remaining[consumer]
         yield chosen
-
-
-def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
-    """
-    Check that a layer without some channels computes the same as if nobody read them.
-    For this check the channels are cut, or set to zero if they are "values". Afterwards
-    the layer is as it was before.
-
-    :param group: a group of the layer
-    :param call: a call of the layer
-    :param kept: long, the channels that stay, in ascending order
-    :return: a sentence that says why it does not; None if it does
-    """
-    unread = {}
-    for operator, columns in leaving(group.consumers, kept):
-        weight = operator.weight.clone()
-        weight[:, columns] = 0
-        unread[operator] = weight
-    with torch.no_grad():
-        with replaced_weights(unread):
-            expected = call.run()
-        with replaced_weights(*without_channels(group, kept)):
-            try:
-                found = call.run()
-            except (RuntimeError, ValueError, IndexError) as error:
-                return f"The layer does not run without them: {error}"
-    if not same_output(found, expected):
-        return "The layer computes something else without them."
-    return None
-
-
-def without_channels(
-    group: ChannelGroup,
-    kept: Tensor,
-    weights: Mapping[Operator, Tensor] = UNCHANGED,
-    biases: Mapping[Operator, Tensor] = UNCHANGED,
-) -> tuple[dict[Operator, Tensor], dict[Operator, Tensor]]:
-    """
-    Return the weights and biases of a group's operators without some of its channels.
-    The channels are cut, or set to zero if they are "values".
-
-    :param group: a group of a layer
-    :param kept: long, the channels that stay
-    :param weights: out×in weights of operators that have others than the model's own
-    :param biases: biases of operators that have others than the model's own
-    :return: the weights and biases that change
-    """
-    change = _zeroed if group.kind == "values" else _cut
-    found: dict[Operator, Tensor] = {}
-    shorter: dict[Operator, Tensor] = {}
-    for operator, rows in leaving(group.producers, kept):
-        found[operator] = change(weights.get(operator, operator.weight), rows, 0)
-        own = operator.module.bias
-        if own is not None:
-            shorter[operator] = change(biases.get(operator, own.data), rows, 0)
-    if group.kind != "values":
-        for operator, columns in leaving(group.consumers, kept):
-            found[operator] = _cut(weights.get(operator, operator.weight), columns, 1)
-    return found, shorter
-
-
-def leaving(
-    members: Iterable[Members], kept: Tensor
-) -> Iterator[tuple[Operator, Tensor]]:
-    """
-    Yield each operator with its rows or columns of the channels that leave.
-
-    :param members: members of a group
-    :param kept: long, the group's channels that stay
-    :return: each operator, and its rows or columns of the channels that leave
-    """
-    for operator, indices in members:
-        leaves = torch.ones(len(indices), dtype=torch.bool)
-        leaves[kept.cpu()] = False
-        yield operator, indices[leaves].flatten()
-
-
-def _cut(tensor: Tensor, indices: Tensor, dim: int) -> Tensor:
-    stays = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-    stays[indices.to(tensor.device)] = False
-    return tensor.index_select(dim, stays.nonzero()[:, 0])
-
-
-def _zeroed(tensor: Tensor, indices: Tensor, dim: int) -> Tensor:
-    return tensor.index_fill(dim, indices.to(tensor.device), 0)

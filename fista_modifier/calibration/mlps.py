@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
-from fista_modifier.calibration.channels import ChannelGroup
+from fista_modifier.calibration.groups import ChannelGroup
 from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,

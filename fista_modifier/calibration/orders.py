@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.attention import same_output
-from fista_modifier.calibration.channels import ChannelGroup, LayerGroups
+from fista_modifier.calibration.groups import ChannelGroup, LayerGroups
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.replay import EndOfRun, LayerCall
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.tracing import configs_of
 
@@ -128,7 +128,7 @@ class ReferenceRun:
             head = self._model.get_output_embeddings()
             if head is not None:  # the toolkit keeps it without weights
                 stack.enter_context(head.register_forward_pre_hook(_stop))
-            stack.enter_context(suppress(_Stop))
+            stack.enter_context(suppress(EndOfRun))
             stack.enter_context(torch.no_grad())
             self._model(**arguments)
         return recorded
@@ -265,8 +265,4 @@ def _difference(one: _Outputs | None, other: _Outputs, real: Tensor | None) -> f
 
 
 def _stop(_module: torch.nn.Module, _args: Any) -> None:
-    raise _Stop
-
-
-class _Stop(Exception):
-    """The exception that ends a run before the output embedding."""
+    raise EndOfRun

@@ -26,6 +26,7 @@ from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorag
 from fista_modifier.distributed import Ranks
 
 __all__ = [
+    "EndOfRun",
     "LayerCall",
     "LayerInputs",
     "RealTokens",
@@ -56,6 +57,13 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
         # oneshot may let all experts of a mixture see all tokens in its own passes
         stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
         yield
+
+
+class EndOfRun(Exception):
+    """
+    The exception with which a hook ends a run once it has seen everything that was
+    asked for.
+    """
 
 
 class LayerInputs:
@@ -163,11 +171,11 @@ class LayerInputs:
 
         def watch(*arguments: Any) -> None:
             self.remember(*arguments)
-            raise _Stop
+            raise EndOfRun
 
         with (
             self.layer.register_forward_pre_hook(watch, with_kwargs=True),
-            suppress(_Stop),
+            suppress(EndOfRun),
         ):
             call.run()
 
@@ -301,13 +309,6 @@ class RealTokens:
         return real_rows(value, self.context if reads_context else self.own)
 
 
-class _Stop(Exception):
-    """
-    The exception that ends a run of a layer once everything that was asked for has been
-    seen.
-    """
-
-
 def inputs_of(
     calls: Mapping[torch.nn.Module, int], call: LayerCall
 ) -> dict[torch.nn.Module, list[Tensor]]:
@@ -327,12 +328,12 @@ def inputs_of(
         seen[module].append(args[0])
         missing -= 1
         if not missing:
-            raise _Stop
+            raise EndOfRun
 
     with ExitStack() as stack:
         for module in calls:
             stack.enter_context(module.register_forward_pre_hook(watch))
-        stack.enter_context(suppress(_Stop))
+        stack.enter_context(suppress(EndOfRun))
         call.run()
     return seen
 

@@ -13,7 +13,8 @@ from loguru import logger
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.channels import ChannelGroup, Members, check_cut
+from fista_modifier.calibration.cuts import check_cut
+from fista_modifier.calibration.groups import ChannelGroup, Members
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator

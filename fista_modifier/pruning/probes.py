@@ -13,8 +13,10 @@ from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.channels import LayerGroups, find_groups
+from fista_modifier.calibration.channels import find_groups
+from fista_modifier.calibration.groups import LayerGroups
 from fista_modifier.calibration.replay import (
+    EndOfRun,
     LayerCall,
     LayerInputs,
     calibration_runs,
@@ -127,7 +129,7 @@ def _calls(
     def stop(layer: Module, *_: Any) -> None:
         waiting.discard(layer)
         if not waiting:
-            raise _Stop
+            raise EndOfRun
 
     device = get_execution_device(model)
     with ExitStack() as hooks:
@@ -138,13 +140,9 @@ def _calls(
             hooks.enter_context(one.layer.register_forward_pre_hook(stop))
         for batch in islice(batches, PROBED):
             waiting.update(one.layer for one in inputs.values())
-            with suppress(_Stop):
+            with suppress(EndOfRun):
                 model(**tensors_to_device(batch, device))
     return inputs
-
-
-class _Stop(Exception):
-    """The exception that ends a run when it has called every layer."""
 
 
 def _probed(layer: DecoderLayer, calls: Iterable[LayerCall]) -> ProbedLayer:

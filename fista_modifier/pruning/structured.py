@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.channels import leaving, without_channels
+from fista_modifier.calibration.cuts import leaving, without_channels
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.models.operators import Operator

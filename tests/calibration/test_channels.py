@@ -13,12 +13,9 @@ from runs import samples
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fista_modifier.calibration.channels import (
-    ChannelGroup,
-    LayerGroups,
-    check_cut,
-    find_groups,
-)
+from fista_modifier.calibration.channels import find_groups
+from fista_modifier.calibration.cuts import check_cut
+from fista_modifier.calibration.groups import ChannelGroup, LayerGroups
 from fista_modifier.calibration.probing import Codes
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerCall, calibration_runs

@@ -55,26 +55,16 @@ Ask = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="session")
 def smollm2_pruned(
     smollm2: Path, wikipedia: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """SmolLM2-135M pruned to a pattern, all of it, in haste; each made once."""
-    made: dict[str, Path] = {}
-
-    def make(pattern: str) -> Path:
-        if pattern not in made:
-            tokenizer = pipeline.load_tokenizer(str(smollm2))
-            model = pipeline.load_model(str(smollm2))
-            data = calibration_dataset(
-                str(wikipedia), tokenizer, samples=2, seq_len=128
-            )
-            modifier = FISTAPruningModifier(
-                mask_structure=pattern, sparsity=0.5, **HASTE
-            )
-            run = pipeline.prune(model, tokenizer, data, modifier)
-            made[pattern] = tmp_path_factory.mktemp("smollm2") / "pruned"
-            pipeline.save(run.model, tokenizer, made[pattern])
-        return made[pattern]
-
-    return make
+) -> Path:
+    """SmolLM2-135M pruned to 2:4, all of it, in haste."""
+    tokenizer = pipeline.load_tokenizer(str(smollm2))
+    model = pipeline.load_model(str(smollm2))
+    data = calibration_dataset(str(wikipedia), tokenizer, samples=2, seq_len=128)
+    modifier = FISTAPruningModifier(mask_structure="2:4", **HASTE)
+    run = pipeline.prune(model, tokenizer, data, modifier)
+    checkpoint = tmp_path_factory.mktemp("smollm2") / "pruned"
+    pipeline.save(run.model, tokenizer, checkpoint)
+    return checkpoint
 
 
 @pytest.fixture
@@ -154,11 +144,10 @@ def assert_same(answers: dict[str, Any], other: dict[str, Any]) -> None:
         assert one == pytest.approx(two, abs=1e-3)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "0:0"])
 def test_vllm_agrees_with_transformers_on_a_pruned_smollm2(
-    pattern: str, smollm2_pruned: Callable[[str], Path], ask: Ask
+    smollm2_pruned: Path, ask: Ask
 ) -> None:
-    checkpoint = smollm2_pruned(pattern)
+    checkpoint = smollm2_pruned
     tokenizer = pipeline.load_tokenizer(str(checkpoint))
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
@@ -186,10 +175,11 @@ def test_vllm_agrees_with_transformers_on_a_smaller_smollm2(
     assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
 
 
-def test_vllm_agrees_with_transformers_on_a_pruned_and_quantised_model(
-    tiny: Callable[[str], Path], ask: Ask
+@pytest.mark.parametrize("recipe", ["fista-unstructured-50", "fista-2of4-fp8"])
+def test_vllm_agrees_with_transformers_on_a_tiny_model(
+    recipe: str, tiny: Callable[[str], Path], ask: Ask
 ) -> None:
-    checkpoint = tiny("fista-2of4-fp8.yaml")
+    checkpoint = tiny(f"{recipe}.yaml")
     prompts = [[5, 9, 33, 2, 17, 60], [7, 7, 12]]
     assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
 
@@ -280,12 +270,12 @@ def served(
 
 
 def test_a_server_completes_a_prompt(
-    smollm2_pruned: Callable[[str], Path],
+    smollm2_pruned: Path,
     vllm_python: Path,
     vllm_environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    checkpoint, log = smollm2_pruned("2:4"), tmp_path / "server.log"
+    checkpoint, log = smollm2_pruned, tmp_path / "server.log"
     with served(checkpoint, vllm_python, vllm_environment, log) as address:
         reply = httpx.post(
             f"{address}/v1/completions",
@@ -304,13 +294,13 @@ def test_a_server_completes_a_prompt(
 
 
 def test_the_example_generates_offline(
-    smollm2_pruned: Callable[[str], Path],
+    smollm2_pruned: Path,
     vllm_python: Path,
     vllm_environment: dict[str, str],
 ) -> None:
     example = ROOT / "examples" / "serve_with_vllm" / "generate.py"
     process = subprocess.run(
-        [vllm_python, example, smollm2_pruned("2:4"), PROMPTS[0], "--enforce-eager"],
+        [vllm_python, example, smollm2_pruned, PROMPTS[0], "--enforce-eager"],
         env=vllm_environment,
         capture_output=True,
         text=True,

@@ -119,7 +119,9 @@ class Specimen:
         if "batch" in self.case:
             return self.batches
         names = self.batches[0]
-        return [{name: torch.cat([one[name] for one in self.batches]) for name in names}]
+        return [
+            {name: torch.cat([one[name] for one in self.batches]) for name in names}
+        ]
 
     @property
     def dataset(self) -> Dataset | DataLoader[Any]:
