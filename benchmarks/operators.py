@@ -60,7 +60,9 @@ VARIANTS: dict[str, SolverFactory] = {
 PATTERNS = ("2:4", "0.5")
 
 Solve = Callable[[Tensor, GramStatistics], PrunedWeight]
-"""from an operator's W and its statistics to its W*"""
+"""
+A function that returns W* for an operator's weight W and the statistics of its input.
+"""
 
 
 @dataclass

@@ -40,7 +40,10 @@ from fista_modifier.solver import pattern_of
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best")
 REFERENCE = "sparsegpt"
 TIMES = (0, 1, 8)
-"""tokens of the recovery, in units of those of the calibration; 0 is none"""
+"""
+The numbers of tokens that the recovery trains on, as multiples of those of the
+calibration. 0 stands for no recovery.
+"""
 
 
 class Job(NamedTuple):

@@ -50,7 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 RECOVERED = {"FASP, paper, recovered"}
-"""methods whose model is then trained end to end, on the same tokens"""
+"""
+The methods whose model is trained end to end after the pruning, on the same tokens.
+"""
 SPARSEGPT = "SparseGPT 2:4"
 
 

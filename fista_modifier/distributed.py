@@ -27,8 +27,10 @@ Value = TypeVar("Value")
 Distribution = Literal["layers", "data"]
 
 LONGEST_WAIT = timedelta(days=1)
-"""How long a rank waits for another, which may be pruning a wide layer. A rank that
-died is noticed at once, because its connections close."""
+"""
+The longest time that a rank waits for another, which may be pruning a wide layer. A
+rank that died is noticed at once, because its connections close.
+"""
 
 
 @dataclass(frozen=True)

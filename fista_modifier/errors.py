@@ -19,7 +19,9 @@ USERS_OWN = (
     yaml.YAMLError,
     jinja2.TemplateError,
 )
-"""types of errors that say themselves what is wrong with what the user gave"""
+"""
+The types of errors whose messages already say what is wrong with the user's input.
+"""
 # The toolkit puts the source of the forward pass before the message of its error.
 LISTING = re.compile(r"--- <Autowrapped (\w+) \d+>:\d+ ---\n")
 

@@ -72,7 +72,10 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 IN_BLOCKS = ("fast, 50 %", "matrices offloaded")
 BLOCK = 2**15
-"""entries: an eighth of the weights that are measured"""
+"""
+The number of entries in a block. The largest weight that is measured has seven times as
+many.
+"""
 TOKENS = 64
 WIDE = {
     "hidden_size": 256,
@@ -81,7 +84,10 @@ WIDE = {
     "num_key_value_heads": 1,
     "max_position_embeddings": TOKENS,
 }
-"""of a layer of LLaMA-3-70B, and a sequence for it, thirty-two times as narrow"""
+"""
+The sizes of a layer that is thirty-two times as narrow as one of LLaMA-3-70B. A
+sequence of 64 tokens stands for one of 2048.
+"""
 
 
 def add_accelerator(library: str) -> None:

@@ -166,7 +166,10 @@ MIXTURES = {
         },
     ),
 }
-"""mixtures of experts; their experts are linear operators only inside ``oneshot()``"""
+"""
+The mixtures of experts. Their experts are linear operators only once the model is
+linearised, as in ``oneshot()``.
+"""
 
 MULTIMODAL = {
     "gemma3_vision": Family(
@@ -189,7 +192,10 @@ MULTIMODAL = {
         layers="model.language_model.layers",
     )
 }
-"""models with more than a language model in them, stored under other names"""
+"""
+The models that have more in them than a language model. Their tensors have other names
+in a checkpoint than in memory.
+"""
 
 _checkpoints = tempfile.TemporaryDirectory(prefix="tiny-models-")
 

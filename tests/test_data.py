@@ -153,7 +153,7 @@ TEMPLATE = (
     "{% if m['calls'] is defined %}!{% endif %}{% endfor %}"
 )
 ROWS = ["one", "two\nlines", 'three, "quoted"', "007"]
-"""texts that a careless reader of tables changes"""
+"""The texts of a table that a careless reader would change."""
 
 
 @pytest.fixture

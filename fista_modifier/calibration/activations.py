@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_map_only
 __all__ = ["MAIN_MEMORY", "ActivationStorage"]
 
 SMALLEST = 16 * mmap.PAGESIZE
-"""bytes; what is smaller stays in main memory: a mapping has a price of its own"""
+"""
+The least size in bytes of a tensor that goes to disk. A smaller one stays in main
+memory, because each mapping costs something itself.
+"""
 
 
 @dataclass(frozen=True)

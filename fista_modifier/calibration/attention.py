@@ -28,7 +28,10 @@ __all__ = [
 Padding = Callable[[torch.nn.Module, Tensor], Tensor | None]
 
 ROUNDING = 1e-4
-"""what kernels may differ by in float32, as a share of a module's output"""
+"""
+The relative difference up to which two outputs of a module in float32 count as the
+same. Kernels differ by no more, because they add in different orders.
+"""
 
 
 def same_output(one: Tensor, other: Tensor) -> bool:

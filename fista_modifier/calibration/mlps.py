@@ -59,7 +59,7 @@ class MLPTokens:
         self._producer, rows = group.linear
         self._consumer, columns = group.consumers[0]
         self.rows = rows[channels, 0]
-        """of the linear producer, those of the channels that stay"""
+        """The rows of the linear producer that belong to the channels that stay."""
         self._columns = columns[channels, 0]
         self._replays = replays
         self._calls = calls

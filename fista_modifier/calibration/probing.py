@@ -22,10 +22,16 @@ from fista_modifier.models.operators import Operator
 __all__ = ["Codes", "Probe", "shortened"]
 
 LINEAR = (-4096.0, 1 / 64)
-"""powers of two, whose products are exact: beyond what an activation or a clamp lets
-pass as it is, and of both signs"""
+"""
+The factors by which constants are multiplied to see whether a value is linear in them.
+They are powers of two, so that products are exact. One is large and negative and one is
+small, so that an activation or a clamp does not let both pass unchanged.
+"""
 TOKENS = 3
-"""as many as a probe needs: which channel reaches which is the same for all"""
+"""
+The most tokens that a probe runs with. A few are enough, because the same channels
+reach each other in all tokens.
+"""
 
 
 class Codes:
@@ -133,7 +139,7 @@ class Probe:
         self.row_counts = [rows for rows, _ in shapes]
         self.column_counts = [columns for _, columns in shapes]
         self.returned = self._rows_before(self._traced.returned, None)
-        """which rows reach what the layer returns"""
+        """The mask of the rows that reach what the layer returns."""
 
     def columns_of(self, operator: Operator) -> Tensor:
         """

@@ -24,9 +24,12 @@ from fista_modifier.models.tracing import configs_of
 __all__ = ["ReferenceRun"]
 
 ROWS = 32
-"""tokens whose outputs are kept of each part of a layer"""
+"""The most tokens for which the outputs of a part of a layer are kept."""
 TOLERANCE = {4: 1e-2, 2: 0.25}
-"""by bytes of the dtype: what rounding may add up to over the layers of a model"""
+"""
+The relative difference up to which two outputs count as the same, for each number of
+bytes of the model's dtype. Over the layers of a model, rounding may add up to this.
+"""
 
 
 class _Outputs(NamedTuple):

@@ -25,7 +25,10 @@ __all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_c
 
 CARD_NAME = "README.md"
 MARK = b"fista-prune"
-"""what every card of ours speaks of"""
+"""
+The bytes that each model card of this package contains. A card without them is somebody
+else's.
+"""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 

@@ -23,7 +23,10 @@ __all__ = [
 
 PackedFormat = Literal["sparse-bitmask", "sparse-24-bitmask"]
 LOAD_FORMAT = "sparse-bitmask"
-"""what ``vllm serve --load-format`` is to be given for either"""
+"""
+The name that ``vllm serve --load-format`` takes for both packed formats, where this
+package is installed beside vLLM.
+"""
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 TWO_OF_FOUR = NofM(2, 4)
 

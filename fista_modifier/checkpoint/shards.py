@@ -22,7 +22,9 @@ from fista_modifier.checkpoint.packing import parts_of, unpack
 __all__ = ["as_value_error", "locate", "read", "rewrite"]
 
 UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, MemoryError)
-"""what safetensors and torch raise for a file that is not what its header says"""
+"""
+The errors that safetensors and torch raise for a file that is not as its header says.
+"""
 
 
 def locate(folder: Path) -> tuple[dict[str, Path], list[str]]:

@@ -30,7 +30,10 @@ from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 __all__ = ["StorageFormat", "convert", "unpack_checkpoint"]
 
 StorageFormat = Literal["dense", "dense-legacy", PackedFormat]
-"""how weights are stored; "dense-legacy" differs from "dense" in config.json only"""
+"""
+The format in which weights are stored. "dense-legacy" differs from "dense" only in
+config.json.
+"""
 
 
 def convert(

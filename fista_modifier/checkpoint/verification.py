@@ -34,7 +34,7 @@ from fista_modifier.solver.patterns import reported_pattern
 __all__ = ["OperatorCheck", "Verification", "verify"]
 
 DEPTH = re.compile(r"n_layers?|num_(\w+_)?layers|(en|de)coder_layers")
-"""what configurations call the number of layers"""
+"""The names that configurations give to the number of layers."""
 
 
 @dataclass(frozen=True)

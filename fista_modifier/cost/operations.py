@@ -18,7 +18,10 @@ from fista_modifier.solver.blocks import COMPUTED
 __all__ = ["Cost", "layer_cost"]
 
 CHECKS = 5
-"""runs of a layer with one batch: attention both ways, causality, stages"""
+"""
+The approximate number of runs of a layer with one batch that check it. They compare it
+with the model itself, compare attention kernels, and show the stages.
+"""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,10 @@ from fista_modifier.solver.drift import narrows
 __all__ = ["LayerShape", "StageShape", "shape_of"]
 
 WATCHED = 4096
-"""tokens of the longest sequence that a layer is watched with"""
+"""
+The most tokens in a sequence that a layer is watched with. The cost of longer sequences
+is extrapolated.
+"""
 
 
 @dataclass(frozen=True)

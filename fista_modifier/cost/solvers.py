@@ -27,11 +27,21 @@ from fista_modifier.structured import (
 __all__ = ["Work", "entries_of", "work_of"]
 
 ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS = 5, 3, 2
-"""products with an n×n matrix; a refit may take 20 steps, and mostly takes two"""
+"""
+The numbers of products with an n×n matrix for the errors and gradients of an operator,
+for those of each trial of λ, and for the steps of a refit. A refit may take 20 steps,
+but mostly takes two.
+"""
 ERRORS_OF_CHANNELS = 3
-"""products: of the norm, of the error without restoration and of the error with it"""
+"""
+The products that errors take for an operator that loses channels. They are for the norm
+of the output, the error without restoration and the error with it.
+"""
 REFITS_OF_A_ROUND = 2
-"""of the penalty method: for the weights, and to judge a step"""
+"""
+The refits in a round of the penalty method. One finds the weights, and one judges the
+step.
+"""
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,19 @@ from fista_modifier.data.records import (
 __all__ = ["calibration_dataset", "load_text", "max_sequence_length"]
 
 C4 = "allenai/c4"
-"""the paper's calibration corpus; its first shard is read, as in the paper"""
+"""
+The hub id of the paper's calibration corpus. Only its first shard is read, as in the
+paper.
+"""
 C4_FIRST_SHARD = "en/c4-train.00000-of-01024.json.gz"
 
 TEXT_COLUMN = "text"
 CHAT_COLUMNS = ("messages", "conversations")
 CHUNK_CHARACTERS = 1 << 16
-"""of a text at a time: for some very long strings a tokenizer takes far longer than
-linear time"""
+"""
+The characters after which a text is cut, at the next end of a line, to be tokenised in
+chunks. For some very long strings a tokenizer takes far longer than linear time.
+"""
 
 
 def load_text(

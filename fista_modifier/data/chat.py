@@ -15,9 +15,14 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
 }
-"""ShareGPT's names, by which it calls the speakers that templates know"""
+"""
+The roles that chat templates know, by the names that ShareGPT gives to the speakers.
+"""
 DATE = "26 Jul 2024"
-"""for templates that tell the model today's date: each day would give another text"""
+"""
+The date that is given to templates which tell the model today's date. The true date
+would make another text each day.
+"""
 
 
 class RefusedChatError(ValueError):

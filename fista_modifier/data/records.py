@@ -40,10 +40,16 @@ BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""of ``datasets``, by the ending of a file's name, which may have .gz after it"""
+"""
+The builders of ``datasets`` that read a file, by the ending of its name. The name may
+have .gz after this ending.
+"""
 PLAIN = ".txt"
 SHUFFLE_BUFFER = 4096
-"""records held at a time to shuffle a data set that is read as a stream"""
+"""
+The number of records that are held at a time to shuffle a data set that is read as a
+stream.
+"""
 
 
 def is_local(source: str) -> bool:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 SHARE, DIVERGENCE = "same_token", "divergence"
-"""what rows of results call them"""
+"""The keys of an agreement's share and divergence in the rows of results."""
 
 
 @dataclass(frozen=True)

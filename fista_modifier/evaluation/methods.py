@@ -37,7 +37,7 @@ FISTA_METHODS: dict[str, Preset] = {
     "fista-best": "best",
 }
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", *FISTA_METHODS)
-"""Methods by their names; "dense" prunes nothing."""
+"""The names of all methods that can be compared. The method "dense" prunes nothing."""
 
 
 class Pruner(Protocol):

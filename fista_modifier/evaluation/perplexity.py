@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 CHUNK_POSITIONS = 512
-"""positions whose logits are held in float32 at a time"""
+"""The number of positions of each block whose logits are held in float32 at a time."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ PAPER_TASKS = (
     "qnli",
     "wnli",
 )
-"""The tasks of the paper's Table 5."""
+"""The tasks of the paper's Table 5, by their names in lm-eval."""
 SHOWN = 3
-"""how many tasks of a group a message names"""
+"""The most tasks of a group that an error message names."""
 
 
 class TaskSuite:

@@ -112,7 +112,7 @@ PAPER_TEXTS = {
         max_blocks=256,
     ),
 }
-"""the paper's texts by their short names"""
+"""The texts on which the paper measures perplexity, by their short names."""
 
 
 def load_texts(sources: Sequence[str]) -> list[Text]:

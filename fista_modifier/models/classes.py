@@ -23,7 +23,10 @@ FALLBACKS = (
     AutoModelForSeq2SeqLM,
     AutoModel,
 )
-"""what a configuration is looked up in that names no class of transformers"""
+"""
+The auto classes in which a configuration is looked up, in this order, if it names no
+class of transformers that fits.
+"""
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

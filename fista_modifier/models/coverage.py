@@ -16,9 +16,12 @@ from fista_modifier.models.layers import DecoderLayer
 __all__ = ["share_of_weights", "warn_of_other_weights"]
 
 NOTABLE = 0.02
-"""a share of the decoder layers' weights that is worth a warning"""
+"""
+The share of the decoder layers' weights above which matrices outside all linear
+operators bring a warning.
+"""
 SHOWN = 4
-"""how many parameters a message names"""
+"""The most parameters that a warning names."""
 
 
 def share_of_weights(layers: Iterable[DecoderLayer], pruned: Sequence[str]) -> float:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 __all__ = ["check_calibration", "check_length", "check_tokens", "check_vocabulary"]
 
 POSITIONS = {"wpe", "embed_positions", "position_embeddings", "positions_embed"}
-"""what families call their table with an entry for each position"""
+"""The names that families give to their table with an entry for each position."""
 # Some tables have a few entries that no position uses, at their beginning.
 SPARE_POSITIONS = 2
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from fista_modifier.solver.drift import narrows
 
 UNCHANGED: Mapping[Operator, Tensor] = MappingProxyType({})
-"""no weight, or no bias, is another than the model's own"""
+"""The empty mapping of new weights or biases. It says that all are the model's own."""
 
 __all__ = [
     "UNCHANGED",

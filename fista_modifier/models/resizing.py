@@ -18,7 +18,7 @@ from fista_modifier.models.experts import linearize_weightless
 __all__ = ["ConfigChange", "apply_changes", "changes_for", "shapes_of"]
 
 ConfigChange = tuple[tuple[str, ...], Any]
-"""where in a nested configuration a value is, and what it becomes"""
+"""The path to a value in a nested configuration, and the new value."""
 
 Shapes = Mapping[str, torch.Size]
 

@@ -31,11 +31,17 @@ __all__ = [
 ]
 
 LOOKED_AT = 8
-"""operators whose zeros are counted"""
+"""
+The least number of operators whose zeros are counted, if a model has as many. They are
+evenly spaced, and fewer than twice as many.
+"""
 ZEROS = 0.05
-"""a share of zeros that few dense operators have, such as some that once had 4 bits"""
+"""
+The share of zeros above which an operator counts as sparse. Few dense operators have
+more zeros, such as some that once had 4 bits.
+"""
 SHOWN = 4
-"""how many operators a message names"""
+"""The most operators that a warning names."""
 
 
 def find_operators(

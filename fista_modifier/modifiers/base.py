@@ -55,7 +55,7 @@ HOW_TO_RUN = {
     "layers",
     "distribute",
 }
-"""fields on which the result does not depend"""
+"""The names of the fields on which the result does not depend."""
 
 
 class LayerwiseModifier(Modifier):  # type: ignore[misc]

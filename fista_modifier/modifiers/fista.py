@@ -40,7 +40,10 @@ NOT_TAKEN = {
         "it is an argument of oneshot(sequential_targets=…): leave it out of the recipe"
     ),
 }
-"""fields of the toolkit's pruning modifiers, and why they are none of this one"""
+"""
+The fields of the toolkit's pruning modifiers that this modifier refuses, and the
+reasons.
+"""
 
 
 class FISTAPruningModifier(LayerwiseModifier):

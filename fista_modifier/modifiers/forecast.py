@@ -27,7 +27,10 @@ from fista_modifier.pruning.corrected import CorrectedProcedure
 __all__ = ["Forecast", "PlannedPattern", "forecasts"]
 
 PROBES, PROBE_LENGTH = 8, 32
-"""sequences that show which channels can leave, and their tokens"""
+"""
+The number of random sequences that show which channels can leave, and the most tokens
+in each of them.
+"""
 
 
 @dataclass(frozen=True)

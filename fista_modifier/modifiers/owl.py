@@ -33,7 +33,10 @@ from fista_modifier.models.operators import Operator, operators_in
 __all__ = ["Owl"]
 
 DIGITS = 6
-"""of a layer's sparsity, as it is a part of the pattern's name"""
+"""
+The decimal places to which a layer's sparsity is rounded, because it is a part of the
+pattern's name.
+"""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fista_modifier.solver import SparsityPattern, parse_pattern, pattern_of
 __all__ = ["DENSE", "PatternFields"]
 
 DENSE = "dense"
-"""what ``patterns`` calls the pattern of an operator that is not pruned"""
+"""The name in ``patterns`` for the pattern of an operator that is not pruned."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,10 @@ SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "alternating", "bias", "none"]
 RECONSTRUCTION = {"default": Reconstruction(), "paper": Reconstruction(epochs=0)}
 SPARSE = 0.2
-"""a share of zeros that only pruning leaves: weights that once had 4 bits have 8 %"""
+"""
+The share of zeros above which an operator must have been pruned already. Even weights
+that once had 4 bits have only 8 % of zeros.
+"""
 PRUNING_OF_TOOLKIT = "llmcompressor.modifiers.pruning."
 
 

@@ -27,7 +27,10 @@ from fista_modifier.models.operators import Operator, operators_in
 __all__ = ["ProbedLayer", "probed_layers"]
 
 PROBED = 8
-"""batches that are looked at until every operator was called"""
+"""
+The most batches that are run to probe layers. A layer is probed with one after another,
+until each of its operators was called.
+"""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,10 @@ BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
 MEASURED_EVERY = 16
 SMALLEST = 1e-12
-"""a floor under ‖o‖², for outputs of zero"""
+"""
+The least value of ‖o‖² by which an error is divided. It matters where an output is
+zero.
+"""
 
 
 @dataclass(frozen=True)

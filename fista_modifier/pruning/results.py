@@ -34,7 +34,9 @@ __all__ = [
 
 REPORT_NAME = "pruning_report.json"
 SHOWN = 4
-"""how many patterns a summary names"""
+"""
+The most patterns that a summary names one by one. It gives the range of more of them.
+"""
 PACKAGES = (
     "fista-modifier",
     "llmcompressor",

@@ -43,9 +43,12 @@ __all__ = [
 
 RUN_FILE = "run.json"
 BIAS = ":bias"
-"""ends the name of a bias in a layer's file; that of a weight is its operator's"""
+"""
+The ending of a bias's name in a layer's file, after the operator's name. A weight has
+the operator's name alone.
+"""
 SHOWN = 3
-"""how many differences a message names"""
+"""The most differences that a message names."""
 
 Fingerprint = dict[str, dict[str, Any]]
 

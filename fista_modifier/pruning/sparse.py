@@ -35,10 +35,12 @@ from fista_modifier.solver import (
 __all__ = ["SparseProcedure"]
 
 Ordered = tuple[Interchangeable, Tensor]
-"""channels, and the one that comes to each place"""
+"""The channels that may change places, and the channel that comes to each place."""
 
 BY_MAGNITUDE = replace(PAPER, start="magnitude", patience=0)
-"""for an operator that no token reaches"""
+"""
+The options for an operator that no token reaches. It is pruned by magnitude alone.
+"""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fista_modifier.evaluation.agreement import divergences
 __all__ = ["DistillationTrainer", "mean_divergence"]
 
 CHUNK_TOKENS = 512
-"""of which probabilities are held in float32 at a time"""
+"""The number of tokens whose probabilities are held in float32 at a time."""
 
 
 def mean_divergence(

@@ -31,11 +31,16 @@ from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 __all__ = ["Training", "held_out", "kept_entries", "recover", "train_operators"]
 
 HELD_OUT = 16
-"""one of so many sequences is not trained on"""
+"""
+The number of sequences for each one that is held out. A sixteenth of all, and at least
+one, is not trained on.
+"""
 WARM_UP = 0.05
-"""share of the steps in which the learning rate rises"""
+"""The share of the steps in which the learning rate rises."""
 STATES = 0.1
-"""share of the steps between two states on disk"""
+"""
+The share of the steps between two states on disk, and between two lines of the log.
+"""
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, no_grad
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
-from fista_modifier.models.masks import (
-    apply_masks_,
-    fused_experts,
-    masks_of,
-    missing_operator,
-)
+from fista_modifier.models.masks import fused_experts, masks_of, missing_operator
 from fista_modifier.models.operators import Operator
 
 __all__ = ["KeepZeros", "check_unsharded"]
@@ -28,7 +23,9 @@ SHARDED = {
     DistributedType.DEEPSPEED,
     DistributedType.MEGATRON_LM,
 }
-"""ways to spread a model in which no process has its whole weights"""
+"""
+The ways to spread a model over processes in which none of them has its whole weights.
+"""
 
 
 class KeepZeros(TrainerCallback):  # type: ignore[misc]
@@ -39,8 +36,9 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     Zeros get no gradient, so that they have no part in its norm, nor in what an
     optimizer remembers. After each step they are set to zero again, whatever the
-    optimizer made of them. The training may run in one process, or in several that have
-    the whole model each, on any devices.
+    optimizer made of them. The training may run in one process or in several, on any
+    devices. Each process has the whole model or, with PyTorch's ``fully_shard``
+    (accelerate's FSDP with ``fsdp_version: 2``) or tensor parallelism, a part of it.
 
     :param masks: masks as :func:`fista_modifier.masks_of` returns them, such as those
         of another checkpoint; None takes the zeros that the model has when training
@@ -49,7 +47,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         self._given = masks
-        self._masks: dict[str, Tensor] = {}
+        self._kept: list[tuple[Parameter, Tensor]] = []
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(
@@ -59,50 +57,74 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         Find the zeros, and see to it that they get no gradient.
 
         :raises ValueError: if the model has no zeros, has adapters, or does not have
-            the operators of the masks, or if its weights are spread over several
-            processes
+            the operators of the masks, or if its weights have lost their shapes in
+            DeepSpeed or the first version of FSDP
         """
         _check_adapters(model)
-        check_unsharded(model)
+        _check_shapes(model)
         masks = masks_of(model) if self._given is None else self._given
         self._release()
         for name, mask in masks.items():
             weight, own = _weight_of(model, name, mask)
-            self._masks[name] = mask.to(weight.device)
+            own = _like(own, weight)
+            self._kept.append((weight, own))
             if weight.requires_grad:
-                masked = _Masked(own.to(weight.device))
-                hook = weight.register_hook(masked)  # type: ignore[no-untyped-call]
-                self._hooks.append(hook)
-        apply_masks_(model, self._masks)
+                self._hooks.append(_without_gradient(weight, own))
+        self._apply()
 
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any
-    ) -> None:
+    def on_optimizer_step(self, *_arguments: Any, **_others: Any) -> None:
         """Set the zeros to zero again."""
-        apply_masks_(model, self._masks)
+        self._apply()
 
     def on_train_end(self, *_arguments: Any, **_others: Any) -> None:
         """Remove the hooks, so that the model is as before except for its weights."""
         self._release()
 
+    def _apply(self) -> None:
+        with no_grad():
+            for weight, mask in self._kept:
+                weight.mul_(mask)
+
     def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._masks = [], {}
+        self._hooks, self._kept = [], []
 
 
-class _Masked:
+def _like(mask: Tensor, weight: Parameter) -> Tensor:
     """
-    A hook that sets the gradients of zeros to zero.
-
-    :param mask: the mask of a weight, in the weight's own layout
+    Bring a mask to where its weight is. Each process keeps the part of the mask that
+    belongs to its part of the weight.
     """
+    if not isinstance(weight, DTensor):
+        return mask.to(weight.device)
+    if isinstance(mask, DTensor):
+        return mask
+    mask = mask.to(weight.device)
+    # every process has the whole mask, so that none has to be sent
+    return distribute_tensor(
+        mask, weight.device_mesh, weight.placements, src_data_rank=None
+    )
 
-    def __init__(self, mask: Tensor) -> None:
-        self._mask = mask
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient * self._mask
+def _without_gradient(weight: Parameter, mask: Tensor) -> RemovableHandle:
+    """
+    Set the gradients of a weight's zeros to zero in each backward pass.
+
+    :param weight: the weight
+    :param mask: its mask, in its own layout
+    :return: the handle that ends this
+    """
+    if isinstance(weight, DTensor):
+        # autograd sees another tensor, the gathered weight, and calls no other hook
+        def hide(parameter: Tensor) -> None:
+            parameter.grad.mul_(mask)  # type: ignore[union-attr]
+
+        add: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
+        return add(hide)
+    # the other hook would come after several processes have shared the gradient
+    add = weight.register_hook
+    return add(lambda gradient: gradient * mask)
 
 
 def check_unsharded(model: Module) -> None:
@@ -117,9 +139,29 @@ def check_unsharded(model: Module) -> None:
         return
     how = spread.value if spread in SHARDED else "sharding"
     raise ValueError(
-        f"the zeros of a model cannot be kept under {how}, where no process has whole "
-        "weights: train it in one process, or in several with the whole model each "
-        "(torchrun without FSDP and DeepSpeed)"
+        f"a model cannot be recovered under {how}, where no process has whole weights: "
+        "train it in one process, or in several with the whole model each (torchrun "
+        "without FSDP and DeepSpeed)"
+    )
+
+
+def _check_shapes(model: Module) -> None:
+    """
+    Refuse a model whose weights are spread over processes without their shapes.
+
+    :raises ValueError: if they are
+    """
+    spread = AcceleratorState().distributed_type
+    parameters = list(model.parameters())
+    sharded = any(isinstance(one, DTensor) for one in parameters)
+    if any(hasattr(one, "ds_id") for one in parameters):
+        spread = DistributedType.DEEPSPEED
+    elif spread not in SHARDED or sharded:
+        return
+    raise ValueError(
+        f"the zeros of a model cannot be kept under {spread.value}, where the parts of "
+        "weights have other shapes: use FSDP with fsdp_version: 2, or let each process "
+        "have the whole model"
     )
 
 

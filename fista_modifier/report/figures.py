@@ -33,7 +33,10 @@ from fista_modifier.report.svg import (
 __all__ = ["error_lines", "error_map", "search_paths", "sparsity_map", "times"]
 
 WIDTH = 10.4
-"""inches; 72 points to the inch are as many pixels of a page at full width, or more"""
+"""
+The width of a figure in inches. With 72 points to the inch, this is 749 points. The
+page shows a figure with 760 pixels or more, so a point has at least one pixel.
+"""
 PANELS_IN_A_ROW = 4
 # A warm start is often all but equal to the solver's result, so it must shine through.
 WARM_START_LOOK = {"c": START, "lw": 4.5, "alpha": 0.45}

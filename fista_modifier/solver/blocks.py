@@ -16,13 +16,19 @@ __all__ = [
 ]
 
 BLOCK = 8192
-"""columns of a matrix that are on the device of a product at once"""
+"""The most columns of a matrix that are on the device of a product at once."""
 ENTRIES = 2**25
-"""of a weight that an iteration has at work at once: 134 MB in float32"""
+"""
+The most entries of a weight that an iteration works on at once. In float32 they take
+134 MB.
+"""
 SIDE = 4
-"""blocks in a row of a symmetric sum"""
+"""The number of blocks in each row of blocks of a symmetric sum."""
 COMPUTED = (SIDE + 1) / (2 * SIDE)
-"""share of a symmetric sum that is computed: the blocks on and above the diagonal"""
+"""
+The share of a symmetric sum that is computed. It is that of the blocks on and above the
+diagonal.
+"""
 
 
 def row_blocks(weight: Tensor) -> list[slice]:

@@ -11,9 +11,14 @@ from fista_modifier.solver.patterns import NofM
 __all__ = ["kept_share", "regrouped"]
 
 DEALT = 512
-"""groups among which channels are dealt out at once, as the time grows with the cube"""
+"""
+The most groups among which channels are dealt out at once. The time for this grows with
+the cube of their number.
+"""
 ROWS = 1024
-"""that the choice is made on, evenly spaced ones of a larger weight"""
+"""
+The most rows by which an order is chosen. In a larger weight they are evenly spaced.
+"""
 
 
 def regrouped(scores: Tensor, pattern: NofM) -> Tensor:

@@ -20,14 +20,22 @@ from fista_modifier.solver.tuning import LambdaBisection, lambda_unit
 from fista_modifier.solver.warm_start import OneShot, warm_start
 
 WarmStart = Literal["dense", OneShot, "admm"]
-"""W₀*: a one-shot method, the dense weights, or the ADMM of this package"""
+"""
+The name of the warm start W₀*. It is a one-shot method, the dense weights, or the ADMM
+of this package.
+"""
 
 Starter = Callable[[OperatorProblem], Tensor]
-"""finds W₀* for an operator, in scaled columns; the dense weights lack the pattern"""
+"""
+A function that finds W₀* for an operator, in scaled columns. W₀* has the pattern,
+unless it is the dense weights.
+"""
 
 MAX_ROUNDS = 100
-"""of the search for λ. With fewer tokens than features an error of zero can be had, and
-each round may come a little closer to it"""
+"""
+The most rounds of the search for λ. With fewer tokens than features the error can reach
+zero, and each round may come a little closer to it.
+"""
 
 __all__ = [
     "FAST",
@@ -90,7 +98,10 @@ class SolverOptions:
 
 
 FAST = SolverOptions(patience=0, dampening_frac=0.15)
-"""ADMM and a refit, without FISTA, for layers that are not reconstructed."""
+"""
+The options for layers that are not reconstructed. They have ADMM and a refit, without
+FISTA.
+"""
 
 PAPER = SolverOptions(
     lambda_init=1e-5,
@@ -101,8 +112,10 @@ PAPER = SolverOptions(
     refit=False,
     dampening_frac=0.01,
 )
-"""Algorithm 1 as published, λ in this project's unit. Section 4.1 has ε = 1e-6 for OPT,
-and for LLaMA starts from Wanda."""
+"""
+The options of Algorithm 1 as published, with λ in this project's unit. Section 4.1 has
+two other settings: ε = 1e-6 for OPT, and a start from Wanda for LLaMA.
+"""
 
 
 def prune_weight(

@@ -14,7 +14,7 @@ from fista_modifier.solver.gram import GramStatistics
 __all__ = ["LANCZOS_STEPS", "Quadratic", "unit_of"]
 
 LANCZOS_STEPS = 50
-"""products with G for its largest eigenvalue"""
+"""The most products with G that are made to estimate its largest eigenvalue."""
 
 
 class Quadratic:

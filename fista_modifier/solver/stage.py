@@ -23,10 +23,16 @@ __all__ = [
 ]
 
 REFIT_TOLERANCE = 1e-3
-"""a refit ends where a step lowers the squared error by less than this share"""
+"""
+The share of the squared error by which a step of a refit must lower it. A step that
+lowers it by less is the last.
+"""
 
 RESOLUTION = 1e-3
-"""errors that differ by less than this share of ‖WX‖_F are equal: squares of float32"""
+"""
+The share of ‖WX‖_F up to which all errors count as equal. Such errors are roots of
+differences of float32 sums, and rounding hides how they differ.
+"""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ __all__ = [
 ]
 
 INTERVAL = 5
-"""steps between two looks on an accelerator"""
+"""The number of steps between two readings of the flag on an accelerator."""
 
 
 def ended(done: Tensor, step: int) -> bool:

@@ -13,7 +13,10 @@ from fista_modifier.solver.stopping import ended
 __all__ = ["fill_support", "refit_"]
 
 RIDGE = 0.01
-"""a share of the mean of diag(G), SparseGPT's default damping"""
+"""
+The share of the mean of diag(G) that is added to diag(G). It is SparseGPT's default
+damping.
+"""
 
 
 def refit_(

@@ -43,10 +43,13 @@ __all__ = [
 ]
 
 RIDGE = 1e-3
-"""of the up step: its conjugate gradients end early, which damps as well"""
+"""
+The damping of the step for U, as a share of a typical diagonal entry. It is small,
+because conjugate gradients that end early damp as well.
+"""
 
 Sum = Callable[[Tensor], object]
-"""replaces a tensor by its sum over all processes that have tokens"""
+"""A function that replaces a tensor by its sum over all processes that have tokens."""
 
 
 def _alone(_tensor: Tensor) -> None:

@@ -13,7 +13,10 @@ from fista_modifier.solver.gram import GramStatistics
 __all__ = ["FeatureMeans"]
 
 ROUNDING = 1e-5
-"""a feature whose variance is a smaller share of its power is constant: float32 sums"""
+"""
+The share of a feature's power up to which its variance counts as zero. The sums are
+float32, so a smaller variance may be rounding.
+"""
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,19 @@ from fista_modifier.structured.simplex import project_to_capped_simplex
 __all__ = ["PenaltyMethod", "Relaxation"]
 
 BINARY = 1e-4
-"""z is binary where no z (1 − z) is larger"""
+"""The greatest z (1 − z) of a channel at which z counts as binary."""
 
 TINY = 1e-6
-"""stands for z = 0 where V is divided by it, and for a power of zero"""
+"""
+The least z by whose root V is divided, and the least power of a channel as a share of
+the mean power. They take the place of zeros.
+"""
 
 FIRST_STEP = 0.1
-"""length of the first step, in the metric of the channels' powers"""
+"""
+The length of the first step. It has no unit, because the powers of the channels are the
+metric.
+"""
 
 
 @dataclass(frozen=True)

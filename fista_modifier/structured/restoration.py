@@ -22,7 +22,10 @@ __all__ = [
 ]
 
 DAMPENING = 0.15
-"""as a fraction of the features' typical power, as of the solver's fast preset"""
+"""
+The damping as a fraction of the features' typical power. It is that of the solver's
+fast preset.
+"""
 
 
 class Restored(NamedTuple):

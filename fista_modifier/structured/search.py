@@ -21,7 +21,10 @@ __all__ = [
 ]
 
 GAIN = 1e-3
-"""a swap must gain more than this share of what its first half costs: rounding"""
+"""
+The gain that a swap must exceed, as a share of the cost of its removal alone. A smaller
+gain may be rounding.
+"""
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,17 @@ from fista_modifier.models.targets import find_operators
 
 ZOO = Path(__file__).parents[1] / "zoo" / "configurations.json"
 MLP, HEADS, KEYS, SIZE = 48, 4, 2, 8
-"""channels of the MLPs; query heads, key/value heads and their size"""
+"""
+The numbers of channels of an MLP, of query heads and of key/value heads, and the size
+of a head.
+"""
 EACH = HEADS // KEYS
 
 Channels = set[frozenset[tuple[str, str, int]]]
-"""a channel is what it has: operator, "row" or "column", and index"""
+"""
+A set of channels. Each channel is the set of its rows and columns, which are given as
+the operator's name, "row" or "column", and the index.
+"""
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -250,7 +256,9 @@ EXPECTED: dict[str, dict[str, Channels]] = {
     "qwen3_moe": experts(16),
 }
 CUT_BY_SHAPES = {"llama", "qwen2", "qwen3", "gemma3", "gpt_neox", "mixtral"}
-"""whose attention takes the number of heads from the operators"""
+"""
+The families whose attention takes the number of heads from the shapes of the operators.
+"""
 
 
 @pytest.mark.parametrize("family", EXPECTED)

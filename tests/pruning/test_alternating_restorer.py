@@ -29,7 +29,7 @@ from fista_modifier.structured import Alternation
 PAPER = {"preset": "paper"}
 LEAST_SQUARES = {"preset": "paper", "restorer": "least_squares"}
 BIASES = {"mlp_bias": True}
-"""of a LLaMA whose MLP has them"""
+"""The settings of a LLaMA whose MLP has biases."""
 
 
 def errors_of(

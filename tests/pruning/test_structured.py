@@ -43,14 +43,20 @@ from fista_modifier.solver import parse_pattern
 ZOO = Path(__file__).parents[1] / "zoo" / "configurations.json"
 METHODS = {"fasp": FASPPruningModifier, "spap": SPAPPruningModifier}
 WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}
-"""where the configuration has the number of an MLP's channels"""
+"""
+The names that configurations give to the number of an MLP's channels, where it is not
+"intermediate_size".
+"""
 SIZES = {
     "opt": (48, 24),
     "gpt2": (48, 24),
     "mixtral": (48, 36),
     "qwen3_moe": (16, 12),
 }
-"""of channels, dense and at a sparsity of 0.2"""
+"""
+The number of an MLP's channels in the dense model and at a sparsity of 0.2, where they
+are not 48 and 32.
+"""
 TESTED = [
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "opt", "gpt2"),
     *("mixtral", "qwen3_moe"),
@@ -58,7 +64,7 @@ TESTED = [
 EXACT = {"restorer": "none", "reconstruction_epochs": 0}
 UNTRAINED = {"preset": "paper"}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
-"""of a model of which some can leave"""
+"""The settings of a model with so many heads that some of them can leave."""
 
 
 def shrink(
@@ -428,7 +434,7 @@ QUANTISATION = {
     "W4A16": {"targets": ["Linear"], "scheme": "W4A16", "ignore": ["re:.*lm_head"]},
 }
 WIDE = {"hidden_size": 128, "intermediate_size": 512}
-"""wide enough for groups of 128 columns"""
+"""The settings of a model that is wide enough for groups of 128 columns."""
 
 
 def holds_2_of_4(model: PreTrainedModel) -> bool:

@@ -42,9 +42,12 @@ PLACES = {
     "opt": ("self_attn.v_proj", 0, "self_attn.out_proj"),
     "gpt2": ("attn.c_attn", 64, "attn.c_proj"),
 }
-"""the operator with the values' rows, the first of these, and what reads them"""
+"""
+The operator that has the rows of the values, the index of the first of these rows, and
+the operator that reads the values, for each family.
+"""
 SIZE = 8
-"""of a head"""
+"""The number of dimensions of a head."""
 FAMILIES_TESTED = ["llama", "qwen2", "phi3", "opt", "gpt2"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from runs import calibration, prune, samples, weights
@@ -190,18 +191,25 @@ def test_a_model_whose_zeros_cannot_be_kept_is_refused(
         train(model(), tmp_path, callback())
 
 
-def test_several_processes_keep_zeros_if_each_has_the_whole_model(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("program", ["zeros_main.py", "shards_main.py"])
+def test_several_processes_keep_zeros(program: str, tmp_path: Path) -> None:
+    """Each of which has the whole model, or a part of each weight."""
     pruned().save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
-        [*command, str(HERE / "zeros_main.py"), str(tmp_path)],
+        [*command, str(HERE / program), str(tmp_path)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the zeros are those of before") == 2
-    assert done.stdout.count("the zeros of a model cannot be kept under sharding") == 2
+
+
+def test_weights_without_their_shapes_are_refused() -> None:
+    model = pruned()
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 0  # as DeepSpeed marks its parts
+    Accelerator(cpu=True)
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        KeepZeros().on_train_begin(None, None, None, model=model)

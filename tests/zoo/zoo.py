@@ -45,7 +45,10 @@ NOTES = {
     r"(\S+) stays dense: the calibration data do not": "operators that no data reach",
     r"The calibration data do not reach (\d+) layers": "{} layers that no data reach",
 }
-"""what a warning says of weights that stay dense"""
+"""
+The notes in the table of families on weights that stay dense, by patterns of the
+warnings. A {} in a note stands for what the pattern's group matches.
+"""
 
 
 @dataclass
