@@ -154,6 +154,28 @@ def test_a_format_that_does_not_suit_the_pattern_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ('patterns: {Linear: "2:4"}', ""),
+        ('mask_structure: "2:4"\n      patterns: {"re:.*mlp.*": "0.6"}', "not '60 %'"),
+    ],
+)
+def test_a_format_has_to_suit_the_pattern_of_each_operator(
+    fields: str, refused: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(
+        "stage:\n  modifiers:\n    FISTAPruningModifier:\n      preset: fast\n"
+        f'      ignore: ["re:.*lm_head"]\n      {fields}\n'
+    )
+    packed = ["--format", "sparse-24-bitmask"]
+    result = prune(model, text, output, "--recipe", recipe, *packed)
+    assert (result.exit_code == 1) == bool(refused), result.output
+    assert refused in " ".join(result.output.split())
+    assert output.exists() != bool(refused)
+
+
+@pytest.mark.parametrize(
     ("arguments", "sizes"),
     [
         (["--method", "fasp"], {"intermediate_size": 24}),
@@ -320,7 +342,7 @@ def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
         (
             ["--recipe", "recipes/fista-unstructured-50.yaml"]
             + ["--format", "sparse-24-bitmask"],
-            ["0:0", "--format sparse-bitmask"],
+            ["50 %", "--format sparse-bitmask"],
         ),
         (
             ["--recipe", "recipes/fista-2of4-w8a8.yaml"]

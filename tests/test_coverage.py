@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +214,22 @@ def test_a_reward_is_pruned_only_if_named(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.down_proj" in found("Linear")
     assert "score" not in found("Linear") | found("__ALL_PRUNABLE__")
     assert found("score") == {"score"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"mask_structure": "1:4"}, "write '3:4'"),
+        ({"mask_structure": "1:4", "sparsity": 0.75}, ""),
+        ({"mask_structure": "2:4"}, ""),
+        ({"mask_structure": "2:4", "block_size": 128}, "block_size: 128 has no effect"),
+        ({"mask_structure": "2:4", "block_size": 128, "preset": "paper"}, ""),
+    ],
+)
+def test_what_sparsegpt_takes_in_another_way_is_said(
+    fields: dict[str, Any], text: str, messages: list[str]
+) -> None:
+    prune(tiny_model("llama"), **{"preset": "fast", **fields})
+    texts = ("llm-compressor's SparseGPTModifier would prune", "has no effect")
+    assert any(said(messages, one) for one in texts) == bool(text)
+    assert said(messages, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fista_modifier.errors import describe
+from fista_modifier.cli.errors import describe
 
 
 def raised(*errors: BaseException, explicit: bool = True) -> BaseException:

@@ -17,37 +17,15 @@ from fista_modifier.calibration.replay import (
     calibration_runs,
     outputs_of_parts,
     real_rows,
+    same_output,
 )
 from fista_modifier.models.tracing import configs_of
 
 __all__ = [
     "FusedAttention",
-    "same_output",
 ]
 
 Padding = Callable[[torch.nn.Module, Tensor], Tensor | None]
-
-ROUNDING = 1e-4
-"""
-The relative difference up to which two outputs of a module in float32 count as the
-same. Kernels differ by no more, because they add in different orders.
-"""
-
-
-def same_output(one: Tensor, other: Tensor) -> bool:
-    """
-    Say whether two outputs of a module are the same up to rounding.
-
-    :param one: an output of a module
-    :param other: its output in another run
-    :return: whether they have one shape and differ by no more than kernels do, in the
-        dtype of ``other``
-    """
-    if one.shape != other.shape:
-        return False
-    tolerance = max(ROUNDING, torch.finfo(other.dtype).eps)
-    difference = one.float() - other.float()
-    return bool(difference.norm() <= tolerance * other.float().norm())
 
 
 class FusedAttention:

@@ -85,9 +85,10 @@ class _Search:
     The search for the groups that one probe shows.
 
     Rows and columns are the nodes of a graph. An edge joins a row and a column in two
-    cases. Either the row reaches no other column of that operator: rows of gates do so,
-    and rows of keys do not. Or the column shows no other row when all else is zero:
-    columns that read values do so. The channels are the connected components.
+    cases. In the first, the row reaches no other column of that operator. This holds
+    for rows of gates, and not for rows of keys. In the second, the column shows no
+    other row when all else is zero. This holds for columns that read values. The
+    channels are the connected components.
 
     :param probe: a probe of the layer
     """

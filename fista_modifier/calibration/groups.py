@@ -36,9 +36,9 @@ class ChannelGroup:
     read them.
 
     :param kind: "channels" if the consumers read nothing else, as in an MLP; "values"
-        if other rows (queries and keys) reach the consumers too and expect heads of one
-        size, so that the channels can be set to zero, and not cut; "heads" if each
-        channel is a whole head for keys and values with its queries
+        if other rows (queries and keys) reach the consumers too. Attention then expects
+        heads of one size, so that the channels can be set to zero, but not cut; "heads"
+        if each channel is a whole head for keys and values with its queries
     :param producers: operators with the channels' output rows, and biases
     :param consumers: operators with the channels' input columns
     :param linear: for "channels", rows of a producer, one for each channel, such that

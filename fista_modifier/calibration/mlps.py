@@ -25,15 +25,15 @@ __all__ = ["MLPTokens"]
 
 class MLPTokens:
     """
-    The tokens of an MLP with a linear producer: what it is given, and what it should
-    put out.
+    The tokens of an MLP with a linear producer: its inputs, and the outputs
+    that it should have.
 
     Each batch has x*, a* and y. x* is the input of the linear producer in the partly
-    pruned layer. a* is what the consumer reads there if the linear producer puts out
-    ones. y is W X, the consumer's output in the dense layer without its bias. x* and a*
-    come from a run of the smallest module around the MLP, anew each time they are asked
-    for. Only the inputs of that module and y are kept, which are two hidden states for
-    each token.
+    pruned layer. a* is what the consumer reads there if all outputs of the linear
+    producer are ones. y is W X, the consumer's output in the dense layer without its
+    bias. x* and a* come from a run of the smallest module around the MLP, anew each
+    time they are asked for. Only the inputs of that module and y are kept, which are
+    two hidden states for each token.
 
     :param group: a channel group with a linear producer
     :param channels: the group's channels that stay, in the order of the consumer's

@@ -117,7 +117,7 @@ class Probe:
     A layer in which operators do not multiply by their weights but return constants. So
     nothing that reaches an operator's input has passed another operator. A NaN shows
     what depends on what, because it survives all arithmetic, also a product with zero.
-    Forwards it marks all inputs that an output reaches. Backwards, as a gradient, it
+    A NaN in an output marks all inputs that this output reaches. A NaN in a gradient
     marks all outputs that an input depends on. No weight of an operator is read.
 
     The rows of all operators are one long vector, and their columns are another. Masks

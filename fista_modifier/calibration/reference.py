@@ -169,8 +169,8 @@ class ReferenceRun:
             raise RuntimeError(
                 f"{layer.name} ({part}) computes something else in the calibration "
                 f"pipeline than in the model itself (relative difference {error:.2g}): "
-                f"the toolkit's trace of {type(self._model).__name__} is not faithful. "
-                "Use pipeline='basic', and report this model family"
+                f"llm-compressor's trace of {type(self._model).__name__} is not "
+                "faithful. Use pipeline='basic', and report this model family"
             )
 
     def _difference(

@@ -36,7 +36,15 @@ __all__ = [
     "outputs_of_parts",
     "real_rows",
     "same_memory",
+    "same_output",
 ]
+
+
+ROUNDING = 1e-4
+"""
+The relative difference up to which two outputs of a module in float32 count as the
+same. Kernels differ by no more, because they add in different orders.
+"""
 
 
 @contextmanager
@@ -382,6 +390,22 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
         and one.shape == other.shape
         and one.stride() == other.stride()
     )
+
+
+def same_output(one: Tensor, other: Tensor) -> bool:
+    """
+    Say whether two outputs of a module are the same up to rounding.
+
+    :param one: an output of a module
+    :param other: its output in another run
+    :return: whether they have one shape and differ by no more than kernels do, in the
+        dtype of ``other``
+    """
+    if one.shape != other.shape:
+        return False
+    tolerance = max(ROUNDING, torch.finfo(other.dtype).eps)
+    difference = one.float() - other.float()
+    return bool(difference.norm() <= tolerance * other.float().norm())
 
 
 def first_tensor(value: Any) -> Tensor:

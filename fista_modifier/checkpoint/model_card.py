@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
 from fista_modifier.data.records import is_local
 from fista_modifier.pruning.results import (
+    FISTAPRUNER,
     REPORT_NAME,
     SHOWN,
     OperatorResult,
@@ -105,6 +106,8 @@ def model_card(
         base=_shown(report.model),
         dataset=dataset if on_hub else Path(dataset).name,
         names=[_short(method) for method in report.smaller_by],
+        sparse_by=_solvers(report),
+        solvers=[_short(method) for method in _solvers(report)],
         patterns=_patterns(sparse),
         sparse=sparse,
         weights=weights,
@@ -166,10 +169,16 @@ def _short(method: str) -> str:
     return method.partition(" ")[0]
 
 
+def _solvers(report: PruningReport) -> Sequence[str]:
+    """Return the methods that found the zeros."""
+    return report.sparse_by or [FISTAPRUNER]
+
+
 def _tags(report: PruningReport) -> list[str]:
     if not report.operators:
         return []
-    ours = ["fistapruner"] if report.sparse else []
+    solvers = [_short(one).lower() for one in _solvers(report)]
+    ours = solvers if report.sparse else []
     structured = [_short(one).lower() for one in report.smaller_by]
     kinds = (reported_pattern(name).tag for name in report.patterns)
     return [*ours, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]

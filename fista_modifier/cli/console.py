@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 
-from fista_modifier.errors import describe
+from fista_modifier.cli.errors import describe
 from fista_modifier.files import write_whole
 
 __all__ = ["console", "errors_as_messages", "show"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -39,9 +39,11 @@ from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_model, load_tokenizer
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.solver import WarmStart
+from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = ["prune"]
 
@@ -135,9 +137,9 @@ def prune(
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
         dense = load_model(model, dtype)
-        check_packable(storage_format, modifiers, dense)
         length = seq_len or max_sequence_length(dense.config)
         check_length(dense, length)
+        check_packable(storage_format, modifiers, dense, length)
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
         run = pipeline.prune(
@@ -169,26 +171,32 @@ def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -
                 f"--format {storage_format} stores what was pruned and nothing else, "
                 f"and the recipe has a {type(modifier).__name__}: use --format dense"
             )
-        if storage_format == "sparse-24-bitmask" and modifier.mask_structure != "2:4":
-            raise ValueError(
-                "sparse-24-bitmask stores 2:4 weights, not "
-                f"'{modifier.mask_structure}': use --format sparse-bitmask"
-            )
 
 
 def check_packable(
-    storage_format: StorageFormat, modifiers: Iterable[Modifier], model: PreTrainedModel
+    storage_format: StorageFormat,
+    modifiers: Sequence[Modifier],
+    model: PreTrainedModel,
+    length: int,
 ) -> None:
     """
-    Refuse a format that does not suit the operators of the model.
+    Refuse a format that does not suit the operators of the model or their patterns.
 
     :param storage_format: the format of the pruned weights
     :param modifiers: what is to be done to the model
     :param model: the model that is to be pruned
+    :param length: tokens of a calibration sequence
     :raises ValueError: if the format cannot store the model's operators
     """
     if storage_format != "sparse-24-bitmask":
         return
+    for forecast in forecasts(modifiers, model.config, length, lambda: model):
+        for planned in forecast.patterns:
+            if reported_pattern(planned.name).group != (2, 4):
+                raise ValueError(
+                    f"sparse-24-bitmask stores 2:4 weights, not '{planned.name}': use "
+                    "--format sparse-bitmask"
+                )
     for modifier in modifiers:
         if not isinstance(modifier, FISTAPruningModifier):
             continue

@@ -191,7 +191,7 @@ def verification_table(verification: Verification) -> Table:
     Return the table of verified operators.
 
     :param verification: what was found in a checkpoint
-    :return: one line for each kind of operator and pattern
+    :return: one line for each kind of operator and pattern, and a total
     """
     table = Table(title="Verified operators")
     table.add_column("operator")
@@ -214,6 +214,17 @@ def verification_table(verification: Verification) -> Table:
             f"{100 * zeros / entries:.2f} %" if entries else "",
             str(sum(check.problem is not None for check in checks)),
         )
+    entries = sum(check.entries for check in by_kind)
+    zeros = sum(check.zeros for check in by_kind)
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        str(len(by_kind)),
+        f"{entries / 1e6:.2f} M",
+        f"{100 * zeros / entries:.2f} %" if entries else "",
+        str(len(verification.failures)),
+    )
     return table
 
 

@@ -1,7 +1,7 @@
 """
-What a solver takes for the operators of a stage: operations, and entries on the device.
+The operations of a solver for the operators of a stage, and its entries on the device.
 
-A product is that of an m×n weight and an n×n matrix, 2 m n² operations.
+A "product" here is one of an m×n weight and an n×n matrix. It takes 2 m n² operations.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _work_on_channels(stage: StageShape, procedure: StructuredProcedure) -> Work
 def _choice(selector: Selector, plan: GroupPlan, rows: int, columns: int) -> float:
     """
     Return the operations that choose the channels of one consumer. Scores are computed
-    elementwise, and count as none.
+    elementwise, so they add nothing here.
     """
     size = plan.consumer.indices.shape[1]
     # a pivot changes the table of n×n and m×n by a product of rank r
@@ -193,7 +193,7 @@ def _entries(stage: StageShape, sums: float, offload: bool) -> float:
 def _entries_of_channels(stage: StageShape, procedure: StructuredProcedure) -> float:
     """
     Return the entries on the device while the channels of a stage's operators are
-    chosen. Whole matrices come to the device, also of sums that wait in main memory.
+    chosen. Sums that wait in main memory come to the device as whole matrices.
     """
     weight = max(stage.rows) * stage.columns
     square = stage.columns**2

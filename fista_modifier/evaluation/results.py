@@ -97,7 +97,7 @@ class Results:
 
 def digest(content: object) -> str:
     """
-    Return a digest of data, which differs for other data.
+    Return a digest of data. Different data have different digests.
 
     :param content: data whose ``repr`` shows all of them
     :return: the digest

@@ -109,7 +109,7 @@ def note_sizes(model: PreTrainedModel) -> None:
 @contextmanager
 def routing_real_tokens(layer: torch.nn.Module, real: Tensor | None) -> Iterator[None]:
     """
-    Keep padding away from the experts of a layer: a mixture puts out zeros for it. A
+    Keep padding away from the experts of a layer: a mixture returns zeros for it. A
     mixture is a module that is given a row for each token, and in another tensor the
     numbers of the experts that each token goes to.
 
@@ -127,7 +127,7 @@ def routing_real_tokens(layer: torch.nn.Module, real: Tensor | None) -> Iterator
 
 def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
     """
-    Return a forward that runs a mixture on some of its tokens, and puts out zeros for
+    Return a forward that runs a mixture on some of its tokens, and returns zeros for
     the others. It runs any other module as before.
 
     :param forward: the module's own forward
@@ -163,11 +163,12 @@ def _on_rows(forward: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
 @contextmanager
 def native_experts(model: PreTrainedModel) -> Iterator[None]:
     """
-    Fuse the experts as in transformers, for a while. ``save_pretrained`` then gives
-    tensors the names of the checkpoint that the model came from. Afterwards the experts
-    are linear operators of the same names as before, in new modules. This takes memory
-    for the experts of one layer beside the model: the old modules are left without
-    weights, because others may still refer to them (the toolkit's session does).
+    Fuse the experts as in transformers until the context ends. ``save_pretrained`` then
+    gives tensors the names of the checkpoint that the model came from. Afterwards the
+    experts are linear operators of the same names as before, in new modules. This takes
+    memory for the experts of one layer beside the model: the old modules are left
+    without weights, because others may still refer to them (the toolkit's session
+    does).
 
     If experts are quantised, all stay as they are. So do those that the toolkit cannot
     fuse, with a warning. There is no warning if ``load_quantizable_moe`` loaded them,
@@ -228,8 +229,8 @@ def _can_be_fused(experts: LinearExperts2D) -> bool:
     if "copy_to_experts_module" in vars(source):
         return True
     logger.bind(log_once=True).warning(
-        f"The toolkit cannot fuse {source.__name__} again: experts are saved under the "
-        "names of linear operators, which transformers does not know"
+        f"llm-compressor cannot fuse {source.__name__} again: experts are saved under "
+        "the names of linear operators, which transformers does not know"
     )
     return False
 

@@ -70,7 +70,7 @@ class Operator:
         Turn a weight from the module's own layout into out×in, or back.
 
         :param weight: a weight in the module's own layout, or out×in
-        :return: the weight in the other of the two (the same, for a Linear)
+        :return: the weight in the other layout; for a Linear, both are the same
         """
         return weight.T if isinstance(self.module, Conv1D) else weight
 

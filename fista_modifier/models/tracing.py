@@ -19,7 +19,7 @@ def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
 
     The tracer rebuilds configs from ``to_dict()``, which leaves the attention
     implementation out. Families that choose their mask function in a branch (Mistral,
-    Phi-3, Mixtral and others in llm-compressor 0.14) then get no mask at all, and
+    Phi-3, Mixtral and others in the toolkit 0.14) then get no mask at all, and
     eager attention, which calibration forces, looks at future tokens and padding. An
     extra attribute of the config is written by ``to_dict()`` and understood by the
     config's constructor.
@@ -36,7 +36,7 @@ def traced_with_masks(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def traces_forgotten() -> Iterator[None]:
     """
-    Let go of the model after it was traced. The tracer of llm-compressor 0.14 puts the
+    Let go of the model after it was traced. The tracer of the toolkit 0.14 puts the
     functions that it wraps into a table of torch.fx. The table keeps them, and all that
     they refer to, as long as the process lives. So each run of ``oneshot()`` would keep
     its whole model.

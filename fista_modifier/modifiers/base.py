@@ -264,11 +264,18 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                     f"{type(self).__name__} cannot share a calibration epoch with "
                     f"{', '.join(others)}: leave oneshot's pipeline at 'independent'"
                 )
+            self._prepare(state, schedule)
             for layer, (module, hook, kind) in schedule.hooks():
                 arguments = {"with_kwargs": True} if kind == "forward_pre" else {}
                 handle = self.register_hook(module, hook, kind, **arguments)
                 self._handles.setdefault(layer, set()).add(handle)
             self._epoch.enter_context(schedule.watching())
+
+    def _prepare(self, state: State, schedule: Schedule) -> None:
+        """
+        Complete the procedure by what only the model can show that earlier modifiers of
+        the recipe have left.
+        """
 
     def on_sequential_epoch_end(
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, cast, get_args
 
 from llmcompressor.core import State
+from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from transformers import PreTrainedModel
 
@@ -19,17 +20,21 @@ from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.orders import plan_orders
 from fista_modifier.pruning.presets import PRESETS, Preset
+from fista_modifier.pruning.results import FISTAPRUNER
+from fista_modifier.pruning.schedule import Schedule
 from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.solver import (
     SolverFactory,
     SolverOptions,
     SparsityPattern,
     WarmStart,
+    pattern_of,
 )
 from fista_modifier.solver.patterns import mask_structure_of
 from fista_modifier.solver.warm_start import OneShot
 
 __all__ = ["FISTAPruningModifier"]
+
 
 NOT_TAKEN = {
     "sequential_update": (
@@ -138,20 +143,22 @@ class FISTAPruningModifier(LayerwiseModifier):
             "again"
         ),
     )
-    permute_channels: bool = Field(
-        default=False,
+    permute_channels: bool | None = Field(
+        default=None,
         description=(
             "whether channels inside a layer change places, so that an n:m pattern "
             "costs less: those of an MLP, and the dimensions of the values within a "
-            "head. The dense model would compute the same"
+            "head. The dense model would compute the same. If left out, they do, "
+            "unless the warm start is a one-shot method, zeros are preserved, or "
+            "Python gives another solver"
         ),
     )
     error_correction: ErrorCorrection | None = Field(
         default=None,
         description=(
-            "what the inputs X* of an operator follow, and so whose errors it makes up "
-            'for: "none" (X* = X, nobody\'s), "intra" (the operators pruned before in '
-            'its layer) or "full" (all operators pruned before)'
+            "the operators whose errors an operator makes up for, because its inputs "
+            'X* follow them: "none" (X* = X), "intra" (those that were pruned before '
+            'in its layer) or "full" (all that were pruned before)'
         ),
     )
     warm_start: WarmStart | None = Field(
@@ -338,9 +345,21 @@ class FISTAPruningModifier(LayerwiseModifier):
     @property
     def _solver_options(self) -> SolverOptions:
         preset = PRESETS[self.preset].options
-        names = {field.name for field in fields(SolverOptions)} - {"start"}
-        given = {name: getattr(self, name) for name in names}
-        return overridden(preset, start=self.warm_start, **given)
+        return overridden(
+            preset,
+            start=self.warm_start,
+            admm_steps=self.admm_steps,
+            column_scaling=self.column_scaling,
+            refit=self.refit,
+            lambda_init=self.lambda_init,
+            lambda_max=self.lambda_max,
+            max_iterations=self.max_iterations,
+            patience=self.patience,
+            epsilon=self.epsilon,
+            xi=self.xi,
+            dampening_frac=self.dampening_frac,
+            block_size=self.block_size,
+        )
 
     def _check_order(self) -> None:
         """
@@ -350,12 +369,20 @@ class FISTAPruningModifier(LayerwiseModifier):
         :raises ValueError: if the warm start is a one-shot method
         """
         start = self._solver_options.start
-        if self.permute_channels and start in get_args(OneShot) and not self._solver:
+        if self.permute_channels and start in get_args(OneShot):
             raise ValueError(
                 f"permute_channels: a warm start of '{start}' would choose zeros in "
                 "the old order of the channels: leave permute_channels out, or write "
                 "warm_start: admm"
             )
+
+    @property
+    def _permutes(self) -> bool:
+        """Whether channels change places."""
+        if self.permute_channels is not None:
+            return self.permute_channels
+        one_shot = self._solver_options.start in get_args(OneShot)
+        return not (one_shot or self.preserve_sparsity_mask or self._solver)
 
     @property
     def _without_patterns(self) -> SparseProcedure:
@@ -384,18 +411,45 @@ class FISTAPruningModifier(LayerwiseModifier):
         :raises ValueError: if an operator has no pattern, cannot have it or is not
             finite
         """
+        self._warn_of_other_meanings()
         patterns = self._patterns.of_operators(
             state.model, layers, state.data.calib, current_ranks()
         )
         procedure = self._with_patterns(patterns, layers)
-        if self.permute_channels:
-            plan = plan_orders(state.model, layers, state.data.calib, patterns)
-            procedure = replace(procedure, interchangeable=plan)
         if not self.preserve_sparsity_mask:
             warn_of_zeros(
                 [operator for layer in layers for operator in layer.operators]
             )
         return procedure
+
+    def _prepare(self, state: State, schedule: Schedule) -> None:
+        """Find channels that may change places, of which some may have left before."""
+        if self._permutes:
+            procedure = cast(SparseProcedure, schedule.procedure)
+            plan = plan_orders(
+                state.model, schedule.layers, state.data.calib, procedure.patterns
+            )
+            schedule.procedure = replace(procedure, interchangeable=plan)
+
+    def _warn_of_other_meanings(self) -> None:
+        """Warn of fields that mean something else in a recipe of SparseGPTModifier."""
+        start = self._solver_options.start
+        if self.block_size is not None and (self._solver or start != "sparsegpt"):
+            logger.warning(
+                f"block_size: {self.block_size} has no effect: only a warm start of "
+                f"'sparsegpt' has blocks, and this one is '{start}'. Leave it out"
+            )
+        if self.sparsity is not None or self.mask_structure == "0:0":
+            return
+        pattern = pattern_of(self.mask_structure)
+        n, m = pattern.group or (1, 2)
+        if 2 * n != m:
+            logger.warning(
+                f"mask_structure '{pattern}' keeps {n} of every {m} weights, where "
+                f"llm-compressor's SparseGPTModifier would prune {n}. If this is what "
+                f"you mean, write sparsity: {pattern.sparsity:g} beside it; if not, "
+                f"write '{m - n}:{m}'"
+            )
 
     def foreseen(
         self, model: PreTrainedModel, layers: Sequence[DecoderLayer]
@@ -422,6 +476,15 @@ class FISTAPruningModifier(LayerwiseModifier):
             for operator in layer.operators:
                 check_prunable(operator, patterns[operator.name])
         return replace(self._without_patterns, patterns=patterns)
+
+    def _of_report(self) -> dict[str, Any]:
+        return {"sparse_by": [FISTAPRUNER if self._solver is None else self._its_name]}
+
+    @property
+    def _its_name(self) -> str:
+        """The name of a solver that was given from Python."""
+        name = getattr(self._solver, "__name__", type(self._solver).__name__)
+        return f"{name} (a solver given from Python)"
 
     def _determines_the_result(self) -> dict[str, Any]:
         method = super()._determines_the_result()

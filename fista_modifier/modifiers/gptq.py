@@ -16,7 +16,7 @@ __all__ = ["MaskedGPTQModifier", "quantize_kept"]
 class MaskedGPTQModifier(GPTQModifier):  # type: ignore[misc]
     """
     The toolkit's ``GPTQModifier``, with all of its fields, for a model that was pruned
-    before. Weights that are zero stay zero, while llm-compressor 0.13 and later let
+    before. Weights that are zero stay zero, while the toolkit 0.13 and later lets
     GPTQ's updates fill them in. The error of keeping a weight at zero is passed on to
     the columns behind it, like that of rounding one, as SparseGPT does (Frantar &
     Alistarh, 2023, section 3.5).

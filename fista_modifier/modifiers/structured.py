@@ -77,10 +77,10 @@ class StructuredModifier(LayerwiseModifier):
         min_length=1,
         description=(
             'what leaves: "mlp" (channels of MLPs and of experts), "heads" (whole '
-            'key/value heads with their query heads), or both. "value_dims", of FASP '
-            "and without heads: single dimensions of the values, which become zeros in "
-            "place and make no model smaller, as no loader takes values of fewer "
-            "dimensions"
+            "key/value heads with their query heads), or both. FASP also takes "
+            '"value_dims" (single dimensions of the values), but not together with '
+            '"heads". These become zeros in place and make no model smaller, because '
+            "no loader takes values of fewer dimensions"
         ),
     )
     multiple_of: int = Field(

@@ -60,8 +60,9 @@ def alternated(
     alternation: Alternation,
 ) -> Alternated | None:
     """
-    Alternate over the weights of the consumer (D) and of the linear producer (U), from
-    least squares on. U is that of the dense model, and has its bias as a last column.
+    Train the weights of the consumer (D) and of the linear producer (U) in turn. The
+    start is the least squares solution for D. U is that of the dense model, and has its
+    bias as a last column.
 
     :param task: the task of the layer
     :param plan: the plan of a group that has a linear producer

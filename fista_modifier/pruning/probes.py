@@ -1,4 +1,4 @@
-"""Channel groups of all decoder layers, of which one of each kind is probed."""
+"""Channel groups of all decoder layers. One layer of each kind is probed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ProbedLayer:
 
 
 class OfLayer(Protocol):
-    """A thing that was found in one layer, and holds in others of its kind."""
+    """The type of things that are found in one layer and hold for all of its kind."""
 
     def moved(self, operator_of: Callable[[Operator], Operator]) -> Any:
         """

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 REPORT_NAME = "pruning_report.json"
+FISTAPRUNER = "FISTAPruner (Zhao et al., EMNLP 2025)"
+"""The name of the method in reports and model cards."""
 SHOWN = 4
 """
 The most patterns that a summary names one by one. It gives the range of more of them.
@@ -121,8 +123,8 @@ class ReconstructionResult:
     :param start_error: error of the layer with its operators as the solver left them
     :param error: error of the layer as it is stored
     :param operator_errors: ‖W* X* − W X‖_F / ‖W X‖_F of each operator as it is stored,
-        by its name; none for an operator that not all tokens reach (an expert), as
-        others may reach it in the dense than in the pruned layer
+        by its name; none for an operator that not all tokens reach (an expert),
+        because other tokens may reach it in the pruned layer than in the dense one
     :param steps: steps of Adam; 0 if they did not lower the error and were undone
     :param seconds: wall time
     """
@@ -210,8 +212,10 @@ class PruningReport:
         the names of the operators that have some
     :param sizes: values of config.json that changed as channels left, by their names,
         with dots between those of nested configurations
-    :param smaller_by: the published methods that took channels out, with the choice of
-        channels where it is not the method's own
+    :param sparse_by: the methods that found the zeros; reports of older versions have
+        none, and are of FISTAPruner
+    :param smaller_by: the published methods that took channels out. If the recipe names
+        another choice of channels than the method's, that choice is named too
     :param recovery: each training of the whole model after its pruning, in order; the
         operators' errors are those before it, their zeros those after it
     :param recipe: the recipe that was applied, as YAML; reports of older versions have
@@ -231,6 +235,7 @@ class PruningReport:
     zeroed_share: float | None = None
     zero_rows: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
+    sparse_by: Sequence[str] = field(default_factory=list)
     smaller_by: Sequence[str] = field(default_factory=list)
     recovery: Sequence[RecoveryResult] = field(default_factory=list)
     recipe: str = ""
@@ -301,6 +306,7 @@ class PruningReport:
             zeroed_share=self.zeroed_share or later.zeroed_share,
             zero_rows=self.zero_rows | later.zero_rows,
             sizes=self.sizes | later.sizes,
+            sparse_by=list(dict.fromkeys((*self.sparse_by, *later.sparse_by))),
             smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
             recovery=[*self.recovery, *later.recovery],
             calibration=self.calibration or later.calibration,

@@ -79,7 +79,7 @@ class Schedule:
         self.reconstructions: dict[str, ReconstructionResult] = {}
         self.layers = layers
         self._model = model
-        self._procedure = procedure
+        self.procedure = procedure
         self._resources = resources
         self._ranks = resources.ranks
         self._passes = CalibrationPasses(model, layers, resources.storage)
@@ -116,7 +116,7 @@ class Schedule:
         hooks.append((last, self._passes.count_batches()))
         for layer in self.layers:
             if layer in self._to_prune:
-                wanted = self._procedure.recorded(layer)
+                wanted = self.procedure.recorded(layer)
             elif self._stream:
                 wanted = Recorded()
             else:
@@ -193,7 +193,7 @@ class Schedule:
     def _pruned(self, layer: DecoderLayer, recording: Recording) -> PrunedLayer:
         """Prune one layer and return the result. The model stays as it is."""
         with self._passes.running(layer), self._progress.layer(layer) as progress:
-            pruned = self._procedure.prune(
+            pruned = self.procedure.prune(
                 LayerTask(
                     layer,
                     recording,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -120,11 +120,9 @@ def _without_gradient(weight: Parameter, mask: Tensor) -> RemovableHandle:
         def hide(parameter: Tensor) -> None:
             parameter.grad.mul_(mask)  # type: ignore[union-attr]
 
-        add: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
-        return add(hide)
+        return weight.register_post_accumulate_grad_hook(hide)  # type: ignore[no-any-return, no-untyped-call]
     # the other hook would come after several processes have shared the gradient
-    add = weight.register_hook
-    return add(lambda gradient: gradient * mask)
+    return weight.register_hook(lambda gradient: gradient * mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def check_unsharded(model: Module) -> None:

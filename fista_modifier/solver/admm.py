@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.blocks import row_blocks, times
+from fista_modifier.solver.blocks import product, row_blocks
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import SparsityPattern, project
 from fista_modifier.solver.precision import matmul_precision
@@ -62,7 +62,7 @@ class ADMM:
                 for rows in row_blocks(sparse):
                     dual = multiplier[rows]
                     pull = (sparse[rows] - dual).mul_(self._rho).add_(target[rows])
-                    dual.add_(times(pull, self._resolvent), alpha=RELAXATION)
+                    dual.add_(product(pull, self._resolvent), alpha=RELAXATION)
                     del pull  # The next block may have its memory.
                 multiplier.add_(sparse, alpha=1 - RELAXATION)
                 del sparse  # The next one is found without it.

@@ -12,7 +12,7 @@ __all__ = [
     "add_gram",
     "add_product",
     "row_blocks",
-    "times",
+    "product",
 ]
 
 BLOCK = 8192
@@ -44,7 +44,7 @@ def row_blocks(weight: Tensor) -> list[slice]:
     return [slice(start, start + height) for start in range(0, rows, height)]
 
 
-def times(left: Tensor, matrix: Tensor) -> Tensor:
+def product(left: Tensor, matrix: Tensor) -> Tensor:
     """
     Multiply two matrices that may lie on different devices.
 

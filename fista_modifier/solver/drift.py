@@ -1,5 +1,5 @@
 """
-The drift Δ = X* − X: what the operators pruned before an operator did to its inputs.
+The drift Δ = X* − X: the change of an operator's inputs by the pruning before it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.blocks import add_gram, add_product, times
+from fista_modifier.solver.blocks import add_gram, add_product, product
 
 __all__ = ["Drift", "FeatureDrift", "OutputDrift", "inner", "narrows"]
 
@@ -101,7 +101,7 @@ class FeatureDrift:
         )
 
     def of(self, weight: Tensor) -> tuple[Tensor, float]:
-        return times(weight, self.cross), inner(weight, times(weight, self.gram))
+        return product(weight, self.cross), inner(weight, product(weight, self.gram))
 
     def in_outputs(self, drift: Tensor, weight: Tensor) -> Tensor:
         return weight @ drift

@@ -448,7 +448,7 @@ def _hint(pattern: SparsityPattern, sparsity: float) -> str:
     """Say what to write in place of a sparsity that the pattern does not have."""
     hint = f"drop sparsity, or write {pattern.sparsity:g}"
     n, m = pattern.group or (0, 0)
-    if n < m and abs(sparsity - n / m) <= 1e-6:
+    if n < m and 2 * n != m:
         hint += (
             f"; '{m - n}:{m}' prunes {n} of {m} (llm-compressor's SparseGPT counts "
             "the pruned entries in n, this project the kept ones)"

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fista_modifier.solver.blocks import times
+from fista_modifier.solver.blocks import product
 from fista_modifier.solver.gram import GramStatistics
 
 __all__ = ["LANCZOS_STEPS", "Quadratic", "unit_of"]
@@ -61,7 +61,7 @@ class Quadratic:
         :param weight: V, m×n
         :return: V X* X*ᵀ, m×n
         """
-        return times(weight, self.statistics.gram)
+        return product(weight, self.statistics.gram)
 
     @cached_property
     def lipschitz(self) -> float:

@@ -37,9 +37,8 @@ def refit_(
     :param weight: V, m×n, float32, replaced by the result
     :param free: bool m×n, the entries that may change
     :param iterations: steps at most
-    :param tolerance: the last step is one that lowers f by less than this (a large
-        weight is solved in blocks of rows, one after the other: there, by less than the
-        block's share of this)
+    :param tolerance: a step that lowers f by less than this is the last. A large weight
+        is solved in blocks of rows, and each block has its share of the tolerance
     :return: ``weight``, whose entries off ``free`` are still those of V
     """
     for rows in row_blocks(weight):

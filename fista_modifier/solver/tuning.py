@@ -29,8 +29,8 @@ def lambda_unit(objective: LayerObjective) -> float:
 @dataclass
 class LambdaBisection:
     """
-    Bisection of the interval [λ₀, M], starting at its lower end. Useful values of λ
-    differ by powers of ten, so the midpoint is geometric. The paper halves [0, M]
+    The bisection of the interval [λ₀, M]. It starts at the lower end. Useful values of
+    λ differ by powers of ten, so the midpoint is geometric. The paper halves [0, M]
     arithmetically: λ = 1e-5 would be followed by M/2, M/4 and M/8, and at each of these
     everything is zero.
 

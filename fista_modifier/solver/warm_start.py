@@ -38,7 +38,7 @@ def warm_start(
     :return: W₀*, float32 m×n
     :raises ValueError: for any other kind
     """
-    # The imports are here, as vLLM's environment cannot have llm-compressor. Without
+    # The imports are here, as vLLM's environment cannot have the toolkit. Without
     # them the solver does not need it.
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
         sparsify_weight as sparsify_by_sparsegpt,

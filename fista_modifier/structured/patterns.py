@@ -91,7 +91,7 @@ class ZeroColumns(_LostChannels):
     @classmethod
     def parse(cls, text: str) -> ZeroColumns | None:
         match = re.fullmatch(r"(\d+) of (\d+) columns not zero", text)
-        if match is None or not int(match[1]) < int(match[2]):
+        if match is None or int(match[1]) > int(match[2]):
             return None
         return cls(int(match[1]), int(match[2]))
 

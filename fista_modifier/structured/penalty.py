@@ -4,9 +4,9 @@ SPAP's penalty method (Hu & Yuan 2025), as far as its abstract tells, and what i
 The abstract has a mixed-integer model of which channels stay, a penalty method that
 makes the choice, and alternating minimisation over the weights. It gives no formulas.
 
-Our model. z ∈ {0,1}ⁿ with Σ z = k says which channels stay, and D_z is the diagonal
-matrix with z_i at the r columns of channel i. The integers are relaxed, and a penalty
-takes their place:
+The model is ours: z ∈ {0,1}ⁿ with Σ z = k says which channels stay, and D_z is the
+diagonal matrix with z_i at the r columns of channel i. The integers are relaxed, and a
+penalty takes their place:
 
     min over z and V   ‖V D_z X* − W X‖² + δ Σ_i z_i ‖V_i − W_i‖²
                        + ρ Σ_i z_i (1 − z_i) ‖V_i X*_i‖²
@@ -16,12 +16,12 @@ where V_i and X*_i are the columns and rows of channel i. At a binary z this is 
 damped error of :class:`~fista_modifier.structured.restoration.LeastSquares`. The
 penalty z (1 − z) is weighed by the power of a channel's output, for this reason: if
 each channel stays with probability z_i, independently of the others, the sum at ρ = 1
-is the expected damped error of one V for all choices. V has to be good without a
-channel already before it leaves. If the penalty did not depend on V, V could undo any
-z > 0, and z would mean nothing.
+is the expected damped error of one V for all choices. So V has to be good without a
+channel even before that channel leaves. If the penalty did not depend on V, V could
+undo any z > 0, and z would mean nothing.
 
-Our steps. ρ grows by a constant factor from round to round. A round first solves for V
-given z, which is least squares. With bd(G) the r×r diagonal blocks of G,
+The steps are ours, too: ρ grows by a constant factor from round to round. A round first
+solves for V given z, which is least squares. With bd(G) the r×r diagonal blocks of G,
 
     V D_z^½ = (B + δ W) D_z^½ (D_z^½ G D_z^½ + ρ (I − D_z) bd(G) + δ I)⁻¹.
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from families import FAMILIES, LAYERS, SLIDING_WINDOW, tiny_model
 from problems import normal
-from runs import LENGTH, prune, samples, weights
+from runs import LENGTH, calibration, prune, samples, weights
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -413,6 +413,25 @@ def test_calibration_takes_little_more_than_two_passes(family):
     for operator in operators:
         size += operator.weight.numel()
         operator.register_forward_hook(count)
-    prune(model, reconstruction_epochs=0, oneshot_arguments={"propagate_error": False})
+    prune(
+        model,
+        reconstruction_epochs=0,
+        permute_channels=False,
+        oneshot_arguments={"propagate_error": False},
+    )
     # and looks at the first batch: two at attention, three at its mask, one at stages
     assert work <= 2.1 * len(samples()) * size + 6 * size
+
+
+def test_channels_are_looked_for_in_as_many_runs_whatever_the_data() -> None:
+    def runs(count: int, permute: bool) -> int:
+        model, seen = tiny_model("llama"), []
+        for name in FAMILIES["llama"].operators:
+            model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+        data = {"dataset": calibration(samples(count, 12))}
+        fields = {"reconstruction_epochs": 0, "permute_channels": permute}
+        prune(model, oneshot_arguments=data, **fields)
+        return len(seen)
+
+    looks = [runs(count, True) - runs(count, False) for count in (6, 12)]
+    assert looks[0] == looks[1] > 0

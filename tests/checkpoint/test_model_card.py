@@ -56,6 +56,14 @@ def test_the_text_has_pattern_method_calibration_versions_and_recipe() -> None:
     assert "Evaluation" not in text
 
 
+def test_a_solver_from_python_is_named() -> None:
+    report = replace(REPORT, sparse_by=["ALPS (a solver given from Python)"])
+    card = model_card("name", report, {})
+    assert "pruned to 2:4 by ALPS, after" in card.text
+    assert "FISTAPruner" not in card.text and "fistapruner" not in card.data.tags
+    assert "alps" in card.data.tags
+
+
 @pytest.mark.parametrize("kind", ["absolute", "relative", "elsewhere"])
 def test_local_files_are_named_without_their_place(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -129,7 +129,7 @@ def test_broken_activations_are_not_finite(broken, where):
 def test_a_product_in_blocks_is_the_product(block, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", block)
     left, matrix = inputs(TOKENS, FEATURES), inputs(FEATURES, FEATURES, seed=5)
-    difference = blocks.times(left, matrix) - left @ matrix
+    difference = blocks.product(left, matrix) - left @ matrix
     assert difference.abs().max() <= FEATURES * FLOAT32 * matrix.abs().max() * 4
 
 
