@@ -10,14 +10,16 @@ model's, as a share of that of Wanda's score without restoration.
 from __future__ import annotations
 
 import argparse
-import json
+import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import inputs
-from compare import common_arguments, measurement
+from compare import common_arguments, common_setup, measurement
 from datasets import Dataset
 from recovery import train
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +28,7 @@ from fista_modifier import FASPPruningModifier, pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, recipe
-from fista_modifier.evaluation.results import Row
+from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.recovery.recover import Training
 from fista_modifier.solver import pattern_of
 
@@ -56,48 +58,58 @@ The methods whose model is trained end to end after the pruning, on the same tok
 SPARSEGPT = "SparseGPT 2:4"
 
 
+class Job(NamedTuple):
+    """
+    One row of the table.
+
+    :param method: its name, "dense" for the model before
+    :param level: the share of the decoder layers' parameters that is to leave
+    :param seed: seed of the calibration tokens
+    """
+
+    method: str
+    level: float
+    seed: int
+
+
+DENSE = Job("dense", 0.0, 0)
+
+
 def main() -> None:
     parser = common_arguments(__doc__ or "", 32, 16384)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, SPARSEGPT])
     args = parser.parse_args()
-    file = args.out.with_suffix(".json")
-    rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    for key, made in wanted(args).items():
-        if key not in rows:
-            rows[key] = measured(args, *made)
-            file.write_text(json.dumps(rows, indent=1) + "\n")
-            inputs.show(args.out.with_suffix(".md"), table(args, rows))
-    inputs.show(args.out.with_suffix(".md"), table(args, rows))
+    results = Results.resume(args.out.with_suffix(".json"), common_setup(args))
+    for job in wanted(args):
+        if not results.find(**job._asdict()):
+            results.add(job._asdict() | measured(args, job))
+        inputs.show(args.out.with_suffix(".md"), table(args, results))
 
 
-def wanted(args: argparse.Namespace) -> dict[str, tuple[str | None, float, int]]:
-    """Return method, level and seed of each row of the table, by the row's key."""
-    found: dict[str, tuple[str | None, float, int]] = {"dense": (None, 0.0, 0)}
+def wanted(args: argparse.Namespace) -> Iterator[Job]:
+    """Return the rows to measure, in order."""
+    yield DENSE
+    methods = [method for method in args.methods if method != SPARSEGPT]
     for seed in args.seeds:
-        for level in args.levels:
-            for method in args.methods:
-                if method != SPARSEGPT:
-                    found[f"{method} | {level} | {seed}"] = (method, level, seed)
+        for level, method in product(args.levels, methods):
+            yield Job(method, level, seed)
         if SPARSEGPT in args.methods:
-            found[f"{SPARSEGPT} | 0 | {seed}"] = (SPARSEGPT, 0.0, seed)
-    return found
+            yield Job(SPARSEGPT, 0.0, seed)
 
 
-def measured(
-    args: argparse.Namespace, method: str | None, level: float, seed: int
-) -> Row:
-    if method is None:
+def measured(args: argparse.Namespace, job: Job) -> Row:
+    if job == DENSE:
         return measurement(args).run(None, None)
     modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
-    if method != SPARSEGPT:
-        fields = {"sparsity": level, "ignore": IGNORE} | METHODS[method]
+    if job.method != SPARSEGPT:
+        fields = {"sparsity": job.level, "ignore": IGNORE} | METHODS[job.method]
         modifier = FASPPruningModifier(**fields)
     prune = partial(pipeline.prune, recipe=modifier)
-    if method in RECOVERED:
+    if job.method in RECOVERED:
         prune = partial(recovered, modifier=modifier, teacher=args.model)
-    row = measurement(args).run(prune, inputs.calibration(args, seed=seed))
+    row = measurement(args).run(prune, inputs.calibration(args, seed=job.seed))
     return row | {"removed": getattr(modifier, "removed", 0.0)}
 
 
@@ -114,20 +126,36 @@ def recovered(
     return train(model, calibration, teacher, Training())
 
 
-def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
-    dense = rows["dense"]
+def table(args: argparse.Namespace, results: Results) -> str:
+    """Return the table of all rows that were measured, of this run and earlier ones."""
+    dense = results.find(method="dense")
+    assert dense is not None
     texts = dense["perplexity"]
-    lines = [["", "dense", "", *(f"{value:.2f}" for value in texts.values()), "", ""]]
-    for level in [*args.levels, 0]:
-        for method in [*METHODS, SPARSEGPT]:
+    lines = [
+        ["", "dense", "", "", *(f"{value:.2f}" for value in texts.values()), "", ""]
+    ]
+    rows = [row for row in results.rows if row["method"] != "dense"]
+    order = [*METHODS, SPARSEGPT]
+    for level in sorted(
+        {row["level"] for row in rows}, key=lambda one: one or math.inf
+    ):
+        for method in order:
             of_seeds = [
-                (rows[key], rows.get(f"{REFERENCE} | {level} | {seed}", {}))
-                for seed in args.seeds
-                if (key := f"{method} | {level} | {seed}") in rows
+                (row, results.find(method=REFERENCE, level=level, seed=row["seed"]))
+                for row in rows
+                if (row["method"], row["level"]) == (method, level)
             ]
             if of_seeds:
                 lines.append(line(level, method, dense, of_seeds))
-    header = ["sparsity", "method", "removed", *texts, "share of the excess", "seconds"]
+    header = [
+        "sparsity",
+        "method",
+        "seeds",
+        "removed",
+        *texts,
+        "share of the excess",
+        "seconds",
+    ]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name}, {args.samples} × {args.seq_len} tokens of "
         f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
@@ -137,7 +165,7 @@ def table(args: argparse.Namespace, rows: dict[str, Any]) -> str:
 
 
 def line(
-    level: float, method: str, dense: Row, of_seeds: list[tuple[Row, Row]]
+    level: float, method: str, dense: Row, of_seeds: list[tuple[Row, Row | None]]
 ) -> list[str]:
     texts = dense["perplexity"]
     found = [row for row, _ in of_seeds]
@@ -146,11 +174,12 @@ def line(
         excess(row, dense, text) / excess(reference, dense, text)
         for row, reference in of_seeds
         for text in texts
-        if reference
+        if reference is not None
     ]
     return [
         f"{100 * level:g} %" if level else "",
         method,
+        str(len(found)),
         f"{100 * fmean(row['removed'] for row in found):.1f} %",
         *(f"{value:.2f}" for value in values),
         f"{fmean(shares):.2f}" if shares else "",
