@@ -80,12 +80,19 @@ def _dealt(groups: Tensor, place: int, scores: Tensor, n: int) -> Tensor:
     groups. A channel c adds max(0, S_rc − t_rg) to what row r keeps of group g, with
     t_rg the n-th largest of the others there. The sum over r is half of Σ|S_rc − t_rg|,
     apart from terms that are the same for all assignments.
+
+    Channels that add nothing where they come could change places with one another.
+    Rounding would choose among such assignments, so these channels are sorted.
     """
     others = torch.cat([groups[:, :place], groups[:, place + 1 :]], 1)
     thresholds = scores[:, others].topk(n).values[..., -1]
     candidates = groups[:, place]
-    gains = torch.cdist(scores[:, candidates].T, thresholds.T, p=1)
-    chosen, receiver = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
+    # float32 would lose small gains beside the terms that all assignments share
+    gains = torch.cdist(scores[:, candidates].T.double(), thresholds.T.double(), p=1)
+    _, receivers = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
+    receivers = torch.from_numpy(receivers).to(groups.device)
+    added = (scores[:, candidates] - thresholds[:, receivers]).clamp(min=0).sum(0)
+    receivers[added == 0] = receivers[added == 0].sort().values
     dealt = groups.clone()
-    dealt[receiver, place] = candidates[chosen]
+    dealt[receivers, place] = candidates
     return dealt

@@ -127,3 +127,14 @@ def test_zeros_stay_in_another_order_too() -> None:
     assert not weight[~allowed].any()
     assert pattern.holds(weight)
     assert TWO_OF_FOUR.holds(weight[:, order])
+
+
+def test_rounding_does_not_choose_among_channels_that_are_never_kept() -> None:
+    """Whatever their places, so that all assignments of them are equally good."""
+    scores = uneven(64, 48)
+    scores[:, ::3] *= 1e-6
+    order = regrouped(scores, TWO_OF_FOUR)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        noise = 1 + 2e-7 * torch.randn(scores.shape, generator=generator)
+        assert torch.equal(regrouped(scores * noise, TWO_OF_FOUR), order)
