@@ -165,7 +165,8 @@ def test_a_format_has_to_suit_the_pattern_of_each_operator(
 ) -> None:
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(
-        "stage:\n  modifiers:\n    FISTAPruningModifier:\n      preset: fast\n"
+        "pruning_stage:\n  pruning_modifiers:\n    FISTAPruningModifier:\n"
+        "      preset: fast\n"
         f'      ignore: ["re:.*lm_head"]\n      {fields}\n'
     )
     packed = ["--format", "sparse-24-bitmask"]
