@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS, SPARSEGPT])
     args = parser.parse_args()
     results = Results.resume(args.out.with_suffix(".json"), common_setup(args))
-    for job in wanted(args):
-        if not results.find(**job._asdict()):
-            results.add(job._asdict() | measured(args, job))
+    for identity in results.missing(job._asdict() for job in wanted(args)):
+        results.add(identity | measured(args, Job(**identity)))
         inputs.show(args.out.with_suffix(".md"), table(args, results))
+    inputs.show(args.out.with_suffix(".md"), table(args, results))
 
 
 def wanted(args: argparse.Namespace) -> Iterator[Job]:

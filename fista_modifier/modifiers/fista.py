@@ -30,7 +30,7 @@ from fista_modifier.solver import (
     WarmStart,
     pattern_of,
 )
-from fista_modifier.solver.patterns import mask_structure_of
+from fista_modifier.solver.patterns import mask_structure_of, meant_by_sparsegpt
 from fista_modifier.solver.warm_start import OneShot
 
 __all__ = ["FISTAPruningModifier"]
@@ -369,7 +369,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         :raises ValueError: if the warm start is a one-shot method
         """
         start = self._solver_options.start
-        if self.permute_channels and start in get_args(OneShot):
+        if self.permute_channels and self._starts_in_one_shot:
             raise ValueError(
                 f"permute_channels: a warm start of '{start}' would choose zeros in "
                 "the old order of the channels: leave permute_channels out, or write "
@@ -377,12 +377,17 @@ class FISTAPruningModifier(LayerwiseModifier):
             )
 
     @property
+    def _starts_in_one_shot(self) -> bool:
+        """Whether the warm start is a one-shot method."""
+        return self._solver_options.start in get_args(OneShot)
+
+    @property
     def _permutes(self) -> bool:
         """Whether channels change places."""
         if self.permute_channels is not None:
             return self.permute_channels
-        one_shot = self._solver_options.start in get_args(OneShot)
-        return not (one_shot or self.preserve_sparsity_mask or self._solver)
+        expects_given_order = self._starts_in_one_shot or self._solver is not None
+        return not (expects_given_order or self.preserve_sparsity_mask)
 
     @property
     def _without_patterns(self) -> SparseProcedure:
@@ -442,13 +447,14 @@ class FISTAPruningModifier(LayerwiseModifier):
         if self.sparsity is not None or self.mask_structure == "0:0":
             return
         pattern = pattern_of(self.mask_structure)
-        n, m = pattern.group or (1, 2)
-        if 2 * n != m:
+        other = meant_by_sparsegpt(pattern)
+        if other is not None:
+            n, m = other.m - other.n, other.m
             logger.warning(
                 f"mask_structure '{pattern}' keeps {n} of every {m} weights, where "
                 f"llm-compressor's SparseGPTModifier would prune {n}. If this is what "
                 f"you mean, write sparsity: {pattern.sparsity:g} beside it; if not, "
-                f"write '{m - n}:{m}'"
+                f"write '{other}'"
             )
 
     def foreseen(

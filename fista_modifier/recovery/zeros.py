@@ -132,15 +132,13 @@ def check_unsharded(model: Module) -> None:
     :param model: a model that accelerate has prepared for training
     :raises ValueError: if each process has only a part of the weights
     """
-    spread = AcceleratorState().distributed_type
-    if spread not in SHARDED and not any(map(_is_shard, model.parameters())):
-        return
-    how = spread.value if spread in SHARDED else "sharding"
-    raise ValueError(
-        f"a model cannot be recovered under {how}, where no process has whole weights: "
-        "train it in one process, or in several with the whole model each (torchrun "
-        "without FSDP and DeepSpeed)"
-    )
+    how = _sharding(model)
+    if how is not None:
+        raise ValueError(
+            f"a model cannot be recovered under {how}, where no process has whole "
+            "weights: train it in one process, or in several with the whole model each "
+            "(torchrun without FSDP and DeepSpeed)"
+        )
 
 
 def _check_shapes(model: Module) -> None:
@@ -149,22 +147,28 @@ def _check_shapes(model: Module) -> None:
 
     :raises ValueError: if they are
     """
+    how = _sharding(model)
+    if how is not None and not any(map(_is_tensor_of_all, model.parameters())):
+        raise ValueError(
+            f"the zeros of a model cannot be kept under {how}, where the parts of "
+            "weights have other shapes: use FSDP with fsdp_version: 2, or let each "
+            "process have the whole model"
+        )
+
+
+def _sharding(model: Module) -> str | None:
+    """Name the way in which weights are spread; None if each process has them whole."""
     spread = AcceleratorState().distributed_type
-    parameters = list(model.parameters())
-    sharded = any(isinstance(one, DTensor) for one in parameters)
-    if any(hasattr(one, "ds_id") for one in parameters):
+    if any(hasattr(one, "ds_id") for one in model.parameters()):
         spread = DistributedType.DEEPSPEED
-    elif spread not in SHARDED or sharded:
-        return
-    raise ValueError(
-        f"the zeros of a model cannot be kept under {spread.value}, where the parts of "
-        "weights have other shapes: use FSDP with fsdp_version: 2, or let each process "
-        "have the whole model"
-    )
+    if spread in SHARDED:
+        return str(spread.value)
+    return "sharding" if any(map(_is_tensor_of_all, model.parameters())) else None
 
 
-def _is_shard(parameter: Parameter) -> bool:
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+def _is_tensor_of_all(parameter: Parameter) -> bool:
+    """Say whether a parameter has its whole shape, and a part of its entries."""
+    return isinstance(parameter, DTensor)
 
 
 def _check_adapters(model: Module) -> None:

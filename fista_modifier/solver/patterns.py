@@ -25,6 +25,7 @@ __all__ = [
     "Unstructured",
     "Within",
     "mask_structure_of",
+    "meant_by_sparsegpt",
     "parse_pattern",
     "pattern_of",
     "project",
@@ -444,13 +445,26 @@ def parse_pattern(mask_structure: str, sparsity: float | None) -> SparsityPatter
     return pattern
 
 
+def meant_by_sparsegpt(pattern: SparsityPattern) -> NofM | None:
+    """
+    Return the pattern that llm-compressor's SparseGPTModifier means by the name of this
+    one. It counts the pruned entries in n.
+
+    :param pattern: a pattern of a recipe
+    :return: m-n:m for n:m; None if that is the same, is dense, or there is no n:m
+    """
+    n, m = pattern.group or (0, 0)
+    return NofM(m - n, m) if n < m and 2 * n != m else None
+
+
 def _hint(pattern: SparsityPattern, sparsity: float) -> str:
     """Say what to write in place of a sparsity that the pattern does not have."""
     hint = f"drop sparsity, or write {pattern.sparsity:g}"
-    n, m = pattern.group or (0, 0)
-    if n < m and 2 * n != m:
+    other = meant_by_sparsegpt(pattern)
+    if other is not None:
+        n, m = other.m - other.n, other.m
         hint += (
-            f"; '{m - n}:{m}' prunes {n} of {m} (llm-compressor's SparseGPT counts "
+            f"; '{other}' prunes {n} of {m} (llm-compressor's SparseGPT counts "
             "the pruned entries in n, this project the kept ones)"
         )
     return hint
