@@ -6,6 +6,8 @@ Importing the package makes its modifiers known to llm-compressor's recipes.
 
 from importlib.util import find_spec
 
+from fista_modifier.version import __version__
+
 __all__ = [
     "FASPPruningModifier",
     "FISTAPruningModifier",
@@ -16,8 +18,6 @@ __all__ = [
     "apply_masks_",
     "masks_of",
 ]
-
-__version__ = "0.1.0"
 
 # vLLM's environment, which needs nothing but the plugin, cannot have the toolkit
 if find_spec("llmcompressor") is not None:

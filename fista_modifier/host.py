@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-from fista_modifier import __version__
+from fista_modifier.version import __version__
 
 __all__ = ["OLDEST", "TESTED", "check_host", "package_versions"]
 

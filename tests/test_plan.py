@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import invoke
 from families import checkpoint, tiny_model
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -22,6 +24,8 @@ from fista_modifier.checkpoint.on_save import report_of
 from fista_modifier.cost import layer_cost, peak_device_memory, shape_of
 from fista_modifier.modifiers.forecast import Forecast, forecasts
 from fista_modifier.pruning.presets import PRESETS
+from fista_modifier.pruning.structured import StructuredProcedure
+from fista_modifier.structured import ChannelProblem
 
 IGNORE = ["re:.*lm_head"]
 MIXED = {"Linear": "0.6", "re:.*self_attn": "2:4", "re:.*k_proj": "dense"}
@@ -172,6 +176,18 @@ def test_a_choice_that_solves_takes_longer_than_a_score(selector: str) -> None:
     score, choice = costs
     assert score.search == 0 < choice.search
     assert score.refits == choice.refits
+
+
+def test_a_choice_of_unknown_cost_is_refused() -> None:
+    def last(problem: ChannelProblem) -> torch.Tensor:
+        return torch.arange(problem.channels)[-problem.keep :]
+
+    modifier = FASPPruningModifier(sparsity=0.25, multiple_of=4, ignore=IGNORE)
+    (found,) = foreseen([modifier], tiny_model("llama"))
+    assert isinstance(found.procedure, StructuredProcedure)
+    unknown = replace(found.procedure, selector=last)
+    with pytest.raises(TypeError, match="of function is not known"):
+        layer_cost(found.shape, 8, unknown)
 
 
 def test_what_follows_is_foreseen_for_the_smaller_model() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any
 
@@ -31,7 +31,9 @@ class Stage:
     :param calls: how often they are called in one run of the layer
     :param wave: 0 if their input depends on no other operator of the layer, otherwise
         one more than the highest wave of the operators whose output it depends on
-    :param follows: names of the operators whose output their input depends on
+    :param follows: names of the operators whose output their input depends on, also
+        through others; the producers whose channels it is made of directly are those of
+        the channel groups (``calibration/groups.py``)
     :param routed: whether they are given only some of the tokens, as an expert is
     :param returned: whether there is one operator, called once, whose output is what
         its block (a child of the layer, such as the MLP) returns
@@ -77,9 +79,12 @@ def find_stages(
     stages: list[Stage] = []
     unseen = list(operators)
     for call in calls:
-        found = _watch(unseen, operators, call)
-        stages += found
-        seen = {operator for stage in found for operator in stage.operators}
+        seen: set[Operator] = set()
+        for stage in _Watched(operators, call).stages():
+            seen.update(stage.operators)
+            stage.operators = [one for one in stage.operators if one in unseen]
+            if stage.operators:
+                stages.append(stage)
         unseen = [operator for operator in unseen if operator not in seen]
         if not unseen:
             break
@@ -123,82 +128,101 @@ class _Inputs:
     :param origins: what autograd says they were computed by
     """
 
-    tensors: list[Tensor]
-    origins: list[Node | None]
+    tensors: list[Tensor] = field(default_factory=list)
+    origins: list[Node | None] = field(default_factory=list)
 
 
-def _watch(
-    unseen: Sequence[Operator], operators: Sequence[Operator], call: LayerCall
-) -> list[Stage]:
-    """Return the stages among ``unseen`` that one run of the layer shows."""
-    inputs: dict[Operator, _Inputs] = {}
-    returned: list[Tensor] = []
-    outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
+class _Watched:
+    """
+    A run of a layer with what its operators were given and returned.
 
-    def record(operator: Operator) -> RemovableHandle:
-        def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    :param operators: operators of the layer
+    :param call: the call of the layer that is run
+    """
+
+    def __init__(self, operators: Sequence[Operator], call: LayerCall) -> None:
+        self.operators = operators
+        self.call = call
+        self.inputs: defaultdict[Operator, _Inputs] = defaultdict(_Inputs)
+        """In the order of execution, without operators that were given no token."""
+        self.outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
+        self.returned: list[Tensor] = []
+        """What the blocks of the layer returned."""
+        with ExitStack() as hooks:
+            hooks.enter_context(trainable(call.layer, operators))
+            hooks.enter_context(torch.enable_grad())
+            for operator in operators:
+                for handle in self._hooked(operator):
+                    hooks.enter_context(handle)
+            for block in blocks_of(call.layer, operators):
+                hooks.enter_context(
+                    block.register_forward_hook(
+                        lambda _module, _args, output: self.returned.append(
+                            first_tensor(output)
+                        )
+                    )
+                )
+            self.output = call.run()
+
+    def _hooked(self, operator: Operator) -> Iterator[RemovableHandle]:
+        def before(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             if args[0].numel():  # an expert may be called without a token
-                seen = inputs.setdefault(operator, _Inputs([], []))
-                seen.tensors.append(args[0])
-                seen.origins.append(args[0].grad_fn)
+                self.inputs[operator].tensors.append(args[0])
+                self.inputs[operator].origins.append(args[0].grad_fn)
 
-        return operator.module.register_forward_pre_hook(hook)
-
-    def record_output(operator: Operator) -> RemovableHandle:
-        return operator.module.register_forward_hook(
-            lambda _module, _args, output: outputs[operator].append(output)
+        yield operator.module.register_forward_pre_hook(before)
+        yield operator.module.register_forward_hook(
+            lambda _module, _args, output: self.outputs[operator].append(output)
         )
 
-    def record_returned(block: torch.nn.Module) -> RemovableHandle:
-        return block.register_forward_hook(
-            lambda _module, _args, output: returned.append(first_tensor(output))
-        )
+    def stages(self) -> list[Stage]:
+        """
+        Return the stages that the run shows.
 
-    with ExitStack() as hooks:
-        hooks.enter_context(trainable(call.layer, operators))
-        hooks.enter_context(torch.enable_grad())
-        for operator in operators:
-            hooks.enter_context(record(operator))
-            hooks.enter_context(record_output(operator))
-        for block in blocks_of(call.layer, operators):
-            hooks.enter_context(record_returned(block))
-        output = call.run()
-
-    stages: list[Stage] = []
-    wave_of: dict[Operator, int] = {}
-    # neighbouring tokens may be joined, as at the end of a vision tower
-    sizes = {call.hidden_states.numel()}
-    for operator, seen in inputs.items():  # in the order of execution
+        :return: stages in the order of execution
+        """
+        stages: list[Stage] = []
+        for operator, inputs in self.inputs.items():
+            for stage in stages:
+                first = self.inputs[stage.operators[0]]
+                if _same(first.tensors, inputs.tensors):
+                    stage.operators.append(operator)
+                    break
+            else:
+                stages.append(self._opened_by(operator, stages))
+        self._mark_routed(stages)
         for stage in stages:
-            if _same(inputs[stage.operators[0]].tensors, seen.tensors):
-                stage.operators.append(operator)
-                break
-        else:
-            stage = Stage([operator], len(seen.tensors))
-            value = seen.tensors[0]
-            stage.routed = _is_choice(value, call) and value.numel() not in sizes
+            if len(stage.operators) == 1:
+                outputs = self.outputs[stage.operators[0]]
+                stage.returned = any(_same([one], outputs) for one in self.returned)
+        return stages
+
+    def _opened_by(self, operator: Operator, stages: Sequence[Stage]) -> Stage:
+        """Return the stage of an operator that has the input of none before it."""
+        inputs = self.inputs[operator]
+        wave_of = {one: stage.wave for stage in stages for one in stage.operators}
+        # what is called again later depends on operators that come after it
+        before = [
+            source
+            for source in sources(inputs.origins, self.operators)
+            if source in wave_of
+        ]
+        wave = 1 + max((wave_of[one] for one in before), default=-1)
+        if not self.output.requires_grad:
+            # the layer keeps autograd out, so the stages follow one another
+            before = list(wave_of)
+            wave = len(stages)
+        follows = frozenset(one.name for one in before)
+        return Stage([operator], len(inputs.tensors), wave, follows)
+
+    def _mark_routed(self, stages: Sequence[Stage]) -> None:
+        # neighbouring tokens may be joined, as at the end of a vision tower
+        sizes = {self.call.hidden_states.numel()}
+        for stage in stages:
+            value = self.inputs[stage.operators[0]].tensors[0]
+            stage.routed = _is_choice(value, self.call) and value.numel() not in sizes
             if not stage.routed:
                 sizes.add(value.numel())
-            if output.requires_grad:
-                # what is called again later depends on operators that come after it
-                before = [
-                    source
-                    for source in sources(seen.origins, operators)
-                    if source in wave_of
-                ]
-                stage.wave = 1 + max((wave_of[one] for one in before), default=-1)
-            else:  # the layer keeps autograd out, so the stages follow one another
-                before = list(wave_of)
-                stage.wave = len(stages)
-            stage.follows = frozenset(one.name for one in before)
-            stages.append(stage)
-        wave_of[operator] = stage.wave
-    for stage in stages:
-        if len(stage.operators) == 1:
-            put_out = outputs[stage.operators[0]]
-            stage.returned = any(_same([one], put_out) for one in returned)
-        stage.operators = [one for one in stage.operators if one in unseen]
-    return [stage for stage in stages if stage.operators]
 
 
 def _is_choice(value: Tensor, call: LayerCall) -> bool:

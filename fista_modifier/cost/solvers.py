@@ -17,9 +17,12 @@ from fista_modifier.solver import SolverOptions
 from fista_modifier.solver.blocks import BLOCK, ENTRIES
 from fista_modifier.solver.quadratic import LANCZOS_STEPS
 from fista_modifier.structured import (
+    FASPScore,
+    Fluctuation,
     GreedyElimination,
     LeastSquares,
     LocalSearch,
+    Magnitude,
     PenaltyMethod,
     Selector,
 )
@@ -65,7 +68,7 @@ def work_of(stage: StageShape, procedure: CorrectedProcedure) -> Work:
     :param stage: the stage, with only those of its operators that are pruned
     :param procedure: what is done to a layer
     :return: the operations of its solver
-    :raises TypeError: if the solver is not one of this package
+    :raises TypeError: if the solver or the selector is not one of this package
     """
     if isinstance(procedure, StructuredProcedure):
         return _work_on_channels(stage, procedure)
@@ -136,6 +139,8 @@ def _choice(selector: Selector, plan: GroupPlan, rows: int, columns: int) -> flo
     """
     Return the operations that choose the channels of one consumer. Scores are computed
     elementwise, so they add nothing here.
+
+    :raises TypeError: if the selector is not one of this package
     """
     size = plan.consumer.indices.shape[1]
     # a pivot changes the table of n×n and m×n by a product of rank r
@@ -153,7 +158,9 @@ def _choice(selector: Selector, plan: GroupPlan, rows: int, columns: int) -> flo
             swap = selector.candidates * trial + 2 * pivot
             start = _choice(selector.start, plan, rows, columns)
             return start + table + selector.max_swaps * swap
-    return 0.0
+        case FASPScore() | Fluctuation() | Magnitude():
+            return 0.0
+    raise TypeError(f"the cost of {type(selector).__name__} is not known")
 
 
 def _solve(rows: int, columns: int) -> float:
@@ -202,8 +209,12 @@ def _entries_of_channels(stage: StageShape, procedure: StructuredProcedure) -> f
             matrices = 3 * square
         case GreedyElimination() | LocalSearch():  # the table, its change, an inverse
             matrices = 3 * square + 2 * weight
-        case _:  # G on the columns that stay, and its factor
+        case FASPScore() | Fluctuation() | Magnitude():
+            # G on the columns that stay, and its factor
             matrices = 2 * square
+        case _:
+            unknown = type(procedure.selector).__name__
+            raise TypeError(f"the memory of {unknown} is not known")
     # There are also W, its target, a candidate, its difference from W, and the product
     # of the difference with G.
     return matrices + 5 * weight

@@ -80,12 +80,14 @@ class LayerProgress:
         :param result: what became of the operator
         """
         self._bar.set_postfix_str(f"{result.kind} error {result.relative_error:.3f}")
-        trials = f"λ {result.penalty:.2g} after {result.trials} trials, "
+        trials = ""
+        if result.trials:
+            trials = f"λ {result.penalty:.2g} after {result.trials} trials, "
         logger.log(
             "METRIC",
             f"{result.name}: {result.pattern}, relative error "
             f"{result.relative_start_error:.4f} -> {result.relative_error:.4f}, "
-            f"{'' if result.is_smaller else trials}{result.seconds:.1f} s",
+            f"{trials}{result.seconds:.1f} s",
         )
 
     def on_reconstruction(self, result: ReconstructionResult) -> None:

@@ -33,6 +33,7 @@ from fista_modifier.pruning.results import (
 
 __all__ = [
     "CallDigest",
+    "Fingerprint",
     "FinishedLayers",
     "Resumption",
     "TensorDigest",

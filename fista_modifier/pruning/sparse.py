@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -56,9 +56,9 @@ class _Solved:
     """
 
     solution: PrunedWeight
-    tokens: int
-    seconds: float
-    orders: Sequence[Tensor]
+    tokens: int = 0
+    seconds: float = 0.0
+    orders: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,32 +128,29 @@ class SparseProcedure(CorrectedProcedure):
         pruned: dict[Operator, Tensor] = {}
         results: list[OperatorResult] = []
         orders: list[Ordered] = []
-
-        def add(
-            operator: Operator, solution: PrunedWeight, tokens: int, seconds: float
-        ) -> None:
-            if tokens and not solution.output_norm:
-                logger.warning(
-                    f"the output of {operator.name} is zero for all {tokens} tokens: "
-                    "any weight has error 0, and what is pruned of it rests on no data"
-                )
-            elif tokens and not solution.error and _changed(operator, solution):
-                logger.warning(
-                    f"{operator.name} is pruned without any error for all {tokens} "
-                    "tokens: they do not excite the inputs whose weights are zero now, "
-                    "and what other data would need of these is lost"
-                )
-            pruned[operator] = solution.weight
-            results.append(self._result(operator, solution, tokens, seconds))
-            task.on_operator(results[-1])
-
         for wave, statistics, _ in self.sums(task, task.operators, pruned):
             for operator, solved in self._solve(wave, statistics, task.ranks):
-                add(operator, solved.solution, solved.tokens, solved.seconds)
+                _warn_of_no_error(operator, solved)
+                pruned[operator] = solved.solution.weight
+                results.append(self._result(operator, solved))
+                task.on_operator(results[-1])
                 orders += zip(
                     self.interchangeable.get(operator, ()), solved.orders, strict=True
                 )
-        uncalled = [one for one in task.operators if one not in pruned]
+        for operator, solved in self._uncalled(task, pruned):
+            pruned[operator] = solved.solution.weight
+            results.append(self._result(operator, solved))
+            task.on_operator(results[-1])
+        return pruned, results, orders
+
+    def _uncalled(
+        self, task: LayerTask, called: Collection[Operator]
+    ) -> Iterator[tuple[Operator, _Solved]]:
+        """
+        Yield the operators that no token reaches, pruned by magnitude, without those
+        whose weight another module reads.
+        """
+        uncalled = [one for one in task.operators if one not in called]
         by_others = (
             used_without_a_call(uncalled, task.recording.inputs[0]) if uncalled else []
         )
@@ -173,8 +170,7 @@ class SparseProcedure(CorrectedProcedure):
                 self._pattern(operator),
                 BY_MAGNITUDE,
             )
-            add(operator, solution, 0, 0.0)
-        return pruned, results, orders
+            yield operator, _Solved(solution)
 
     def _pattern(
         self, operator: Operator, orders: Sequence[Tensor] = ()
@@ -260,13 +256,8 @@ class SparseProcedure(CorrectedProcedure):
             for channels in self.interchangeable.get(operator, ())
         ]
 
-    def _result(
-        self,
-        operator: Operator,
-        solution: PrunedWeight,
-        tokens: int,
-        seconds: float,
-    ) -> OperatorResult:
+    def _result(self, operator: Operator, solved: _Solved) -> OperatorResult:
+        solution = solved.solution
         best = min(solution.trials, key=lambda trial: trial.error, default=None)
         improved = best is not None and best.error < solution.start_error
         rows, columns = solution.weight.shape
@@ -280,11 +271,27 @@ class SparseProcedure(CorrectedProcedure):
             penalty=best.penalty if best is not None and improved else 0.0,
             trials=len(solution.trials),
             iterations=sum(trial.iterations for trial in solution.trials),
-            tokens=tokens,
-            seconds=seconds,
+            tokens=solved.tokens,
+            seconds=solved.seconds,
             search=tuple(
                 trial.in_units_of(solution.output_norm) for trial in solution.trials
             ),
+        )
+
+
+def _warn_of_no_error(operator: Operator, solved: _Solved) -> None:
+    """Warn of an operator whose inputs or weights are such that no error can show."""
+    solution = solved.solution
+    if not solution.output_norm:
+        logger.warning(
+            f"the output of {operator.name} is zero for all {solved.tokens} tokens: "
+            "any weight has error 0, and what is pruned of it rests on no data"
+        )
+    elif not solution.error and _changed(operator, solution):
+        logger.warning(
+            f"{operator.name} is pruned without any error for all {solved.tokens} "
+            "tokens: they do not excite the inputs whose weights are zero now, "
+            "and what other data would need of these is lost"
         )
 
 

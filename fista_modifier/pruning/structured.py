@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fista_modifier.calibration.cuts import leaving, without_channels
 from fista_modifier.calibration.replays import Replays
-from fista_modifier.calibration.stages import Stage
 from fista_modifier.models.operators import Operator
-from fista_modifier.pruning.alternating import alternated
+from fista_modifier.pruning.alternating import Alternated, alternated
 from fista_modifier.pruning.channels import ChannelPlan, GroupPlan
 from fista_modifier.pruning.corrected import CorrectedProcedure
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
@@ -39,7 +38,7 @@ from fista_modifier.structured.patterns import Smaller, ZeroColumns
 __all__ = ["StructuredProcedure"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Chosen:
     """
     The channels of one group that were chosen to stay, and the consumer's weight on
@@ -50,6 +49,8 @@ class _Chosen:
     :param start_error: relative error without restoration
     :param tokens: number of tokens that reach the consumer
     :param seconds: wall time
+    :param producer: what alternation found for the linear producer; None if that is as
+        it was
     """
 
     plan: GroupPlan
@@ -57,6 +58,30 @@ class _Chosen:
     start_error: float
     tokens: int
     seconds: float
+    producer: Alternated | None = None
+
+    @property
+    def weights(self) -> dict[Operator, Tensor]:
+        """The new weights in their old shapes, with zeros for channels that leave."""
+        consumer, indices = self.plan.consumer
+        wide = torch.zeros_like(consumer.weight)
+        columns = indices[self.pruned.kept.cpu()].flatten().sort().values
+        wide[:, columns.to(wide.device)] = self.pruned.weight.to(wide)
+        if self.producer is None:
+            return {consumer: wide}
+        return {consumer: wide, self.producer.producer: self.producer.weight}
+
+    @property
+    def biases(self) -> dict[Operator, Tensor]:
+        """The new biases."""
+        changed = {}
+        if self.pruned.bias is not None:
+            consumer = self.plan.consumer.operator
+            own = consumer.module.bias.data
+            changed[consumer] = (own + self.pruned.bias.to(own.device)).to(own)
+        if self.producer is not None and self.producer.bias is not None:
+            changed[self.producer.producer] = self.producer.bias
+        return changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,64 +162,55 @@ class StructuredProcedure(CorrectedProcedure):
         plans = {
             one.consumer.operator: one for one in self.plan.groups[task.layer.name]
         }
-        chosen = []
+        chosen: list[_Chosen] = []
 
-        def improved(
-            pruned: PrunedChannels, stage: Stage, plan: GroupPlan, replays: Replays
-        ) -> PrunedChannels:
-            if self.alternation is None or plan.group.linear is None:
-                return pruned
-            better = alternated(
-                task, plan, pruned, replays, stage.calls, self.alternation
-            )
-            if better is None:
-                return pruned
-            weights[better.producer] = better.weight
-            if better.bias is not None:
-                biases[better.producer] = better.bias
-            return better.pruned
-
-        def add(
-            operator: Operator,
-            statistics: GramStatistics,
-            stage: Stage | None = None,
-            replays: Replays | None = None,
-        ) -> None:
-            started = time.perf_counter()
-            problem = _problem(plans[operator], statistics)
-            selector = self.selector if statistics.tokens else Magnitude()
-            restorer = self.restorer if statistics.tokens else KeptWeights()
-            pruned = prune_channels(problem, selector, restorer)
-            kept = KeptWeights()(problem, pruned.kept).weight
-            start = problem.error(problem.widened(kept, pruned.kept))
-            if stage and replays and statistics.tokens:
-                pruned = improved(pruned, stage, plans[operator], replays)
-            weights[operator] = problem.widened(pruned.weight, pruned.kept).to(
-                operator.weight
-            )
-            if pruned.bias is not None:
-                own = operator.module.bias.data
-                biases[operator] = (own + pruned.bias.to(own.device)).to(own)
-            chosen.append(
-                _Chosen(
-                    plans[operator],
-                    pruned,
-                    start / pruned.output_norm if pruned.output_norm else 0.0,
-                    statistics.tokens,
-                    time.perf_counter() - started,
-                )
-            )
+        def add(one: _Chosen) -> None:
+            weights.update(one.weights)
+            biases.update(one.biases)
+            chosen.append(one)
 
         for wave, statistics, replays in self.sums(task, list(plans), weights, biases):
             for stage in wave:
                 sums = statistics.pop(0)
                 for operator in stage.operators:
-                    add(operator, sums, stage, replays)
-        for operator in plans:
+                    one = self._choice(plans[operator], sums)
+                    add(self._alternated(one, task, replays, stage.calls))
+        for operator, plan in plans.items():
             # No token reaches the operator, as it is an expert.
             if operator not in weights:
-                add(operator, GramStatistics.empty(operator.weight.shape[1]))
+                add(self._choice(plan, GramStatistics.empty(operator.weight.shape[1])))
         return chosen
+
+    def _choice(self, plan: GroupPlan, statistics: GramStatistics) -> _Chosen:
+        """Choose the channels of a group; by magnitude if the sums are of no token."""
+        started = time.perf_counter()
+        problem = _problem(plan, statistics)
+        selector = self.selector if statistics.tokens else Magnitude()
+        restorer = self.restorer if statistics.tokens else KeptWeights()
+        pruned = prune_channels(problem, selector, restorer)
+        kept = KeptWeights()(problem, pruned.kept).weight
+        start = problem.error(problem.widened(kept, pruned.kept))
+        return _Chosen(
+            plan,
+            pruned,
+            start / pruned.output_norm if pruned.output_norm else 0.0,
+            statistics.tokens,
+            time.perf_counter() - started,
+        )
+
+    def _alternated(
+        self, chosen: _Chosen, task: LayerTask, replays: Replays, calls: int
+    ) -> _Chosen:
+        """Train the weights of a group in turn, where the procedure and it allow it."""
+        plan = chosen.plan
+        if not (self.alternation and plan.group.linear and chosen.tokens):
+            return chosen
+        started = time.perf_counter()
+        better = alternated(task, plan, chosen.pruned, replays, calls, self.alternation)
+        if better is None:
+            return chosen
+        seconds = chosen.seconds + time.perf_counter() - started
+        return replace(chosen, pruned=better.pruned, seconds=seconds, producer=better)
 
 
 def _problem(plan: GroupPlan, statistics: GramStatistics) -> ChannelProblem:

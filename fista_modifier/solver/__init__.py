@@ -25,6 +25,7 @@ from fista_modifier.solver.prune import (
     WarmStart,
     prune_weight,
 )
+from fista_modifier.solver.stage import StageProblem
 
 __all__ = [
     "GramStatistics",
@@ -37,6 +38,7 @@ __all__ = [
     "SparsityPattern",
     "Solver",
     "SolverFactory",
+    "StageProblem",
     "FISTAPruner",
     "Unstructured",
     "WarmStart",

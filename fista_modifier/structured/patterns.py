@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ __all__ = ["Smaller", "ZeroColumns", "lost_channels"]
 
 
 @dataclass(frozen=True)
-class _LostChannels:
+class _LostChannels(ABC):
     """
     A weight that lost channels.
 
@@ -34,6 +35,11 @@ class _LostChannels:
     @property
     def tag(self) -> str:
         return "structured-pruning"
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> _LostChannels | None:
+        """Read the name of such a weight, as every registered pattern does."""
 
 
 @register(None)
@@ -131,4 +137,4 @@ def lost_channels(pattern: str) -> bool:
     :param pattern: the name of the pattern in a report
     :return: whether it is
     """
-    return bool(Smaller.parse(pattern) or ZeroColumns.parse(pattern))
+    return any(kind.parse(pattern) for kind in _LostChannels.__subclasses__())

@@ -18,7 +18,7 @@ from fista_modifier.calibration.cuts import check_cut
 from fista_modifier.calibration.groups import ChannelGroup, LayerGroups
 from fista_modifier.calibration.probing import Codes
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerCall, calibration_runs
+from fista_modifier.calibration.replay import LayerCall, LayerInputs, calibration_runs
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.layers import (
     DecoderLayer,
@@ -59,23 +59,18 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.eval()
 
 
-def first_layer(model: PreTrainedModel) -> DecoderLayer:
-    """After one run of the model"""
+def search(model: PreTrainedModel) -> tuple[DecoderLayer, LayerInputs, LayerGroups]:
+    """The first layer, what one run of the model calls it with, and its groups"""
     operators = find_operators(model, ["Linear"], ["re:.*lm_head$"])
     layer = group_by_layer(model, operators, layer_targets(model, operators))[0]
-    layer.recording = Recording(layer.module, layer.operators, with_outputs=False)
-    for module, hook, _ in layer.recording.hooks():
+    recording = Recording(layer.module, layer.operators, with_outputs=False)
+    for module, hook, _ in recording.hooks():
         module.register_forward_pre_hook(hook, with_kwargs=True)
-    with torch.no_grad(), calibration_runs(model):
-        model(samples(), use_cache=False)
-    return layer
-
-
-def search(model: PreTrainedModel) -> tuple[DecoderLayer, LayerGroups]:
-    layer = first_layer(model)
-    assert layer.recording is not None
     with calibration_runs(model):
-        return layer, find_groups(layer.operators, layer.recording.inputs)
+        with torch.no_grad():
+            model(samples(), use_cache=False)
+        groups = find_groups(layer.operators, recording.inputs)
+    return layer, recording.inputs, groups
 
 
 def channels_of(group: ChannelGroup, prefix: str) -> Iterator[frozenset]:
@@ -263,7 +258,7 @@ The families whose attention takes the number of heads from the shapes of the op
 
 @pytest.mark.parametrize("family", EXPECTED)
 def test_groups_of_a_family(family: str) -> None:
-    layer, groups = search(model_of(family))
+    layer, _, groups = search(model_of(family))
     for kind, expected in EXPECTED[family].items():
         assert found(layer, groups, kind) == expected, kind
     for group in groups.groups:
@@ -275,15 +270,14 @@ def test_groups_of_a_family(family: str) -> None:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_a_layer_without_channels_computes_what_it_does_unread(family: str) -> None:
     model = model_of(family)
-    layer, groups = search(model)
-    assert layer.recording is not None
+    layer, calls, groups = search(model)
     before = {name: one.clone() for name, one in layer.module.state_dict().items()}
     for group in groups.groups:
         if group.kind == "heads" and family not in CUT_BY_SHAPES:
             continue
         kept = torch.randperm(group.size)[: group.size // 2].sort().values
         with calibration_runs(model):
-            assert check_cut(group, layer.recording.inputs[0], kept) is None
+            assert check_cut(group, calls[0], kept) is None
     after = layer.module.state_dict()
     assert all(torch.equal(after[name], one) for name, one in before.items())
 
@@ -303,7 +297,7 @@ def test_a_layer_without_channels_computes_what_it_does_unread(family: str) -> N
 def test_what_the_consumer_reads_is_linear_in(
     family: str, operator: str | None, first: int, dtype: torch.dtype
 ) -> None:
-    layer, groups = search(model_of(family, dtype))
+    layer, _, groups = search(model_of(family, dtype))
     group = groups.of_kind("channels")[0]
     assert all(one.linear is None for one in groups.groups if one.kind != "channels")
     if operator is None:
@@ -316,7 +310,7 @@ def test_what_the_consumer_reads_is_linear_in(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    layer, groups = search(model_of("llama", dtype))
+    layer, _, groups = search(model_of("llama", dtype))
     for kind, expected in LLAMA.items():
         assert found(layer, groups, kind) == expected, kind
 
@@ -337,7 +331,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     ],
 )
 def test_reasons(family: str, operator: str, reason: str) -> None:
-    layer, groups = search(model_of(family))
+    layer, _, groups = search(model_of(family))
     (one,) = [it for it in layer.operators if it.name.endswith(operator)]
     assert re.search(reason, groups.why_not(one))
 
