@@ -1,11 +1,10 @@
-"""One rank of a distributed run: ``python rank_main.py OUT FAMILY FIELDS [DIES]``."""
+"""What one rank of a distributed run does."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -53,7 +52,3 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     run(model, modifier, **data)
     names = [result.name for result in modifier.results]
     torch.save((weights(model), names), Path(output) / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -2,60 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
+from ranks import outputs, start
 from runs import prune, weights
-
-TESTS = Path(__file__).resolve().parent
-
-
-def start(
-    size: int, output: Path, family: str, fields: dict[str, Any], dies: str = ""
-) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "rank_main.py",
-                str(output),
-                family,
-                json.dumps(fields),
-                dies,
-            ],
-            cwd=TESTS,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
-    try:
-        return [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.mark.parametrize(

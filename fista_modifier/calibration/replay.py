@@ -53,8 +53,9 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
     Prepare for runs of a layer outside the toolkit's own passes: no gradients, no KV
     cache, evaluation mode, eager attention (unless
     :class:`~fista_modifier.calibration.attention.FusedAttention` sets another), weights
-    that stay onloaded, no hooks of other modifiers, and experts that see only the
-    tokens that are routed to them. This is the context of every such run.
+    that stay onloaded, no hooks of other modifiers, weights and inputs that are not
+    rounded for a quantisation to come, and experts that see only the tokens that are
+    routed to them. This is the context of every such run.
 
     :param model: the model being calibrated
     """
@@ -62,6 +63,11 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(disable_offloading())
+        # The toolkit enables a quantisation to come after each modifier's pass, though
+        # its scales are not known yet.
+        for module in model.modules():
+            if getattr(module, "quantization_enabled", False):
+                stack.enter_context(patch_attr(module, "quantization_enabled", False))
         # oneshot may let all experts of a mixture see all tokens in its own passes
         stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
         yield

@@ -435,6 +435,11 @@ class FISTAPruningModifier(LayerwiseModifier):
                 state.model, schedule.layers, state.data.calib, procedure.patterns
             )
             schedule.procedure = replace(procedure, interchangeable=plan)
+            if self.permute_channels and not plan:
+                logger.warning(
+                    "permute_channels: true has no effect, as no channels were found "
+                    "that can change places between operators that all get n:m patterns"
+                )
 
     def _warn_of_other_meanings(self) -> None:
         """Warn of fields that mean something else in a recipe of SparseGPTModifier."""

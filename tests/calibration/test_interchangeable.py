@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressed_tensors.quantization import enable_quantization
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from runs import samples
 from test_channels import EACH, HEADS, KEYS, MLP, SIZE, model_of, search
 from torch import Tensor
@@ -91,3 +93,25 @@ def test_without_heads_values_stay_where_they_are() -> None:
     _, _, groups = search(model_of("llama"))
     groups.groups = [one for one in groups.groups if one.kind != "heads"]
     assert [one.group.kind for one in interchangeable(groups)] == ["channels"]
+
+
+def test_a_quantisation_to_come_hides_nothing() -> None:
+    """The toolkit enables it after a modifier's pass; its scales are not known then."""
+    model = model_of("llama")
+    QuantizationModifier(
+        targets=["Linear"], scheme="W8A8", ignore=["re:.*lm_head"]
+    ).initialize_quantization(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight_scale"):
+            parameter.data.fill_(float("nan"))
+    model.apply(enable_quantization)
+    _, calls, groups = search(model)
+    found = interchangeable(groups)
+    assert sorted(one.group.kind for one in found) == ["channels", "values"]
+    with calibration_runs(model):
+        assert check_order(found, calls[0]) == found
+    assert all(
+        module.quantization_enabled
+        for module in model.modules()
+        if hasattr(module, "quantization_scheme")
+    )

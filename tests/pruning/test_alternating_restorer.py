@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, tiny_model
+from ranks import outputs, start
 from runs import weights
-from test_distributed import outputs, start
 from test_structured import (
     assert_same,
     check_loads,

@@ -14,9 +14,9 @@ from datasets import Dataset
 from families import FAMILIES, MIXTURES, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from ranks import outputs, start
 from runs import calibration as data
 from runs import run, samples, weights
-from test_distributed import outputs, start
 from torch import Tensor
 from transformers import (
     AutoConfig,
