@@ -15,10 +15,6 @@ DEALT = 512
 The most groups among which channels are dealt out at once. The time for this grows with
 the cube of their number.
 """
-ROWS = 1024
-"""
-The most rows by which an order is chosen. In a larger weight they are evenly spaced.
-"""
 
 
 def regrouped(scores: Tensor, pattern: NofM) -> Tensor:
@@ -40,12 +36,11 @@ def regrouped(scores: Tensor, pattern: NofM) -> Tensor:
     order = torch.arange(channels, device=scores.device)
     if pattern.n == pattern.m or channels == pattern.m:
         return order
-    rows = scores[:: -(-len(scores) // ROWS)]
-    by_size = rows.sum(0).argsort(descending=True, stable=True)
+    by_size = scores.sum(0).argsort(descending=True, stable=True)
     groups = by_size.view(pattern.m, -1).T.contiguous()
     for place in range(pattern.m):
         for some in _parts(len(groups), place):
-            groups[some] = _dealt(groups[some], place, rows, pattern.n)
+            groups[some] = _dealt(groups[some], place, scores, pattern.n)
     found = groups.flatten()
     better = kept_share(scores[:, found], pattern) > kept_share(scores, pattern)
     return found if better else order

@@ -14,9 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fista_modifier import FISTAPruningModifier
+from fista_modifier.calibration.groups import ChannelGroup, Members
+from fista_modifier.calibration.orders import Interchangeable
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models.operators import Operator
-from fista_modifier.solver import NofM
+from fista_modifier.pruning import orders
+from fista_modifier.pruning.orders import best_order
+from fista_modifier.solver import GramStatistics, NofM
+from fista_modifier.solver.orders import regrouped
 
 LAYER = "model.layers.0"
 WIDE = {"intermediate_size": 96}
@@ -191,3 +196,22 @@ def test_finished_layers_are_taken_up_in_their_order(tmp_path: Path) -> None:
     whole = pruned()
     pruned(layers="0", resume_dir=str(tmp_path / "layers"))
     assert same(pruned(resume_dir=str(tmp_path / "layers")), whole)
+
+
+def test_some_of_many_rows_show_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third row is what counts, by Wanda's squared scores; others are larger."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 48, bias=False)
+    layer.weight.data *= torch.rand(64) ** 3
+    layer.weight.data[::3] *= 0.1
+    features = torch.randn(256, 64) * torch.rand(64)
+    statistics = GramStatistics.empty(64)
+    statistics.accumulate(features)
+    members = Members(Operator("down", layer), torch.arange(64)[:, None])
+    group = ChannelGroup("channels", (), (members,))
+    channels = Interchangeable(group, torch.arange(64)[None])
+    scores = layer.weight.data.square() * features.square().sum(0)
+    expected = regrouped(scores[::3], NofM(2, 4))
+    assert not torch.equal(best_order(channels, statistics, NofM(2, 4)), expected)
+    monkeypatch.setattr(orders, "ROWS", 16)
+    assert torch.equal(best_order(channels, statistics, NofM(2, 4)), expected)

@@ -77,13 +77,6 @@ def test_of_many_groups_only_some_are_dealt_out_at_once(
     assert before + 0.7 * (whole - before) < parts < whole
 
 
-def test_some_of_many_rows_show_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = uneven(16, 64)
-    expected = regrouped(rows, TWO_OF_FOUR)
-    monkeypatch.setattr(module, "ROWS", 16)
-    assert torch.equal(regrouped(rows.repeat_interleave(3, 0), TWO_OF_FOUR), expected)
-
-
 @pytest.mark.parametrize(
     ("scores", "pattern"),
     [
