@@ -57,9 +57,14 @@ def recover(
     epochs: Annotated[
         float, typer.Option(min=0, help="how often each sequence is seen")
     ] = 1.0,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="the highest; it rises at first, then falls")
-    ] = 2e-4,
+    rate: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="the highest learning rate, as a share of an operator's mean kept "
+            "weight; it rises at first, then falls",
+        ),
+    ] = 0.002,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
@@ -88,9 +93,7 @@ def recover(
     with errors_as_messages():
         pipeline.check_output(output, overwrite)
         check_folders(output, resume)
-        training = Training(
-            epochs, learning_rate, batch_size, gradient_checkpointing, seed
-        )
+        training = Training(epochs, rate, batch_size, gradient_checkpointing, seed)
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))

@@ -168,7 +168,7 @@ class RecoveryResult:
     :param tokens: tokens that the model was trained on, in each epoch
     :param held_out_tokens: tokens that the model was not trained on
     :param epochs: how often the model saw the tokens
-    :param learning_rate: the highest learning rate
+    :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
     :param batch_size: sequences in a step of one process
     :param steps: steps of AdamW
     :param start_divergence: divergence of the model as pruning left it
@@ -181,7 +181,7 @@ class RecoveryResult:
     tokens: int
     held_out_tokens: int
     epochs: float
-    learning_rate: float
+    rate: float
     batch_size: int
     steps: int
     start_divergence: float

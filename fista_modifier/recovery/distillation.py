@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
+from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -68,6 +69,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     :param options: keyword arguments of ``Trainer``
     """
 
+    optimizer: Optimizer | None
+
     def __init__(
         self, *arguments: Any, teacher: PreTrainedModel, **options: Any
     ) -> None:
@@ -101,6 +104,22 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         loss = mean_divergence(dense, outputs.logits, given.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, model: Module | None = None) -> Optimizer:
+        """
+        Make AdamW. The learning rate of each weight is the arguments' one, times the
+        mean absolute value of what is not zero in it.
+
+        :param model: not used
+        :return: the optimizer
+        """
+        if self.optimizer is None:
+            groups = [
+                {"params": [weight], "lr": self.args.learning_rate * _mean_kept(weight)}
+                for weight in self._trained().values()
+            ]
+            self.optimizer = AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {
             name: parameter
@@ -129,3 +148,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, value in stored.items():
                 trained[name].copy_(value)
+
+
+def _mean_kept(weight: Tensor) -> float:
+    kept = weight.detach().abs().float()
+    return float(kept.sum()) / max(int(kept.count_nonzero()), 1)

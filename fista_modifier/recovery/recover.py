@@ -48,10 +48,11 @@ class Training:
     """
     The settings of a training, which is by AdamW without weight decay. The learning
     rate rises linearly over the first twentieth of the steps, and falls linearly to
-    zero. A gradient's norm is at most 1.
+    zero. A gradient's norm is at most 1. A step of AdamW is as long as the rate,
+    whatever the weights are, so the rate is a share of them.
 
     :param epochs: how often each sequence is seen
-    :param learning_rate: the highest learning rate
+    :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
     :param batch_size: sequences in a step of one process
     :param gradient_checkpointing: whether layers run again in the backward pass, so
         that their activations need not be kept
@@ -60,15 +61,15 @@ class Training:
     """
 
     epochs: float = 1.0
-    learning_rate: float = 2e-4
+    rate: float = 0.002
     batch_size: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.learning_rate <= 0 or self.batch_size < 1:
+        if self.epochs <= 0 or self.rate <= 0 or self.batch_size < 1:
             raise ValueError(
-                f"{self.epochs:g} epochs, learning rate {self.learning_rate:g} and "
+                f"{self.epochs:g} epochs, rate {self.rate:g} and "
                 f"batches of {self.batch_size} train nothing: each has to be positive"
             )
 
@@ -84,7 +85,7 @@ class Training:
         return TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=self.epochs,
-            learning_rate=self.learning_rate,
+            learning_rate=self.rate,
             per_device_train_batch_size=self.batch_size,
             gradient_checkpointing=self.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -225,7 +226,7 @@ def train_operators(
         tokens=sum(map(len, train["input_ids"])),
         held_out_tokens=after.tokens,
         epochs=training.epochs,
-        learning_rate=training.learning_rate,
+        rate=training.rate,
         batch_size=training.batch_size,
         steps=steps,
         start_divergence=before.divergence,
@@ -376,11 +377,11 @@ def _judge(before: float, after: float) -> None:
     if not after < float("inf"):
         raise RuntimeError(
             f"the training diverged: the mean KL to the teacher was {before:.4f} and "
-            f"is {after}. Use a lower --learning-rate"
+            f"is {after}. Use a lower --rate"
         )
     if after > before:
         logger.warning(
             f"The mean KL to the teacher rose from {before:.4f} to {after:.4f} on the "
             "sequences that were held out: use more --samples, fewer --epochs or a "
-            "lower --learning-rate"
+            "lower --rate"
         )

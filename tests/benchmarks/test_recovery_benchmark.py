@@ -54,7 +54,7 @@ def test_a_recovery_starts_from_the_weights_that_were_kept(
     file = tmp_path / "weights"
     recovery.keep(dense, tokenizer, data, prune=prune, file=file)
     again = AutoModelForCausalLM.from_pretrained(model)
-    training = recovery.Training(learning_rate=1e-12)
+    training = recovery.Training(rate=1e-12)
     recovery.recovered(
         again, tokenizer, data, file=file, model_name=str(model), training=training
     )

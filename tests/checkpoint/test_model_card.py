@@ -200,7 +200,7 @@ def test_a_recovery_is_told_with_its_data_and_what_it_came_to() -> None:
         "FISTAPruner, after training: 50.00 %",
         "trained towards the predictions of the dense model, while zeros stayed zeros.",
         "| recovery | towards dense, 15,872 tokens of text.jsonl, 2 epochs, AdamW, "
-        "learning rate 0.0002 |",
+        "rate 0.0002 of the mean kept weight |",
         "| 0.4100 → 0.2200 nats per token, on 511 tokens that were held out |",
         "operator's output, before recovery |",
     ):

@@ -97,3 +97,20 @@ def test_the_trainer_logs_the_divergence_and_leaves_the_teacher(tmp_path: Path) 
         torch.equal(value, before[name]) for name, value in teacher.state_dict().items()
     )
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_rate_is_a_share_of_the_weights_that_are_kept(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    prune(model, preset="fast")
+    for factor, layer in zip((1.0, 0.1), model.model.layers, strict=True):
+        layer.mlp.down_proj.weight.data *= factor
+    arguments = TrainingArguments(str(tmp_path), learning_rate=0.01, use_cpu=True)
+    trainer = DistillationTrainer(model, arguments, teacher=tiny_model("llama"))
+    rate_of = {
+        id(group["params"][0]): group["lr"]
+        for group in trainer.create_optimizer().param_groups
+    }
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight
+        mean = float(weight[weight != 0].abs().mean())
+        assert rate_of[id(weight)] == pytest.approx(0.01 * mean)

@@ -32,7 +32,7 @@ from fista_modifier.solver import NofM
 
 SEQUENCES, LENGTH = 20, 12
 DATA = Calibration("text.txt", SEQUENCES, LENGTH, 0)
-FAST = Training(epochs=3, learning_rate=3e-3, batch_size=2)
+FAST = Training(epochs=3, rate=0.025, batch_size=2)
 TWO_OF_FOUR = ("--pattern", "2:4", "--preset", "fast")
 SMALLER = ("--method", "fasp", "--sparsity", "0.3", "--multiple-of", "4")
 
@@ -110,7 +110,7 @@ def test_half_precision_is_trained_in_float32_and_stored_as_it_was(
     """In bfloat16 steps this small would be lost."""
     folder = pruned(*TWO_OF_FOUR, "--dtype", "bfloat16")
     before = load_model(str(folder))
-    after, report = run(folder, model, Training(learning_rate=1e-4))
+    after, report = run(folder, model, Training(rate=1e-3))
     old = before.state_dict()
     name = "model.layers.0.mlp.up_proj.weight"
     value = after.state_dict()[name]
@@ -212,7 +212,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
         torch.equal(value, expected[name])
         for name, value in finished.state_dict().items()
     )
-    with pytest.raises(ValueError, match="learning_rate was 0.003 and is 0.001"):
+    with pytest.raises(ValueError, match="rate was 0.025 and is 0.001"):
         run(folder, model, Training(3, 1e-3, 2), resume=states)
 
 
@@ -222,10 +222,10 @@ def test_a_training_that_makes_it_worse_is_told(
     told: list[str] = []
     sink = logger.add(told.append, level="WARNING")
     try:
-        run(pruned(*TWO_OF_FOUR), model, Training(learning_rate=0.3))
+        run(pruned(*TWO_OF_FOUR), model, Training(rate=3.0))
     finally:
         logger.remove(sink)
-    assert any("rose from" in one and "--learning-rate" in one for one in told)
+    assert any("rose from" in one and "--rate" in one for one in told)
 
 
 def test_a_report_of_another_model_is_refused(
@@ -239,7 +239,7 @@ def test_a_report_of_another_model_is_refused(
 
 def recovered(folder: Path, teacher: Path, text: Path, output: Path, *more: object):
     common = ("--teacher", teacher, "-o", output, "--dataset", text)
-    small = ("--samples", 18, "--seq-len", 16, "--learning-rate", 1e-3)
+    small = ("--samples", 18, "--seq-len", 16, "--rate", 0.01)
     return invoke("recover", folder, *common, *small, *more)
 
 
@@ -360,7 +360,7 @@ def test_mixed_precision_ends_with_the_training(
             return super().arguments(folder, kept, True)
 
     folder = pruned(*TWO_OF_FOUR)
-    after, report = run(folder, model, Mixed(learning_rate=1e-3))
+    after, report = run(folder, model, Mixed(rate=0.01))
     held = torch.tensor(held_out(tokens())[1]["input_ids"])
     expected = divergence(load_model(str(model)), after, held)
     assert report.recovery[0].divergence == pytest.approx(expected, rel=1e-5)
