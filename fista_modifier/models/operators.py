@@ -27,6 +27,7 @@ __all__ = [
     "UNCHANGED",
     "Operator",
     "blocks_of",
+    "mean_kept",
     "operators_in",
     "replaced_weights",
     "trainable",
@@ -213,3 +214,14 @@ def trainable(layer: torch.nn.Module, operators: Iterable[Operator]) -> Iterator
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+def mean_kept(weight: Tensor) -> float:
+    """
+    Return the mean absolute value of what is not zero in a weight.
+
+    :param weight: a tensor of any shape and floating dtype
+    :return: the mean; 0 if all is zero
+    """
+    kept = weight.abs().float()
+    return float(kept.sum()) / max(int(kept.count_nonzero()), 1)

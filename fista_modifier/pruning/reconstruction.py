@@ -23,6 +23,7 @@ from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
 from fista_modifier.models.operators import (
     UNCHANGED,
     Operator,
+    mean_kept,
     replaced_weights,
     trainable,
 )
@@ -309,7 +310,7 @@ class _KeptWeights:
         self._optimizers = {
             operator: Adam(
                 [master],
-                lr=rate * float(master.abs().sum()) / max(len(master), 1),
+                lr=rate * mean_kept(master),
                 betas=BETAS,
                 fused=True,
             )

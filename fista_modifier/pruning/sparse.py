@@ -128,20 +128,27 @@ class SparseProcedure(CorrectedProcedure):
         pruned: dict[Operator, Tensor] = {}
         results: list[OperatorResult] = []
         orders: list[Ordered] = []
-        for wave, statistics, _ in self.sums(task, task.operators, pruned):
-            for operator, solved in self._solve(wave, statistics, task.ranks):
+        for operator, solved in self._in_turn(task, pruned):
+            if solved.tokens:
                 _warn_of_no_error(operator, solved)
-                pruned[operator] = solved.solution.weight
-                results.append(self._result(operator, solved))
-                task.on_operator(results[-1])
-                orders += zip(
-                    self.interchangeable.get(operator, ()), solved.orders, strict=True
-                )
-        for operator, solved in self._uncalled(task, pruned):
             pruned[operator] = solved.solution.weight
             results.append(self._result(operator, solved))
             task.on_operator(results[-1])
+            if solved.orders:
+                channels = self.interchangeable[operator]
+                orders += zip(channels, solved.orders, strict=True)
         return pruned, results, orders
+
+    def _in_turn(
+        self, task: LayerTask, pruned: Mapping[Operator, Tensor]
+    ) -> Iterator[tuple[Operator, _Solved]]:
+        """
+        Yield all operators with their solutions. The caller adds to ``pruned`` between
+        the steps.
+        """
+        for wave, statistics, _ in self.sums(task, task.operators, pruned):
+            yield from self._solve(wave, statistics, task.ranks)
+        yield from self._uncalled(task, pruned)
 
     def _uncalled(
         self, task: LayerTask, called: Collection[Operator]

@@ -60,16 +60,19 @@ class _Chosen:
     seconds: float
     producer: Alternated | None = None
 
-    @property
-    def weights(self) -> dict[Operator, Tensor]:
-        """The new weights in their old shapes, with zeros for channels that leave."""
-        consumer, indices = self.plan.consumer
-        wide = torch.zeros_like(consumer.weight)
-        columns = indices[self.pruned.kept.cpu()].flatten().sort().values
-        wide[:, columns.to(wide.device)] = self.pruned.weight.to(wide)
-        if self.producer is None:
-            return {consumer: wide}
-        return {consumer: wide, self.producer.producer: self.producer.weight}
+    def weights(self, problem: ChannelProblem) -> dict[Operator, Tensor]:
+        """
+        Return the new weights in their old shapes, with zeros for channels that leave.
+
+        :param problem: the problem that the channels are chosen for
+        :return: the weights of the consumer and of a changed producer
+        """
+        consumer = self.plan.consumer.operator
+        wide = problem.widened(self.pruned.weight, self.pruned.kept)
+        changed = {consumer: wide.to(consumer.weight)}
+        if self.producer is not None:
+            changed[self.producer.producer] = self.producer.weight
+        return changed
 
     @property
     def biases(self) -> dict[Operator, Tensor]:
@@ -164,8 +167,8 @@ class StructuredProcedure(CorrectedProcedure):
         }
         chosen: list[_Chosen] = []
 
-        def add(one: _Chosen) -> None:
-            weights.update(one.weights)
+        def add(one: _Chosen, problem: ChannelProblem) -> None:
+            weights.update(one.weights(problem))
             biases.update(one.biases)
             chosen.append(one)
 
@@ -173,20 +176,23 @@ class StructuredProcedure(CorrectedProcedure):
             for stage in wave:
                 sums = statistics.pop(0)
                 for operator in stage.operators:
-                    one = self._choice(plans[operator], sums)
-                    add(self._alternated(one, task, replays, stage.calls))
+                    problem = _problem(plans[operator], sums)
+                    one = self._choice(plans[operator], problem)
+                    add(self._alternated(one, task, replays, stage.calls), problem)
         for operator, plan in plans.items():
             # No token reaches the operator, as it is an expert.
             if operator not in weights:
-                add(self._choice(plan, GramStatistics.empty(operator.weight.shape[1])))
+                none = GramStatistics.empty(operator.weight.shape[1])
+                problem = _problem(plan, none)
+                add(self._choice(plan, problem), problem)
         return chosen
 
-    def _choice(self, plan: GroupPlan, statistics: GramStatistics) -> _Chosen:
+    def _choice(self, plan: GroupPlan, problem: ChannelProblem) -> _Chosen:
         """Choose the channels of a group; by magnitude if the sums are of no token."""
         started = time.perf_counter()
-        problem = _problem(plan, statistics)
-        selector = self.selector if statistics.tokens else Magnitude()
-        restorer = self.restorer if statistics.tokens else KeptWeights()
+        tokens = problem.statistics.tokens
+        selector = self.selector if tokens else Magnitude()
+        restorer = self.restorer if tokens else KeptWeights()
         pruned = prune_channels(problem, selector, restorer)
         kept = KeptWeights()(problem, pruned.kept).weight
         start = problem.error(problem.widened(kept, pruned.kept))
@@ -194,7 +200,7 @@ class StructuredProcedure(CorrectedProcedure):
             plan,
             pruned,
             start / pruned.output_norm if pruned.output_norm else 0.0,
-            statistics.tokens,
+            tokens,
             time.perf_counter() - started,
         )
 

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fista_modifier.evaluation.agreement import divergences
+from fista_modifier.models.operators import mean_kept
 
 __all__ = ["DistillationTrainer", "mean_divergence"]
 
@@ -106,18 +107,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Module | None = None) -> Optimizer:
         """
-        Make AdamW. The learning rate of each weight is the arguments' one, times the
-        mean absolute value of what is not zero in it.
+        Make the arguments' optimizer. The learning rate of each weight is the
+        arguments' one, times the mean absolute value of what is not zero in it.
 
         :param model: not used
         :return: the optimizer
         """
         if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            rate = options.pop("lr")
             groups = [
-                {"params": [weight], "lr": self.args.learning_rate * _mean_kept(weight)}
+                {"params": [weight], "lr": rate * mean_kept(weight.detach())}
                 for weight in self._trained().values()
             ]
-            self.optimizer = AdamW(groups, weight_decay=0.0)
+            decay = self.args.weight_decay
+            self.optimizer = kind(groups, weight_decay=decay, **options)
         return self.optimizer
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
@@ -148,8 +152,3 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, value in stored.items():
                 trained[name].copy_(value)
-
-
-def _mean_kept(weight: Tensor) -> float:
-    kept = weight.detach().abs().float()
-    return float(kept.sum()) / max(int(kept.count_nonzero()), 1)
