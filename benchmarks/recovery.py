@@ -60,9 +60,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--times", type=int, nargs="+", default=TIMES)
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--epochs", type=float, default=Training.epochs)
+    parser.add_argument("--rate", type=float, default=Training.rate)
     args = parser.parse_args()
-    setup = common_setup(args) | {"epochs": args.epochs}
+    setup = common_setup(args) | {"epochs": args.epochs, "rate": args.rate}
     results = Results.resume(args.out.with_suffix(".json"), setup)
     if not results.find(method="dense"):
         results.add({"method": "dense"} | measurement(args).run(None, None))
@@ -85,7 +86,7 @@ def measured(args: argparse.Namespace, job: Job) -> Row:
         dense = load_model(args.model, "float32")
         keep(dense, tokenizer, calibration, prune=prune, file=file)
     more = inputs.calibration(args, job.times * args.samples, job.seed)
-    training = Training(epochs=args.epochs, seed=job.seed)
+    training = Training(args.epochs, args.rate, seed=job.seed)
     again = partial(recovered, file=file, model_name=args.model, training=training)
     return measurement(args).run(again, more)
 
@@ -145,13 +146,11 @@ def table(args: argparse.Namespace, results: Results) -> str:
     for text in texts:
         lines[0] += [f"{texts[text]:.2f}", "", ""]
     lines[0] += ["", ""]
-    for method, times in product(args.methods, args.times):
-        found = [
-            row
-            for seed in args.seeds
-            if (row := results.find(method=method, times=times, seed=seed))
-        ]
-        if found:
+    rows = [row for row in results.rows if row["method"] != "dense"]
+    for method, times in product(METHODS, sorted({row["times"] for row in rows})):
+        if found := [
+            row for row in rows if (row["method"], row["times"]) == (method, times)
+        ]:
             lines.append(line(found, dense, results))
     header = ["method", "recovered on"]
     for text in texts:
@@ -159,7 +158,8 @@ def table(args: argparse.Namespace, results: Results) -> str:
     header += ["share of the excess", "seconds"]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
-        f"of {Path(args.calibration).name}, recovered in {args.epochs:g} epochs; "
+        f"of {Path(args.calibration).name}, recovered with --epochs {args.epochs:g} "
+        f"--rate {args.rate:g}; "
         f"{args.eval_tokens} tokens of each text. Same: share of the next tokens for "
         "which the model and the dense one hold the same for the most likely. KL: mean "
         "KL(dense ‖ model), in nats per token. Share of the excess: of that of "
