@@ -32,6 +32,7 @@ import fista_modifier.pruning.structured
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
+from fista_modifier.calibration.sums import SumsInPass
 from fista_modifier.cost import LayerShape, layer_cost, shape_of
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.modifiers.base import LayerwiseModifier
@@ -45,6 +46,7 @@ PHASES = {
         (fista_modifier.pruning.corrected, "wave_statistics"),
         (LayerInputs, "of_block"),
         (PrunedStream, "advance"),
+        (SumsInPass, "add"),
     ],
     "solver": [
         (FISTAPruner, "prune"),

@@ -15,7 +15,7 @@ from runs import LENGTH, calibration, prune, samples, weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.recording import Recorded, Recording
 from fista_modifier.calibration.replay import RealTokens
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.reconstruction import (
@@ -48,7 +48,7 @@ class Layer(torch.nn.Module):
 
 def recorded(layer: Layer, batches: list[Tensor]) -> tuple[Recording, Operator]:
     operator = Operator("linear", layer.linear)
-    recording = Recording(layer, [operator], with_outputs=True)
+    recording = Recording(layer, [operator], Recorded(outputs=True))
     for batch in batches:
         recording.inputs.append((batch,), {})
         recording.real_tokens.append(RealTokens())

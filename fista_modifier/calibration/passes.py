@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.calibration.attention import FusedAttention
 from fista_modifier.calibration.batches import CalibrationBatches
-from fista_modifier.calibration.recording import Hook, Recording
+from fista_modifier.calibration.recording import Hook, Recorded, Recording
 from fista_modifier.calibration.reference import ReferenceRun
 from fista_modifier.models.layers import DecoderLayer
 
@@ -54,23 +54,24 @@ class CalibrationPasses:
         return self._model, self._batches.on_model_call, "forward_pre"
 
     def record(
-        self, layer: DecoderLayer, *, outputs: bool, block_outputs: bool
+        self, layer: DecoderLayer, wanted: Recorded, offload: bool
     ) -> Iterator[Hook]:
         """
         Start the recording of a layer.
 
         :param layer: the layer to record
-        :param outputs: whether to record what the layer returns, too
-        :param block_outputs: whether to record what its blocks return, too
+        :param wanted: what is recorded beside what the layer is called with
+        :param offload: whether to keep the n×n matrices of sums in main memory
         :return: the hooks that must stay until the pipeline leaves the layer
         """
         self._recordings[layer] = Recording(
             layer.module,
             layer.operators,
+            wanted,
             self._storage,
-            padding=partial(self._batches.real, layer.mask_name),
-            with_outputs=outputs,
-            with_block_outputs=block_outputs,
+            partial(self._batches.real, layer.mask_name),
+            lambda: any(one.sums for one in self._recordings.values()),
+            offload,
         )
         return self._recordings[layer].hooks()
 

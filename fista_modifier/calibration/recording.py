@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from copy import copy
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -13,12 +14,29 @@ from torch import Tensor
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.replay import LayerInputs, RealTokens, first_tensor
 from fista_modifier.calibration.stages import Stage
+from fista_modifier.calibration.sums import SumsInPass
 from fista_modifier.distributed import Ranks
 from fista_modifier.models.operators import Operator, blocks_of
 
-__all__ = ["Hook", "Recording"]
+__all__ = ["Hook", "Recorded", "Recording"]
 
 Hook = tuple[torch.nn.Module, Callable[..., None], Literal["forward_pre", "forward"]]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """
+    What is recorded of a dense layer, beside what it is called with.
+
+    :param outputs: whether to record what the layer returns
+    :param block_outputs: whether to record what its blocks return
+    :param sums: operators over whose inputs the pass itself sums, where it can, so that
+        no replay is needed for them; their X* is X, and they read no context
+    """
+
+    outputs: bool = False
+    block_outputs: bool = False
+    sums: Sequence[Operator] = ()
 
 
 class Recording:
@@ -41,29 +59,31 @@ class Recording:
 
     :param layer: the decoder layer, or a lone operator outside all of them
     :param operators: operators of the layer
+    :param wanted: what is recorded beside what the layer is called with
     :param storage: where tensors wait between the passes
     :param padding: given the layer's hidden states in the batch that runs now, says
         which of its tokens are real
-    :param with_outputs: whether to record what the layer returns
-    :param with_block_outputs: whether to record what its blocks return
+    :param others_sum: says whether another layer has sums that its pass took
+    :param offload: whether to keep the n×n matrices of sums in main memory
     """
 
     def __init__(
         self,
         layer: torch.nn.Module,
         operators: Sequence[Operator],
+        wanted: Recorded = Recorded(),
         storage: ActivationStorage = MAIN_MEMORY,
-        *,
         padding: Callable[[Tensor], RealTokens] = lambda _: RealTokens(),
-        with_outputs: bool,
-        with_block_outputs: bool = False,
+        others_sum: Callable[[], bool] = lambda: False,
+        offload: bool = False,
     ) -> None:
         self.inputs = LayerInputs(layer, storage)
         self.outputs: list[Tensor] = []
         self.real_tokens: list[RealTokens] = []
         self.tokens = 0
         self._padding = padding
-        self._with_outputs = with_outputs
+        self._with_outputs = wanted.outputs
+        self.sums = SumsInPass(wanted.sums, offload, others_sum)
         blocks = blocks_of(layer, operators)
         self._blocks = {block: LayerInputs(block, storage) for block in blocks}
         # the block that runs first, and whether the layer has only just been entered
@@ -72,7 +92,7 @@ class Recording:
         self._block_outputs: dict[torch.nn.Module, list[Tensor]] = {
             block: []
             for block, inside in blocks.items()
-            if with_block_outputs and any(one.narrows for one in inside)
+            if wanted.block_outputs and any(one.narrows for one in inside)
         }
         self.storage = storage
 
@@ -88,6 +108,8 @@ class Recording:
             yield block, self._remember_block, "forward_pre"
         for block, outputs in self._block_outputs.items():
             yield block, self._append_to(outputs, copied=True), "forward"
+        for module, add in self.sums.hooks(lambda: self.real_tokens[-1]):
+            yield module, add, "forward_pre"
         if self._with_outputs:
             yield self.inputs.layer, self._append_to(self.outputs), "forward"
         elif self.storage.folder is not None:
@@ -102,6 +124,7 @@ class Recording:
         all_tokens = hidden_states.shape[-3:-1].numel()
         self.tokens += all_tokens if real.own is None else int(real.own.sum())
         self._entered = True
+        self.sums.start()
 
     def _remember_block(
         self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -46,6 +46,11 @@ class Stage:
     routed: bool = False
     returned: bool = False
 
+    @property
+    def names(self) -> str:
+        """Names of the operators, for messages."""
+        return ", ".join(operator.name for operator in self.operators)
+
 
 def waves(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
     """

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from compressed_tensors.offload import get_execution_device
 from loguru import logger
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from fista_modifier.calibration.replay import (
 )
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage
+from fista_modifier.calibration.sums import check_finite, empty_statistics
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.experts import routing_real_tokens
 from fista_modifier.models.operators import replaced_weights
@@ -67,12 +67,7 @@ def wave_statistics(
         gathered = accumulate(replays.of_dense())
     for stage, statistics in zip(wave, gathered, strict=True):
         _sum(statistics, ranks)
-        if not statistics.is_finite():
-            raise ValueError(
-                f"the input of {_names(stage)} contains NaN or infinity; load the "
-                "model in bfloat16 or float32, or look for broken weights in the "
-                "layers before it"
-            )
+        check_finite(stage, statistics)
     return gathered
 
 
@@ -91,7 +86,7 @@ def _accumulated(
     offload: bool,
 ) -> list[GramStatistics]:
     """Return the statistics of each stage over this rank's batches."""
-    gathered = [_empty(stage, offload) for stage in wave]
+    gathered = [empty_statistics(stage.operators, offload) for stage in wave]
     for batch, real in enumerate(real_tokens):
         with replaced_weights(replays.weights, replays.biases):
             partly_pruned = _tokens(wave, replays.pruned[batch], real)
@@ -121,12 +116,6 @@ def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
     statistics.tokens = sum(ranks.all(statistics.tokens))
 
 
-def _empty(stage: Stage, offload: bool) -> GramStatistics:
-    weights = [operator.weight for operator in stage.operators]
-    device = get_execution_device(stage.operators[0].module)
-    return GramStatistics.empty(weights[0].shape[1], device, weights, offload)
-
-
 def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Tensor]:
     """Return the input of each stage in one batch, real tokens × features."""
     calls = {stage.operators[0].module: stage.calls for stage in wave}
@@ -150,10 +139,6 @@ def _without_bias(stage: Stage, outputs: Tensor) -> Tensor:
 def _check_same_tokens(stage: Stage, pruned: Tensor, dense: Tensor) -> None:
     if len(pruned) != len(dense):
         raise _OtherTokens(
-            f"{_names(stage)}: {dense.shape[0]} tokens reach the operator in the dense "
+            f"{stage.names}: {dense.shape[0]} tokens reach the operator in the dense "
             f"layer and {pruned.shape[0]} in the partly pruned one"
         )
-
-
-def _names(stage: Stage) -> str:
-    return ", ".join(operator.name for operator in stage.operators)

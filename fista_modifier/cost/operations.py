@@ -76,9 +76,12 @@ def layer_cost(
     if procedure.reconstructs:
         runs = 3 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
     carried = procedure.chains_layers * shape.forward
+    replayed = samples * (_replays(shape, correction) + carried)
+    if procedure.sums_in_pass and len(solved) == 1 and solved[0].share == 1:
+        replayed = 0.0
     return Cost(
         recording=samples * shape.toolkit_forward + CHECKS * shape.forward,
-        replays=samples * (_replays(shape, correction) + carried),
+        replays=replayed,
         gram=tokens
         * math.fsum(
             [stage.share * _gram(stage) for stage in solved]

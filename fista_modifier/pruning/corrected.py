@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from fista_modifier.calibration.recording import Recorded
 from fista_modifier.calibration.replays import Replays, replays_of
 from fista_modifier.calibration.stages import Stage, agreed, find_stages
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import UNCHANGED, Operator
-from fista_modifier.pruning.procedures import LayerTask, Recorded
+from fista_modifier.pruning.procedures import LayerTask
 from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.solver import GramStatistics
 
@@ -50,6 +51,14 @@ class CorrectedProcedure:
     def chains_layers(self) -> bool:
         """True if a layer depends on how those before it were pruned."""
         return self.error_correction == "full"
+
+    @property
+    def sums_in_pass(self) -> bool:
+        """
+        True if the toolkit's pass itself sums over the inputs of a layer's operator,
+        where that is the only one whose inputs are asked for.
+        """
+        return False
 
     def recorded(self, layer: DecoderLayer) -> Recorded:
         """
@@ -96,15 +105,14 @@ class CorrectedProcedure:
         for wave, replays in replays_of(
             stages, recording, task.pruned_inputs, weights, biases
         ):
-            yield (
-                wave,
-                wave_statistics(
+            statistics = None if replays.differ else recording.sums.take(wave)
+            if statistics is None:
+                statistics = wave_statistics(
                     wave,
                     replays,
                     recording.real_tokens,
                     task.on_batch,
                     ranks,
                     task.offload,
-                ),
-                replays,
-            )
+                )
+            yield wave, statistics, replays

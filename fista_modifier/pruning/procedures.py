@@ -8,27 +8,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.recording import Recorded, Recording
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
 
-__all__ = ["LayerTask", "Procedure", "PrunedLayer", "Recorded"]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """
-    What a procedure wants recorded of a dense layer, beside what it is called with.
-
-    :param outputs: whether to record what the layer returns
-    :param block_outputs: whether to record what its blocks return
-    """
-
-    outputs: bool = False
-    block_outputs: bool = False
+__all__ = ["LayerTask", "Procedure", "PrunedLayer"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from loguru import logger
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.calibration.passes import CalibrationPasses
-from fista_modifier.calibration.recording import Hook, Recording
+from fista_modifier.calibration.recording import Hook, Recorded, Recording
 from fista_modifier.calibration.replay import LayerInputs, calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
@@ -25,7 +25,6 @@ from fista_modifier.pruning.procedures import (
     LayerTask,
     Procedure,
     PrunedLayer,
-    Recorded,
 )
 from fista_modifier.pruning.progress import RunProgress
 from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
@@ -121,9 +120,10 @@ class Schedule:
                 wanted = Recorded()
             else:
                 continue
-            recorded = self._passes.record(
-                layer, outputs=wanted.outputs, block_outputs=wanted.block_outputs
-            )
+            if self._ranks.size > 1:  # the sums are those of all ranks
+                wanted = replace(wanted, sums=())
+            offload = self._resources.offload_hessians
+            recorded = self._passes.record(layer, wanted, offload)
             hooks += [(layer, hook) for hook in recorded]
         return hooks
 

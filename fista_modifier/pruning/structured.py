@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.cuts import leaving, without_channels
+from fista_modifier.calibration.recording import Recorded
 from fista_modifier.calibration.replays import Replays
+from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.alternating import Alternated, alternated
 from fista_modifier.pruning.channels import ChannelPlan, GroupPlan
@@ -108,6 +110,26 @@ class StructuredProcedure(CorrectedProcedure):
     selector: Selector = FASPScore()
     restorer: Restorer = LeastSquares()
     alternation: Alternation | None = None
+
+    @property
+    def sums_in_pass(self) -> bool:
+        """
+        True unless layers depend on those before them: nothing is changed in a layer
+        before its only consumer.
+        """
+        return not self.chains_layers
+
+    def recorded(self, layer: DecoderLayer) -> Recorded:
+        """
+        Return what has to be recorded of a layer for its task.
+
+        :param layer: a layer with operators that are to be pruned
+        :return: what is recorded beside what the layer is called with
+        """
+        groups = self.plan.groups.get(layer.name, ())
+        sums = [one.consumer.operator for one in groups]
+        alone = len(sums) == 1 and self.sums_in_pass
+        return replace(super().recorded(layer), sums=sums if alone else ())
 
     def prune(self, task: LayerTask) -> PrunedLayer:
         """

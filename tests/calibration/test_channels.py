@@ -63,7 +63,7 @@ def search(model: PreTrainedModel) -> tuple[DecoderLayer, LayerInputs, LayerGrou
     """The first layer, what one run of the model calls it with, and its groups"""
     operators = find_operators(model, ["Linear"], ["re:.*lm_head$"])
     layer = group_by_layer(model, operators, layer_targets(model, operators))[0]
-    recording = Recording(layer.module, layer.operators, with_outputs=False)
+    recording = Recording(layer.module, layer.operators)
     for module, hook, _ in recording.hooks():
         module.register_forward_pre_hook(hook, with_kwargs=True)
     with calibration_runs(model):

@@ -6,7 +6,7 @@ from problems import normal
 from runs import samples
 from torch import Tensor
 
-from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.recording import Recorded, Recording
 from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.models.layers import DecoderLayer, group_by_layer
@@ -19,10 +19,7 @@ def called_layers(family: str) -> dict[DecoderLayer, Recording]:
     model = tiny_model(family)
     operators = find_operators(model, ["Linear"], [])
     layers = group_by_layer(model, operators, infer_sequential_targets(model))
-    recordings = {
-        layer: Recording(layer.module, layer.operators, with_outputs=False)
-        for layer in layers
-    }
+    recordings = {layer: Recording(layer.module, layer.operators) for layer in layers}
     for recording in recordings.values():
         for module, hook, _ in recording.hooks():
             module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -73,7 +70,7 @@ def test_what_a_block_returned_is_kept_as_it_was():
 
     layer = Adding()
     operators = [Operator("block.linear", layer.block.linear)]
-    recording = Recording(layer, operators, with_outputs=False, with_block_outputs=True)
+    recording = Recording(layer, operators, Recorded(block_outputs=True))
     for module, hook, kind in recording.hooks():
         if kind == "forward":
             module.register_forward_hook(hook)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,18 @@ from fista_modifier import (
     FISTAPruningModifier,
     SPAPPruningModifier,
 )
+from fista_modifier.calibration.recording import Recorded
+from fista_modifier.calibration.stages import Stage
+from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.modifiers.structured import StructuredModifier
-from fista_modifier.pruning.procedures import LayerTask, PrunedLayer, Recorded
+from fista_modifier.pruning import corrected
+from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
 from fista_modifier.pruning.results import OperatorResult, PruningReport
 from fista_modifier.pruning.resume import FinishedLayers
-from fista_modifier.solver import parse_pattern
+from fista_modifier.solver import GramStatistics, parse_pattern
 
 ZOO = Path(__file__).parents[1] / "zoo" / "configurations.json"
 METHODS = {"fasp": FASPPruningModifier, "spap": SPAPPruningModifier}
@@ -715,6 +719,27 @@ def test_padding_counts_for_nothing(family: str) -> None:
     ]
     for name, weight in weights(plain).items():
         torch.testing.assert_close(weights(other)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_sums_of_the_pass_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The pass sums over the inputs of down_proj, so that no MLP is replayed. Where it
+    runs both layers before it leaves the first, the second is.
+    """
+    replayed: list[str] = []
+
+    def watched(wave: Sequence[Stage], *arguments: Any) -> list[GramStatistics]:
+        replayed.extend(stage.names for stage in wave)
+        return wave_statistics(wave, *arguments)
+
+    monkeypatch.setattr(corrected, "wave_statistics", watched)
+    one_by_one, at_once = tiny_model("llama"), tiny_model("llama")
+    shrink(one_by_one, **UNTRAINED)
+    assert not replayed
+    shrink(at_once, **UNTRAINED, oneshot_arguments={"pipeline": "basic"})
+    assert replayed == ["model.layers.1.mlp.down_proj"]
+    for name, weight in weights(one_by_one).items():
+        torch.testing.assert_close(weights(at_once)[name], weight)
 
 
 @dataclass(frozen=True)
