@@ -27,6 +27,7 @@ from fista_modifier.pruning.resume import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
 from fista_modifier.recovery.resume import begin, last_state
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
+from fista_modifier.solver.precision import matmul_precision
 
 __all__ = ["Training", "held_out", "kept_entries", "recover", "train_operators"]
 
@@ -303,7 +304,8 @@ def _train(
     state = last_state(Path(arguments.output_dir))
     if state is not None:
         logger.info(f"Resuming the training from {state}")
-    trainer.train(resume_from_checkpoint=state and str(state))
+    with matmul_precision("bf16"):
+        trainer.train(resume_from_checkpoint=state and str(state))
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     model.eval()
     if use_cache is not None:  # the Trainer has changed it
