@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fista_modifier.evaluation.perplexity import (
-    CHUNK_POSITIONS,
     checked_batches,
+    chunk_size,
     inference,
     predictions,
     token_blocks,
@@ -156,8 +156,8 @@ def _compared(dense: Tensor, pruned: Tensor) -> tuple[int, float]:
     same = torch.zeros((), dtype=torch.int64, device=pruned.device)
     total = torch.zeros((), dtype=torch.float64, device=pruned.device)
     for one, other in zip(
-        torch.split(dense, CHUNK_POSITIONS, dim=1),
-        torch.split(pruned, CHUNK_POSITIONS, dim=1),
+        torch.split(dense, chunk_size(dense), dim=1),
+        torch.split(pruned, chunk_size(dense), dim=1),
         strict=True,
     ):
         one = one.to(other.device)

@@ -30,18 +30,21 @@ from tqdm.auto import tqdm
 from fista_modifier.models.limits import check_length, check_tokens
 
 __all__ = [
-    "CHUNK_POSITIONS",
     "Perplexity",
     "block_losses",
     "checked_batches",
+    "chunk_size",
     "inference",
     "perplexity",
     "predictions",
     "token_blocks",
 ]
 
-CHUNK_POSITIONS = 512
-"""The number of positions of each block whose logits are held in float32 at a time."""
+CHUNK_ENTRIES = 2**21
+"""
+The number of logits that are held in float32 at a time. What is computed of so few
+stays in a processor's cache, which makes it several times faster than of all at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -206,14 +209,24 @@ def predictions(model: Any, batch: Tensor) -> Tensor:
     return logits
 
 
+def chunk_size(logits: Tensor) -> int:
+    """
+    Return how many positions to work on at a time.
+
+    :param logits: …×positions×vocabulary
+    :return: the number of positions, at least one
+    """
+    return max(1, CHUNK_ENTRIES * logits.shape[-2] // max(1, logits.numel()))
+
+
 def _mean_losses(model: Any, batch: Tensor) -> Tensor:
     """Return the mean loss of each block of a batch (blocks×seq_len), nats, float64."""
     logits = predictions(model, batch)
     targets = batch[:, 1:].to(logits.device)
     totals = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
     for scores, expected in zip(
-        torch.split(logits, CHUNK_POSITIONS, dim=1),
-        torch.split(targets, CHUNK_POSITIONS, dim=1),
+        torch.split(logits, chunk_size(logits), dim=1),
+        torch.split(targets, chunk_size(logits), dim=1),
         strict=True,
     ):
         totals += _losses(scores.float(), expected).sum(dim=1)

@@ -8,28 +8,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fista_modifier.evaluation.agreement import divergences
+from fista_modifier.evaluation.perplexity import chunk_size
 from fista_modifier.models.operators import mean_kept
 
 __all__ = ["DistillationTrainer", "mean_divergence"]
-
-CHUNK_TOKENS = 512
-"""The number of tokens whose probabilities are held in float32 at a time."""
 
 
 def mean_divergence(
     dense: Tensor, pruned: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
     """
-    Return the mean KL(dense ‖ pruned) over the real tokens. It can be differentiated.
-    Beside the two tensors it takes memory only for a chunk of tokens, because the
-    backward pass computes the probabilities again.
+    Return the mean KL(dense ‖ pruned) over the real tokens. It can be differentiated
+    with respect to ``pruned``, once. Beside the two tensors it takes memory only for
+    the gradient and a chunk of tokens.
 
     :param dense: logits, sequences×tokens×vocabulary, of any floating dtype
     :param pruned: logits of the same shape, of any floating dtype
@@ -39,23 +36,53 @@ def mean_divergence(
     real = torch.ones(pruned.shape[:2], dtype=torch.bool, device=pruned.device)
     if attention_mask is not None:
         real = attention_mask.to(pruned.device) != 0
-    total = torch.zeros((), dtype=torch.float64, device=pruned.device)
-    for chunk in zip(
-        torch.split(dense.flatten(0, 1), CHUNK_TOKENS),
-        torch.split(pruned.flatten(0, 1), CHUNK_TOKENS),
-        torch.split(real.flatten(), CHUNK_TOKENS),
-        strict=True,
-    ):
-        total = total + checkpoint(
-            _sum, *chunk, use_reentrant=False, preserve_rng_state=False
-        )
-    return (total / real.sum().clamp(min=1)).float()
+    loss: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
+        dense.flatten(0, 1), pruned.flatten(0, 1), real.flatten()
+    )
+    return loss
 
 
-def _sum(dense: Tensor, pruned: Tensor, real: Tensor) -> Tensor:
-    """Sum the divergences of the real tokens. Padding may have logits that are NaN."""
-    dense = dense.to(pruned.device)
-    return divergences(dense[real].float(), pruned[real].float()).sum()
+class _MeanDivergence(torch.autograd.Function):
+    """
+    The mean divergence, and its gradient (q − p) / tokens. Padding has no part in it,
+    as its logits may be NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, pruned: Tensor, real: Tensor) -> Tensor:
+        count = real.sum().clamp(min=1)
+        total = torch.zeros((), dtype=torch.float64, device=pruned.device)
+        gradient = torch.zeros_like(pruned)
+        size = chunk_size(pruned)
+        for one, other, kept, result in zip(
+            *(torch.split(each, size) for each in (dense, pruned, real, gradient)),
+            strict=True,
+        ):
+            target = _log_probabilities(one.to(other.device)[kept])
+            own = _log_probabilities(other[kept])
+            probabilities = target.exp()
+            difference = probabilities * (target - own)
+            total += difference.sum(dtype=torch.float64)
+            result[kept] = (own.exp_().sub_(probabilities) / count).to(result.dtype)
+        ctx.save_for_backward(gradient)
+        return (total / count).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * slope, None
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """
+    Return log softmax in float32, of tokens×vocabulary. The sums are float64, as those
+    of the perplexity are.
+    """
+    shifted = logits.float()
+    shifted = shifted - shifted.amax(-1, keepdim=True)
+    totals = shifted.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    return shifted - totals.log().float()
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
