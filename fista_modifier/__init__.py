@@ -13,6 +13,7 @@ __all__ = [
     "FISTAPruningModifier",
     "KeepZeros",
     "MaskedGPTQModifier",
+    "RecoveryModifier",
     "SPAPPruningModifier",
     "__version__",
     "apply_masks_",
@@ -35,6 +36,7 @@ if find_spec("llmcompressor") is not None:
         FASPPruningModifier,
         SPAPPruningModifier,
     )
+    from fista_modifier.recovery.modifier import RecoveryModifier
     from fista_modifier.recovery.zeros import KeepZeros
 
     _modifiers = [
@@ -42,6 +44,7 @@ if find_spec("llmcompressor") is not None:
         FASPPruningModifier,
         SPAPPruningModifier,
         MaskedGPTQModifier,
+        RecoveryModifier,
     ]
     for _modifier in _modifiers:
         ModifierFactory.register(_modifier.__name__, _modifier)

@@ -146,7 +146,9 @@ def prune(
     calibration = calibration.shard(ranks.size, ranks.rank, contiguous=True)
     # only modifiers of others need the propagation pass, which runs each layer again
     propagate = any(
-        not isinstance(modifier, LayerwiseModifier) for modifier in applied.modifiers
+        modifier.requires_calibration_data
+        and not isinstance(modifier, LayerwiseModifier)
+        for modifier in applied.modifiers
     )
     oneshot(
         model=model,

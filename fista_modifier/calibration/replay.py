@@ -34,6 +34,7 @@ __all__ = [
     "first_tensor",
     "inputs_of",
     "outputs_of_parts",
+    "plain_forward",
     "real_rows",
     "same_memory",
     "same_output",
@@ -59,10 +60,25 @@ def calibration_runs(model: PreTrainedModel) -> Iterator[None]:
 
     :param model: the model being calibrated
     """
+    with (
+        calibration_forward_context(model),
+        disable_offloading(),
+        plain_forward(model),
+    ):
+        yield
+
+
+@contextmanager
+def plain_forward(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Let a model compute what it computes outside the toolkit: no hooks of modifiers, no
+    rounding for a quantisation to come, and experts that see only the tokens that are
+    routed to them.
+
+    :param model: the model being calibrated
+    """
     with ExitStack() as stack:
-        stack.enter_context(calibration_forward_context(model))
         stack.enter_context(HooksMixin.disable_hooks())
-        stack.enter_context(disable_offloading())
         # The toolkit enables a quantisation to come after each modifier's pass, though
         # its scales are not known yet.
         for module in model.modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce, wraps
@@ -18,7 +18,7 @@ from fista_modifier.checkpoint.sparsity_config import write_sizes, write_sparsit
 from fista_modifier.models.experts import native_experts
 from fista_modifier.pruning.results import PruningReport
 
-__all__ = ["describe_on_save", "report_of", "without_report"]
+__all__ = ["describe_on_save", "report_of", "revise_report", "without_report"]
 
 
 def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
@@ -40,6 +40,20 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     state = _state(model)
     assert state is not None
     state.reports.append(report)
+
+
+def revise_report(
+    model: PreTrainedModel, revise: Callable[[PruningReport], PruningReport]
+) -> None:
+    """
+    Change the report of what was done to a model, for what does not prune.
+
+    :param model: a model that was pruned in this process
+    :param revise: returns the new report, given that of all runs together
+    """
+    state = _state(model)
+    assert state is not None, "pruned before"
+    state.reports = [revise(state.report)]
 
 
 def report_of(model: PreTrainedModel) -> PruningReport | None:

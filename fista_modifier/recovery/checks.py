@@ -11,7 +11,7 @@ from fista_modifier.models.loading import load_config, load_tokenizer
 from fista_modifier.models.vocabulary import check_same_vocabulary
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
-__all__ = ["check_pruned", "check_teacher"]
+__all__ = ["check_architecture", "check_pruned", "check_teacher"]
 
 
 def check_pruned(checkpoint: Path) -> PruningReport:
@@ -64,7 +64,7 @@ def check_teacher(checkpoint: Path, teacher: str) -> None:
             f"{teacher} cannot teach itself: name the dense model that it was pruned "
             "from"
         )
-    _check_architecture(config, dense, teacher)
+    check_architecture(config, dense, teacher)
     check_predicts_text(config)
     check_same_vocabulary(
         config,
@@ -75,9 +75,17 @@ def check_teacher(checkpoint: Path, teacher: str) -> None:
     )
 
 
-def _check_architecture(
+def check_architecture(
     config: PretrainedConfig, dense: PretrainedConfig, teacher: str
 ) -> None:
+    """
+    Refuse a teacher of another architecture.
+
+    :param config: the configuration of the pruned model
+    :param dense: that of the teacher
+    :param teacher: folder of the teacher, or its id on the hub
+    :raises ValueError: if the architectures differ
+    """
     own, other = model_class(config).__name__, model_class(dense).__name__
     if own != other:
         raise ValueError(

@@ -29,7 +29,16 @@ from fista_modifier.recovery.resume import begin, last_state
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Training", "held_out", "kept_entries", "recover", "train_operators"]
+__all__ = [
+    "Training",
+    "counted_zeros",
+    "held_out",
+    "kept_entries",
+    "operators_to_train",
+    "recover",
+    "train_operators",
+    "with_zeros",
+]
 
 HELD_OUT = 16
 """
@@ -138,7 +147,7 @@ def recover(
         the report's operators
     :raises RuntimeError: if the training has diverged
     """
-    operators = _operators(model, report)
+    operators = operators_to_train(model, report)
     recovery = train_operators(
         model,
         teacher,
@@ -150,7 +159,7 @@ def recover(
         resume=resume,
         teacher_name=teacher_name,
     )
-    return replace(_recounted(report, operators), recovery=[*report.recovery, recovery])
+    return with_zeros(report, counted_zeros(operators), recovery)
 
 
 def kept_entries(operators: Iterable[Operator]) -> dict[str, Tensor]:
@@ -255,11 +264,14 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
     return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
 
 
-def _operators(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
+def operators_to_train(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
     """
     Return the operators to train: those of the report, each once, and all operators of
     the layers that lost channels.
 
+    :param model: the pruned model
+    :param report: the report of its pruning
+    :return: the operators
     :raises ValueError: if the model does not have an operator of the report
     """
     names = list(dict.fromkeys(one.name for one in report.operators))
@@ -353,16 +365,33 @@ def _run(
     }
 
 
-def _recounted(report: PruningReport, operators: Sequence[Operator]) -> PruningReport:
+def counted_zeros(operators: Iterable[Operator]) -> dict[str, int]:
     """
-    Return the report with the numbers of zeros that the operators have now. Rounding
-    may have added some; where nothing was set to zero, training may have changed some.
+    Count the zeros of operators. Rounding after a training may have added some; where
+    nothing was set to zero, training may have changed some.
+
+    :param operators: operators of a trained model
+    :return: the number of zeros of each, by its name
     """
-    zeros = {one.name: int((one.weight == 0).sum()) for one in operators}
+    return {one.name: int((one.weight == 0).sum()) for one in operators}
+
+
+def with_zeros(
+    report: PruningReport, zeros: Mapping[str, int], recovery: RecoveryResult
+) -> PruningReport:
+    """
+    Add a training to a report.
+
+    :param report: the report of the pruning
+    :param zeros: number of zeros of each trained operator after it, by its name
+    :param recovery: the result of the training
+    :return: the report with the training and these numbers
+    """
     # a chain has an operator twice, and only the last entry is of what is stored
     last = {one.name: place for place, one in enumerate(report.operators)}
     return replace(
         report,
+        recovery=[*report.recovery, recovery],
         operators=[
             replace(one, zeros=zeros[one.name]) if last[one.name] == place else one
             for place, one in enumerate(report.operators)

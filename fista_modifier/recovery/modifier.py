@@ -1,0 +1,265 @@
+"""Recovery as a step of a recipe, between pruning and quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.offload.dispatch import remove_dispatch
+from datasets import Dataset
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from transformers import PreTrainedModel
+
+from fista_modifier.calibration.replay import plain_forward
+from fista_modifier.checkpoint.on_save import revise_report
+from fista_modifier.distributed import current_ranks
+from fista_modifier.models.loading import load_config, load_model
+from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
+from fista_modifier.recovery.checks import check_architecture
+from fista_modifier.recovery.recover import (
+    Training,
+    counted_zeros,
+    kept_entries,
+    operators_to_train,
+    train_operators,
+    with_zeros,
+)
+from fista_modifier.recovery.resume import forget
+
+__all__ = ["RecoveryModifier"]
+
+
+class RecoveryModifier(Modifier):  # type: ignore[misc]
+    """
+    A step of a recipe that trains what this package's modifiers before it have kept,
+    end to end, towards the dense model's predictions, as ``fista-prune recover`` does.
+    It is trained on oneshot's calibration data, of which one sequence in sixteen is
+    held out. Zeros stay zeros. A quantisation may follow.
+
+    The whole model is trained, so the device has to have room for it: see
+    ``docs/recovery.md``.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        FISTAPruningModifier:
+          mask_structure: "2:4"
+          preset: fast
+          ignore: ["re:.*lm_head"]
+    recovery_stage:
+      recovery_modifiers:
+        RecoveryModifier:
+          epochs: 1
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - refuse what cannot be trained, before any long work
+    - on_calibration_end
+        - train the model
+    - on_finalize
+        - add the training to the report
+    """
+
+    teacher: str | None = Field(
+        default=None,
+        description=(
+            "the dense model, a folder or a hub id; by default the one that the "
+            "model was loaded from"
+        ),
+    )
+    epochs: float = Field(
+        default=Training.epochs, description="how often each sequence is seen"
+    )
+    rate: float = Field(
+        default=Training.rate,
+        description=(
+            "the highest learning rate, as a share of an operator's mean kept |W_ij|"
+        ),
+    )
+    batch_size: int = Field(
+        default=Training.batch_size, description="sequences in a step"
+    )
+    gradient_checkpointing: bool = Field(
+        default=Training.gradient_checkpointing,
+        description="run layers again in the backward pass, to keep fewer activations",
+    )
+    seed: int = Field(
+        default=Training.seed, description="seed of the order of the sequences"
+    )
+    resume_dir: str | None = Field(
+        default=None,
+        description=(
+            "folder that keeps the last state of the training; the same run goes on "
+            "from it, and deletes it once it is finished"
+        ),
+    )
+
+    _pruners: list[LayerwiseModifier] = PrivateAttr(default_factory=list)
+    _training: Training = PrivateAttr()
+    _recovery: RecoveryResult | None = PrivateAttr(default=None)
+    _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        Refuse what cannot be trained, before any long work.
+
+        :raises FileNotFoundError: if there is no such teacher
+        :raises ValueError: if there are no calibration data or they are of different
+            lengths, nothing is pruned before this step or something is quantised, the
+            teacher is another model, there are several processes, or the settings
+            would train nothing
+        """
+        self._training = Training(
+            self.epochs,
+            self.rate,
+            self.batch_size,
+            self.gradient_checkpointing,
+            self.seed,
+        )
+        if current_ranks().size > 1:
+            raise ValueError(
+                "RecoveryModifier needs a single process: prune with several, and run "
+                "'torchrun … -m fista_modifier.cli recover' afterwards"
+            )
+        _check_lengths(state)
+        self._pruners = _pruners(self)
+        self.teacher = self.teacher or state.model.name_or_path
+        if not self.teacher:
+            raise ValueError(
+                "the model was not loaded from a checkpoint: name the dense model in "
+                "RecoveryModifier's 'teacher'"
+            )
+        check_architecture(state.model.config, load_config(self.teacher), self.teacher)
+        return True
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """
+        Train the model.
+
+        :raises RuntimeError: if the training has diverged
+        """
+        if any(pruner.unfinished for pruner in self._pruners):
+            logger.warning("RecoveryModifier waits for the layers that are not pruned")
+            return
+        model = state.model
+        results = [one for pruner in self._pruners for one in pruner.results]
+        operators = operators_to_train(
+            model, PruningReport(model.name_or_path, None, 0.0, results)
+        )
+        tokens = _tokens(state)
+        with _trainable_model(model), torch.enable_grad(), plain_forward(model):
+            self._recovery = train_operators(
+                model,
+                load_model(str(self.teacher)),
+                tokens,
+                operators,
+                kept_entries(operators),
+                Calibration(
+                    "oneshot's data",
+                    len(tokens),
+                    len(tokens[0]["input_ids"]),
+                    self.seed,
+                ),
+                self._training,
+                resume=None if self.resume_dir is None else Path(self.resume_dir),
+                teacher_name=str(self.teacher),
+            )
+        self._zeros = counted_zeros(operators)
+        logger.info(
+            "Mean KL to the teacher on sequences that were held out: "
+            f"{self._recovery.start_divergence:.4f} -> {self._recovery.divergence:.4f}"
+        )
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        if self._recovery is not None:
+            recovery = self._recovery
+
+            def trained(report: PruningReport) -> PruningReport:
+                return with_zeros(report, self._zeros, recovery)
+
+            revise_report(state.model, trained)
+            if self.resume_dir is not None:
+                forget(Path(self.resume_dir))
+        return True
+
+
+def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
+    """
+    Return the modifiers of this package that come before one in the recipe.
+
+    :raises ValueError: if there are none, or one of the others quantises
+    """
+    before: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
+    before = before[: [one is modifier for one in before].index(True)]
+    for one in before:
+        if isinstance(one, QuantizationMixin):
+            raise ValueError(
+                f"{type(one).__name__} comes before RecoveryModifier, and rounded "
+                "weights cannot be trained: quantise afterwards"
+            )
+    pruners = [one for one in before if isinstance(one, LayerwiseModifier)]
+    if not pruners:
+        raise ValueError(
+            "RecoveryModifier trains what a modifier before it has pruned, and the "
+            "recipe has none: put it behind FISTAPruningModifier, FASPPruningModifier "
+            "or SPAPPruningModifier"
+        )
+    return pruners
+
+
+def _check_lengths(state: State) -> None:
+    """
+    Refuse calibration data that are not sequences of tokens of one length.
+
+    :raises ValueError: if there are none, or sequences have different lengths
+    """
+    data = getattr(state.data.calib, "dataset", None)
+    if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
+        raise ValueError(
+            "RecoveryModifier needs calibration data with input_ids: pass dataset=… to "
+            "oneshot"
+        )
+    lengths = set(map(len, data["input_ids"]))
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the calibration sequences have {min(lengths)} to {max(lengths)} tokens, "
+            "and RecoveryModifier needs equal lengths: join texts and cut them into "
+            "blocks, as 'fista-prune prune' does"
+        )
+
+
+def _tokens(state: State) -> Dataset:
+    """
+    Return the sequences that the toolkit's loader takes from the data, in the order
+    of the data.
+    """
+    loader = state.data.calib
+    data = loader.dataset.select(sorted(loader.sampler))
+    columns = ("input_ids", "attention_mask")
+    return data.select_columns([one for one in columns if one in data.column_names])
+
+
+@contextmanager
+def _trainable_model(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Give a model its plain weights, without the toolkit's offloading, on one device. The
+    toolkit offloads it again when it runs it next.
+    """
+    remove_dispatch(model)
+    device = model.device
+    try:
+        yield
+    finally:
+        model.to(device)

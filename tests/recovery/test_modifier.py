@@ -1,0 +1,147 @@
+"""Recovery as a step of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from families import tiny_model
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from runs import calibration, run, samples, weights
+from transformers import PreTrainedModel
+
+from fista_modifier import (
+    FASPPruningModifier,
+    FISTAPruningModifier,
+    RecoveryModifier,
+)
+from fista_modifier.checkpoint.on_save import report_of
+from fista_modifier.checkpoint.verification import verify
+from fista_modifier.models.loading import load_model
+from fista_modifier.pruning.results import Calibration, PruningReport
+from fista_modifier.recovery.recover import Training, recover
+
+IGNORE = ["re:.*lm_head"]
+DATA = {"dataset": calibration(samples(20, 12))}
+SETTINGS: dict[str, Any] = {"epochs": 3, "rate": 0.025, "batch_size": 2}
+PRUNERS: dict[str, Any] = {
+    "sparse": lambda: FISTAPruningModifier(
+        mask_structure="2:4", preset="fast", ignore=IGNORE
+    ),
+    "smaller": lambda: FASPPruningModifier(
+        sparsity=0.3, multiple_of=4, preset="paper", ignore=IGNORE
+    ),
+}
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def pruned(dense: Path, *steps: Any) -> PreTrainedModel:
+    model = load_model(str(dense))
+    run(model, list(steps), **DATA)
+    return model
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+def test_the_step_trains_as_the_command_does(kind: str, dense: Path) -> None:
+    expected = pruned(dense, PRUNERS[kind]())
+    report = report_of(expected)
+    assert report is not None
+    report = recover(
+        expected,
+        load_model(str(dense)),
+        DATA["dataset"],
+        report,
+        Calibration("tokens", 20, 12, 0),
+        Training(**SETTINGS),
+    )
+    found = pruned(dense, PRUNERS[kind](), RecoveryModifier(**SETTINGS))
+    for name, weight in weights(expected).items():
+        assert torch.equal(weights(found)[name], weight), name
+    told = report_of(found)
+    assert told is not None
+    (recovery,) = told.recovery
+    assert recovery.divergence == report.recovery[0].divergence
+    assert [one.zeros for one in told.operators] == [
+        one.zeros for one in report.operators
+    ]
+
+
+def test_what_is_quantised_afterwards_is_the_trained_model(
+    dense: Path, tmp_path: Path
+) -> None:
+    scheme = {"targets": ["Linear"], "scheme": "W8A8", "ignore": IGNORE}
+    trained = pruned(dense, PRUNERS["sparse"](), RecoveryModifier(**SETTINGS))
+    model = pruned(
+        dense,
+        PRUNERS["sparse"](),
+        RecoveryModifier(**SETTINGS),
+        QuantizationModifier(**scheme),
+    )
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_scale"):
+            other = trained.get_submodule(name).weight
+            step = module.weight_scale.expand_as(other)
+            assert bool(((module.weight - other).abs() <= step).all()), name
+            assert not module.weight[other == 0].any(), name
+    model.save_pretrained(tmp_path / "out", save_compressed=True)
+    report = PruningReport.load(tmp_path / "out")
+    assert report.recovery
+    assert verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        (lambda: [RecoveryModifier()], "has none"),
+        (lambda: [RecoveryModifier(), PRUNERS["sparse"]()], "has none"),
+        (
+            lambda: [
+                PRUNERS["sparse"](),
+                QuantizationModifier(targets=["Linear"], scheme="W8A8"),
+                RecoveryModifier(),
+            ],
+            "quantise afterwards",
+        ),
+        (
+            lambda: [PRUNERS["sparse"](), RecoveryModifier(epochs=0)],
+            "train nothing",
+        ),
+        (
+            lambda: [PRUNERS["sparse"](), RecoveryModifier(teacher="no/such/model")],
+            "no/such/model",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_run(
+    steps: Any, message: str, dense: Path
+) -> None:
+    model = load_model(str(dense))
+    before = weights(model)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(model, steps(), **DATA)
+    assert all(torch.equal(weights(model)[name], before[name]) for name in before)
+
+
+def test_a_model_without_a_checkpoint_needs_a_teacher() -> None:
+    model = tiny_model("llama")
+    model.name_or_path = ""
+    with pytest.raises(ValueError, match="name the dense model"):
+        run(model, [PRUNERS["sparse"](), RecoveryModifier()], **DATA)
+
+
+def test_sequences_of_different_lengths_are_refused(dense: Path) -> None:
+    rows = [{"input_ids": [2] * n, "attention_mask": [1] * n} for n in (5, 7, 9)]
+    with pytest.raises(ValueError, match="5 to 9 tokens"):
+        run(
+            load_model(str(dense)),
+            [PRUNERS["sparse"](), RecoveryModifier()],
+            dataset=Dataset.from_list(rows),
+        )
