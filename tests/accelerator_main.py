@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from fista_modifier import (
     FASPPruningModifier,
     FISTAPruningModifier,
     MaskedGPTQModifier,
+    RecoveryModifier,
     SPAPPruningModifier,
 )
 from fista_modifier.calibration.activations import MAIN_MEMORY
@@ -114,14 +116,17 @@ def smaller(family: str, modifier: Modifier) -> dict[str, Tensor]:
 
 
 def quantised() -> dict[str, Tensor]:
-    """The same after quantisation."""
+    """The same after recovery and quantisation."""
     model = tiny_model("llama")
     scheme = {"scheme": "W8A8", "targets": ["Linear"], "ignore": ["lm_head"]}
-    recipe: list[Modifier] = [
-        FISTAPruningModifier(mask_structure="2:4", ignore=["lm_head"]),
-        MaskedGPTQModifier(**scheme),
-    ]
-    run(model, recipe, **DATA)
+    with TemporaryDirectory() as dense:
+        model.save_pretrained(dense)
+        recipe: list[Modifier] = [
+            FISTAPruningModifier(mask_structure="2:4", ignore=["lm_head"]),
+            RecoveryModifier(teacher=dense),
+            MaskedGPTQModifier(**scheme),
+        ]
+        run(model, recipe, **DATA)
     return {name: weight.cpu() for name, weight in weights(model).items()}
 
 

@@ -113,6 +113,7 @@ class Training:
             logging_nan_inf_filter=False,
             report_to="none",
             remove_unused_columns=False,
+            dataloader_pin_memory=False,
             use_cpu=not torch.accelerator.is_available(),
         )
 

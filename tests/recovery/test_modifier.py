@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke
 from datasets import Dataset
 from families import tiny_model
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -27,6 +28,7 @@ from fista_modifier.recovery.recover import Training, recover
 IGNORE = ["re:.*lm_head"]
 DATA = {"dataset": calibration(samples(20, 12))}
 SETTINGS: dict[str, Any] = {"epochs": 3, "rate": 0.025, "batch_size": 2}
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "fista-2of4-recovery.yaml"
 PRUNERS: dict[str, Any] = {
     "sparse": lambda: FISTAPruningModifier(
         mask_structure="2:4", preset="fast", ignore=IGNORE
@@ -95,6 +97,20 @@ def test_what_is_quantised_afterwards_is_the_trained_model(
     report = PruningReport.load(tmp_path / "out")
     assert report.recovery
     assert verify(tmp_path / "out").problems == []
+
+
+def test_the_recipe_in_yaml_and_its_checkpoint(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    small = ("--dataset", text, "--samples", 4, "--seq-len", 16)
+    output = tmp_path / "out"
+    result = invoke("prune", model, "-o", output, "--recipe", RECIPE, *small)
+    assert result.exit_code == 0, result.output
+    report = PruningReport.load(output)
+    assert report.recovery[0].teacher == str(model)
+    assert report.sparsity == 0.5
+    planned = invoke("plan", model, "--recipe", RECIPE)
+    assert "RecoveryModifier will take is not predicted" in planned.output
 
 
 @pytest.mark.parametrize(
