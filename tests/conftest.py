@@ -15,7 +15,7 @@ import torch
 from families import checkpoint
 from filelock import FileLock
 from llmcompressor.pipelines.cache import IntermediatesCache
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fista_modifier.cli.demo.model import build_smollm2
@@ -56,6 +56,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def starting_tokenizer(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> PreTrainedTokenizerFast:
+    """The same, with token 1 before each text, too, as OPT's has it."""
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<eos>",
+        eos_token="<eos>",
     )
 
 

@@ -39,6 +39,18 @@ def test_samples_are_distinct_pieces_of_the_text(tmp_path, tiny_tokenizer):
     assert sorted(lines) == [f"{number:07}\n" for number in range(10)]
 
 
+def test_samples_begin_as_the_tokenizer_begins_a_text(tmp_path, starting_tokenizer):
+    source = write_lines(tmp_path / "text.txt", 10)
+    data = calibration_dataset(
+        source, starting_tokenizer, samples=10, seq_len=9, progress=False
+    )
+    assert all(row[0] == starting_tokenizer.bos_token_id for row in data["input_ids"])
+    lines = [starting_tokenizer.decode(row[1:]) for row in data["input_ids"]]
+    assert sorted(lines) == [f"{number:07}\n" for number in range(10)]
+    with pytest.raises(ValueError, match="seq_len is 1; at least 2"):
+        calibration_dataset(source, starting_tokenizer, samples=1, seq_len=1)
+
+
 def test_the_seed_decides_the_samples(tmp_path, tiny_tokenizer):
     source = write_lines(tmp_path / "text.txt", 50)
 

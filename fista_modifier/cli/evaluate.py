@@ -68,6 +68,13 @@ def evaluate(
             "MODELS predict the same next token, and the mean KL from it"
         ),
     ] = None,
+    bos: Annotated[
+        bool,
+        typer.Option(
+            help="begin each block with the token that the tokenizer puts at the "
+            "beginning of a text; the published tables of LLaMA and OPT do not"
+        ),
+    ] = True,
     json_file: ResultsFile = None,
     markdown: TableFile = None,
     card: Annotated[
@@ -100,6 +107,7 @@ def evaluate(
             max_tokens=max_tokens,
             batch_size=batch_size,
             reference=reference,
+            bos=bos,
         )
         results = evaluation.run(models, json_file)
         show(evaluation_table(results), markdown)

@@ -9,6 +9,14 @@ from fista_modifier.data.calibration import (
     calibration_dataset,
     load_text,
     max_sequence_length,
+    start_tokens,
+    with_start,
 )
 
-__all__ = ["calibration_dataset", "load_text", "max_sequence_length"]
+__all__ = [
+    "calibration_dataset",
+    "load_text",
+    "max_sequence_length",
+    "start_tokens",
+    "with_start",
+]

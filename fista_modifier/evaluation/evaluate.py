@@ -58,6 +58,8 @@ class Evaluation:
     :param batch_size: sequences in a forward pass
     :param reference: the dense model that the others' predictions are compared with;
         None compares them with nothing
+    :param bos: whether each block begins with what the tokenizer puts at the beginning
+        of a text
     """
 
     texts: Sequence[Text]
@@ -68,6 +70,7 @@ class Evaluation:
     max_tokens: int | None = None
     batch_size: int = 1
     reference: str | None = None
+    bos: bool = True
 
     def run(self, models: Sequence[str], file: Path | None = None) -> Results:
         """
@@ -152,7 +155,7 @@ class Evaluation:
             limit = text.token_limit(seq_len, self.max_tokens)
             try:
                 blocks[text.name] = token_blocks(
-                    tokenizer, text.content, seq_len, limit
+                    tokenizer, text.content, seq_len, limit, bos=self.bos
                 )
             except ValueError as error:
                 raise ValueError(f"{text.name}, {model}: {error}") from error

@@ -6,6 +6,10 @@ perplexity is the exponential of the mean negative log-likelihood of every token
 block but its first, given the tokens before it in the block. What remains after the
 last whole block is left out.
 
+Where the tokenizer puts a token at the beginning of each text, each block begins with
+it, and all tokens of the text are predicted. Published tables of LLaMA and OPT have
+that token in the first block only.
+
 Its standard error takes the blocks as independent samples of the text: with losses
 x_1 … x_B of mean x̄ and sample variance s², the standard error of x̄ is s/√B, and by the
 delta method that of the perplexity exp(x̄) is exp(x̄)·s/√B. It says how far the text
@@ -27,6 +31,7 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fista_modifier.data import start_tokens, with_start
 from fista_modifier.models.limits import check_length, check_tokens
 
 __all__ = [
@@ -110,7 +115,12 @@ def perplexity(
 
 
 def token_blocks(
-    tokenizer: Any, text: str, seq_len: int, max_tokens: int | None = None
+    tokenizer: Any,
+    text: str,
+    seq_len: int,
+    max_tokens: int | None = None,
+    *,
+    bos: bool = True,
 ) -> Tensor:
     """
     Tokenise a text and cut it into blocks.
@@ -119,21 +129,25 @@ def token_blocks(
     :param text: the text to predict
     :param seq_len: tokens in a block
     :param max_tokens: use no more than this many tokens from the start of the text
+    :param bos: whether each block begins with what the tokenizer puts at the beginning
+        of a text; otherwise the first block alone does
     :return: token ids, blocks×seq_len
     :raises ValueError: if ``seq_len`` leaves nothing to predict, or the text is shorter
         than one block
     """
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; at least 2 tokens predict one")
+    start = start_tokens(tokenizer) if bos else []
     # verbose=False: the text may well be longer than the model's maximum length.
-    tokens = tokenizer(text, verbose=False)["input_ids"][:max_tokens]
-    count = len(tokens) // seq_len
+    tokens = tokenizer(text, verbose=False)["input_ids"][len(start) :][:max_tokens]
+    own = seq_len - len(start)
+    count = len(tokens) // own
     if count == 0:
         raise ValueError(
-            f"the text gives {len(tokens)} tokens, but one block needs {seq_len}: use "
+            f"the text gives {len(tokens)} tokens, but one block needs {own}: use "
             "a longer text, more --max-tokens or a shorter --seq-len"
         )
-    return torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+    return with_start(torch.tensor(tokens[: count * own]).view(count, own), start)
 
 
 def block_losses(

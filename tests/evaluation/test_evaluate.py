@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from command_line import invoke
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fista_modifier.evaluation import perplexity
+from fista_modifier.evaluation.perplexity import block_losses, token_blocks
 from fista_modifier.evaluation.tasks import TaskSuite
 
 QUESTIONS = [
@@ -122,6 +124,28 @@ def test_texts_and_tasks_are_measured_for_each_model(
     both = math.hypot(spread, math.sqrt(sky * (1 - sky) / 4)) / 2
     assert cells[5] == f"{(share + sky) / 2:.3f} ± {both:.3f}"
     assert f"{expected.value:.3f}" in result.output
+
+
+def test_blocks_may_begin_as_in_published_tables(
+    model: Path, text: Path, tmp_path: Path, starting_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "starting")
+    starting_tokenizer.save_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    file = tmp_path / "results.json"
+    found = []
+    for option in ("--bos", "--no-bos"):
+        arguments = ("eval", folder, "--text", text, "--seq-len", 32, "--json", file)
+        assert invoke(*arguments, option).exit_code == 0
+        [row] = json.loads(file.read_text())["rows"]
+        blocks = token_blocks(
+            starting_tokenizer, text.read_text(), 32, bos=option == "--bos"
+        )
+        assert row["value"] == pytest.approx(
+            math.exp(fmean(block_losses(network, blocks)))
+        )
+        found.append(row["value"])
+    assert found[0] != found[1]
 
 
 def test_what_is_measured_is_kept_until_checkpoint_or_text_change(

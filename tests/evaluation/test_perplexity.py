@@ -1,10 +1,12 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fista_modifier.evaluation import perplexity
+from fista_modifier.evaluation.perplexity import token_blocks
 
 TEXT = "The quick brown fox jumps over the lazy dog."  # 44 bytes, so 44 tokens
 
@@ -43,12 +45,33 @@ def test_it_is_the_exponential_of_transformers_loss(model, tiny_tokenizer, batch
     assert measured.value == pytest.approx(math.exp(expected), rel=1e-6)
 
 
-def test_a_long_block_is_taken_in_chunks(model, tiny_tokenizer):
-    text = TEXT * 14  # 616 tokens, more than a chunk of positions
+def test_a_long_block_is_taken_in_chunks(model, tiny_tokenizer, monkeypatch):
+    chunks = import_module("fista_modifier.evaluation.perplexity")
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 100 * len(tiny_tokenizer))
+    text = TEXT * 14
     measured = perplexity(model, tiny_tokenizer, text, seq_len=600, progress=False)
     expected = reference(model, tiny_tokenizer, text, seq_len=600, blocks=1)
     assert measured.tokens == 599
     assert measured.nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_block_begins_as_the_tokenizer_begins_a_text(model, starting_tokenizer):
+    own = torch.tensor(starting_tokenizer(TEXT)["input_ids"])[1:]
+    rows = torch.cat([torch.ones(4, 1, dtype=torch.long), own[:36].view(4, 9)], 1)
+    with torch.no_grad():
+        expected = model(rows, labels=rows).loss.item()
+    measured = perplexity(
+        model, starting_tokenizer, TEXT, seq_len=10, max_tokens=36, progress=False
+    )
+    assert measured.tokens == 36
+    assert measured.nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_the_text_begins_so_if_asked_for(starting_tokenizer):
+    blocks = token_blocks(starting_tokenizer, TEXT, 10, bos=False)
+    tokens = starting_tokenizer(TEXT)["input_ids"]
+    assert blocks.flatten().tolist() == tokens[:40]
+    assert (blocks[:, 0] == 1).tolist() == [True, False, False, False]
 
 
 def test_max_tokens_limits_the_text(model, tiny_tokenizer):
