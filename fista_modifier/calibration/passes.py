@@ -69,9 +69,9 @@ class CalibrationPasses:
             layer.operators,
             wanted,
             self._storage,
-            partial(self._batches.real, layer.mask_name),
-            lambda: any(one.sums for one in self._recordings.values()),
-            offload,
+            padding=partial(self._batches.real, layer.mask_name),
+            others_sum=lambda: any(one.sums for one in self._recordings.values()),
+            offload=offload,
         )
         return self._recordings[layer].hooks()
 

@@ -56,7 +56,7 @@ def recover(
     batch_size: BatchSize = 1,
     epochs: Annotated[
         float, typer.Option(min=0, help="how often each sequence is seen")
-    ] = 1.0,
+    ] = Training.epochs,
     rate: Annotated[
         float,
         typer.Option(
@@ -64,7 +64,7 @@ def recover(
             help="the highest learning rate, as a share of an operator's mean kept "
             "weight; it rises at first, then falls",
         ),
-    ] = 0.002,
+    ] = Training.rate,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(

@@ -7,16 +7,16 @@ import nothing else of the package but the modules at the root.
 
 from fista_modifier.data.calibration import (
     calibration_dataset,
+    cut_into_blocks,
     load_text,
     max_sequence_length,
     start_tokens,
-    with_start,
 )
 
 __all__ = [
     "calibration_dataset",
+    "cut_into_blocks",
     "load_text",
     "max_sequence_length",
     "start_tokens",
-    "with_start",
 ]

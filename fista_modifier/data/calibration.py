@@ -34,10 +34,10 @@ from fista_modifier.data.records import (
 
 __all__ = [
     "calibration_dataset",
+    "cut_into_blocks",
     "load_text",
     "max_sequence_length",
     "start_tokens",
-    "with_start",
 ]
 
 C4 = "allenai/c4"
@@ -247,9 +247,9 @@ def calibration_dataset(
             f"{source} has {len(tokens)} tokens, but {samples} samples of {own} "
             f"need {needed}: use a longer text, fewer --samples or a shorter --seq-len"
         )
-    blocks = torch.tensor(tokens[: len(tokens) // own * own]).view(-1, own)
+    blocks = cut_into_blocks(tokens, seq_len, start)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    chosen = with_start(blocks[order[:samples]], start)
+    chosen = blocks[order[:samples]]
     return Dataset.from_dict(
         {
             "input_ids": chosen.tolist(),
@@ -273,15 +273,22 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [start]
 
 
-def with_start(blocks: torch.Tensor, start: Sequence[int]) -> torch.Tensor:
+def cut_into_blocks(
+    tokens: Sequence[int], seq_len: int, start: Sequence[int]
+) -> torch.Tensor:
     """
-    Put the same tokens before each block.
+    Cut a stream of tokens into contiguous blocks. What remains after the last whole
+    block is left out.
 
-    :param blocks: token ids, blocks×length
-    :param start: the tokens to put before
-    :return: token ids, blocks×(number of those tokens + length)
+    :param tokens: the stream
+    :param seq_len: tokens in a block, with those that it begins with
+    :param start: the tokens that each block begins with, fewer than ``seq_len``
+    :return: token ids, long, blocks×``seq_len``
     """
-    before = torch.tensor(list(start), dtype=blocks.dtype).expand(len(blocks), -1)
+    own = seq_len - len(start)
+    count = len(tokens) // own
+    blocks = torch.tensor(tokens[: count * own], dtype=torch.long).view(count, own)
+    before = torch.tensor(list(start), dtype=torch.long).expand(count, -1)
     return torch.cat([before, blocks], 1)
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fista_modifier.evaluation.perplexity import (
     checked_batches,
-    chunk_size,
+    in_chunks,
     inference,
     predictions,
     token_blocks,
@@ -155,11 +155,7 @@ def _compared(dense: Tensor, pruned: Tensor) -> tuple[int, float]:
         )
     same = torch.zeros((), dtype=torch.int64, device=pruned.device)
     total = torch.zeros((), dtype=torch.float64, device=pruned.device)
-    for one, other in zip(
-        torch.split(dense, chunk_size(dense), dim=1),
-        torch.split(pruned, chunk_size(dense), dim=1),
-        strict=True,
-    ):
+    for one, other in in_chunks(dense, pruned):
         one = one.to(other.device)
         same += (one.argmax(-1) == other.argmax(-1)).sum()
         total += divergences(one.float(), other.float()).sum()

@@ -31,14 +31,14 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fista_modifier.data import start_tokens, with_start
+from fista_modifier.data import cut_into_blocks, start_tokens
 from fista_modifier.models.limits import check_length, check_tokens
 
 __all__ = [
     "Perplexity",
     "block_losses",
     "checked_batches",
-    "chunk_size",
+    "in_chunks",
     "inference",
     "perplexity",
     "predictions",
@@ -141,13 +141,12 @@ def token_blocks(
     # verbose=False: the text may well be longer than the model's maximum length.
     tokens = tokenizer(text, verbose=False)["input_ids"][len(start) :][:max_tokens]
     own = seq_len - len(start)
-    count = len(tokens) // own
-    if count == 0:
+    if len(tokens) < own:
         raise ValueError(
             f"the text gives {len(tokens)} tokens, but one block needs {own}: use "
             "a longer text, more --max-tokens or a shorter --seq-len"
         )
-    return with_start(torch.tensor(tokens[: count * own]).view(count, own), start)
+    return cut_into_blocks(tokens, seq_len, start)
 
 
 def block_losses(
@@ -223,14 +222,19 @@ def predictions(model: Any, batch: Tensor) -> Tensor:
     return logits
 
 
-def chunk_size(logits: Tensor) -> int:
+def in_chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
-    Return how many positions to work on at a time.
+    Split logits, and what belongs to them, into parts to work on one after the other.
 
     :param logits: …×positions×vocabulary
-    :return: the number of positions, at least one
+    :param others: tensors of the same positions, in the same dimension
+    :return: views of a few positions of each tensor, at least one
     """
-    return max(1, CHUNK_ENTRIES * logits.shape[-2] // max(1, logits.numel()))
+    size = max(1, CHUNK_ENTRIES * logits.shape[-2] // max(1, logits.numel()))
+    positions = logits.ndim - 2
+    return zip(
+        *(torch.split(one, size, positions) for one in (logits, *others)), strict=True
+    )
 
 
 def _mean_losses(model: Any, batch: Tensor) -> Tensor:
@@ -238,11 +242,7 @@ def _mean_losses(model: Any, batch: Tensor) -> Tensor:
     logits = predictions(model, batch)
     targets = batch[:, 1:].to(logits.device)
     totals = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
-    for scores, expected in zip(
-        torch.split(logits, chunk_size(logits), dim=1),
-        torch.split(targets, chunk_size(logits), dim=1),
-        strict=True,
-    ):
+    for scores, expected in in_chunks(logits, targets):
         totals += _losses(scores.float(), expected).sum(dim=1)
     return totals / targets.shape[1]
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fista_modifier.evaluation.perplexity import chunk_size
+from fista_modifier.evaluation.perplexity import in_chunks
 from fista_modifier.models.operators import mean_kept
 
 __all__ = ["DistillationTrainer", "mean_divergence"]
@@ -53,11 +53,7 @@ class _MeanDivergence(torch.autograd.Function):
         count = real.sum().clamp(min=1)
         total = torch.zeros((), dtype=torch.float64, device=pruned.device)
         gradient = torch.zeros_like(pruned)
-        size = chunk_size(pruned)
-        for one, other, kept, result in zip(
-            *(torch.split(each, size) for each in (dense, pruned, real, gradient)),
-            strict=True,
-        ):
+        for one, other, kept, result in in_chunks(dense, pruned, real, gradient):
             target = _log_probabilities(one.to(other.device)[kept])
             own = _log_probabilities(other[kept])
             probabilities = target.exp()
@@ -71,7 +67,8 @@ class _MeanDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient * slope, None
+        # in place, as another tensor of this size may not fit; a second time is refused
+        return None, gradient.mul_(slope), None
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

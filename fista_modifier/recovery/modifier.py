@@ -30,7 +30,7 @@ from fista_modifier.recovery.recover import (
     kept_entries,
     operators_to_train,
     train_operators,
-    with_zeros,
+    with_recovery,
 )
 from fista_modifier.recovery.resume import forget
 
@@ -155,9 +155,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             return
         model = state.model
         results = [one for pruner in self._pruners for one in pruner.results]
-        operators = operators_to_train(
-            model, PruningReport(model.name_or_path, None, 0.0, results)
-        )
+        operators = operators_to_train(model, results)
         tokens = _tokens(state)
         with _trainable_model(model), torch.enable_grad(), plain_forward(model):
             self._recovery = train_operators(
@@ -187,7 +185,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             recovery = self._recovery
 
             def trained(report: PruningReport) -> PruningReport:
-                return with_zeros(report, self._zeros, recovery)
+                return with_recovery(report, recovery, self._zeros)
 
             revise_report(state.model, trained)
             if self.resume_dir is not None:

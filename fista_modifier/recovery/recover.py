@@ -22,7 +22,12 @@ from fista_modifier.models.experts import linearize
 from fista_modifier.models.layers import group_by_layer, layer_targets
 from fista_modifier.models.limits import check_calibration
 from fista_modifier.models.operators import Operator, operators_in, trainable
-from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
+from fista_modifier.pruning.results import (
+    Calibration,
+    OperatorResult,
+    PruningReport,
+    RecoveryResult,
+)
 from fista_modifier.pruning.resume import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
 from fista_modifier.recovery.resume import begin, last_state
@@ -37,7 +42,7 @@ __all__ = [
     "operators_to_train",
     "recover",
     "train_operators",
-    "with_zeros",
+    "with_recovery",
 ]
 
 HELD_OUT = 16
@@ -113,7 +118,7 @@ class Training:
             logging_nan_inf_filter=False,
             report_to="none",
             remove_unused_columns=False,
-            dataloader_pin_memory=False,
+            dataloader_pin_memory=False,  # a batch is a few tokens
             use_cpu=not torch.accelerator.is_available(),
         )
 
@@ -148,7 +153,7 @@ def recover(
         the report's operators
     :raises RuntimeError: if the training has diverged
     """
-    operators = operators_to_train(model, report)
+    operators = operators_to_train(model, report.operators)
     recovery = train_operators(
         model,
         teacher,
@@ -160,7 +165,7 @@ def recover(
         resume=resume,
         teacher_name=teacher_name,
     )
-    return with_zeros(report, counted_zeros(operators), recovery)
+    return with_recovery(report, recovery, counted_zeros(operators))
 
 
 def kept_entries(operators: Iterable[Operator]) -> dict[str, Tensor]:
@@ -265,17 +270,19 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
     return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
 
 
-def operators_to_train(model: PreTrainedModel, report: PruningReport) -> list[Operator]:
+def operators_to_train(
+    model: PreTrainedModel, results: Sequence[OperatorResult]
+) -> list[Operator]:
     """
-    Return the operators to train: those of the report, each once, and all operators of
-    the layers that lost channels.
+    Return the operators to train: those that were pruned, each once, and all operators
+    of the layers that lost channels.
 
     :param model: the pruned model
-    :param report: the report of its pruning
+    :param results: what became of each operator
     :return: the operators
-    :raises ValueError: if the model does not have an operator of the report
+    :raises ValueError: if the model does not have one of these operators
     """
-    names = list(dict.fromkeys(one.name for one in report.operators))
+    names = list(dict.fromkeys(one.name for one in results))
     if any(name not in dict(model.named_modules()) for name in names):
         linearize(model)  # the report has the experts of a mixture one by one
     modules: dict[str, Any] = dict(model.named_modules())
@@ -286,7 +293,7 @@ def operators_to_train(model: PreTrainedModel, report: PruningReport) -> list[Op
             "have: it is the report of another model"
         )
     operators = {name: Operator(name, modules[name]) for name in names}
-    smaller = [operators[one.name] for one in report.smaller]
+    smaller = [operators[one.name] for one in results if one.is_smaller]
     if smaller:
         targets = layer_targets(model, smaller)
         for layer in group_by_layer(model, smaller, targets):
@@ -377,15 +384,15 @@ def counted_zeros(operators: Iterable[Operator]) -> dict[str, int]:
     return {one.name: int((one.weight == 0).sum()) for one in operators}
 
 
-def with_zeros(
-    report: PruningReport, zeros: Mapping[str, int], recovery: RecoveryResult
+def with_recovery(
+    report: PruningReport, recovery: RecoveryResult, zeros: Mapping[str, int]
 ) -> PruningReport:
     """
     Add a training to a report.
 
     :param report: the report of the pruning
-    :param zeros: number of zeros of each trained operator after it, by its name
     :param recovery: the result of the training
+    :param zeros: number of zeros of each trained operator after it, by its name
     :return: the report with the training and these numbers
     """
     # a chain has an operator twice, and only the last entry is of what is stored
