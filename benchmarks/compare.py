@@ -4,7 +4,8 @@ FISTAPruner beside the toolkit's own pruners: perplexity, time, memory.
 Every method sees the same calibration tokens, in the same order, in one run of this
 script; each runs in a process of its own, so that its peak memory is its own. Results
 are added to OUT.json as they come, and OUT.md is the table; what OUT.json has already
-is not measured again.
+is not measured again. With --work FOLDER the layers that FISTAPruner has finished are
+kept there, and an interrupted method goes on; it has no time then.
 
     python benchmarks/compare.py --model DIR --calibration FILE.txt --text FILE.txt \\
         --samples 128 --seq-len 512 --seeds 0 1 2 --out benchmarks/results/compare
@@ -35,7 +36,7 @@ from fista_modifier.evaluation.comparison import (
     identities,
     in_own_process,
 )
-from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, pruner, recipe
+from fista_modifier.evaluation.methods import FISTA_METHODS, Pruner, recipe
 from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.evaluation.texts import load_texts
 from fista_modifier.host import package_versions
@@ -57,11 +58,18 @@ PATTERNS = ("2:4", "0.5")
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
-def method_pruner(method: str, pattern: str) -> Pruner:
-    """Return a method of the package, or one that only the benchmarks have."""
-    if method not in VARIANTS:
-        return pruner(method, pattern_of(pattern))
-    base, fields = VARIANTS[method]
+def method_pruner(method: str, pattern: str, layers: Path | None = None) -> Pruner:
+    """
+    Return a method of the package, or one that only the benchmarks have.
+
+    :param method: one of ``METHODS``
+    :param pattern: the pattern to prune to
+    :param layers: the folder for finished layers, where the method can keep them
+    :return: the method, which can be pickled
+    """
+    base, fields = VARIANTS.get(method, (method, {}))
+    if layers is not None and base in FISTA_METHODS:
+        fields = fields | {"resume_dir": str(layers)}
     return partial(
         prune_by_fields,
         pattern=pattern,
@@ -140,15 +148,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     results = Results.resume(args.out.with_suffix(".json"), setup(args))
-    rows = identities(args.methods, args.patterns, args.seeds)
-    for row in results.missing(rows):
-        prune = None
-        if row["method"] != DENSE:
-            prune = method_pruner(row["method"], row["pattern"])
-        results.add(row | measure(args, prune, args.samples, row["seed"] or 0))
+    for row in results.missing(identities(args.methods, args.patterns, args.seeds)):
+        results.add(row | measured_row(args, row))
         inputs.show(args.out.with_suffix(".md"), comparison_table(results))
+
+
+def measured_row(args: argparse.Namespace, row: Row) -> Row:
+    """Return the figures of a row of the table."""
+    if row["method"] == DENSE:
+        return measure(args, None, args.samples, 0)
+    layers = None
+    if args.work is not None:
+        name = "-".join(str(value) for value in row.values()).replace(":", "of")
+        layers = args.work / f"{Path(args.model).name}-{name}"
+    resumed = layers is not None and layers.exists()
+    prune = method_pruner(row["method"], row["pattern"], layers)
+    found = measure(args, prune, args.samples, row["seed"])
+    return found | ({"seconds": None, "processor_seconds": None} if resumed else {})
 
 
 if __name__ == "__main__":

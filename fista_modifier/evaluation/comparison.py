@@ -64,6 +64,9 @@ __all__ = [
 
 DENSE, REFERENCE = "dense", "sparsegpt"
 STARTS = "error, warm start → solver"
+PROCESSOR_TIME = "processor time"
+TIMES = {"time": "seconds", PROCESSOR_TIME: "processor_seconds"}
+PROCESSOR = " Other processes do not lengthen the processor time."
 AGREEMENT = (
     " Same: share of the next tokens for which the pruned and the dense model hold the "
     "same for the most likely. KL: mean KL(dense ‖ pruned), in nats per token."
@@ -121,9 +124,10 @@ class Measurement:
         model = load_model(self.model, self.dtype)
         row: Row = {}
         if prune is not None:
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             run = prune(model, tokenizer, calibration)
             row["seconds"] = time.perf_counter() - started
+            row["processor_seconds"] = time.process_time() - processor
             row["zeros"] = _zeros(model)
             row["peak_memory_bytes"] = _peak_memory()
             if run.results:
@@ -340,7 +344,7 @@ def comparison_table(results: Results) -> str:
     compared = any(DIVERGENCE in row for row in results.rows)
     if compared:
         header += [f"{what}, {text}" for text in texts for what in ("same", "KL")]
-    header += ["excess", "its range", STARTS, "time", "peak memory", "zeros"]
+    header += ["excess", "its range", STARTS, *TIMES, "peak memory", "zeros"]
     figures = {text: f"{dense['perplexity'][text]:.2f}" for text in texts}
     lines = [{"method": DENSE} | figures]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -359,11 +363,13 @@ def comparison_table(results: Results) -> str:
     unwanted = set() if len(texts) > 1 else {"excess"}
     if all(len(rows) == 1 for rows in groups.values()):
         unwanted |= {"seeds", "its range"}
-    if not any(STARTS in line for line in lines):
-        unwanted.add(STARTS)
+    optional = (STARTS, PROCESSOR_TIME)
+    unwanted |= {name for name in optional if not any(name in line for line in lines)}
     header = [name for name in header if name not in unwanted]
     cells = [[line.get(name, "") for name in header] for line in lines]
-    caption = _caption(results.setup) + (AGREEMENT if compared else "")
+    caption = _caption(results.setup)
+    caption += AGREEMENT if compared else ""
+    caption += PROCESSOR if PROCESSOR_TIME not in unwanted else ""
     return markdown_table(header, cells) + "\n\n" + caption + "\n"
 
 
@@ -420,9 +426,10 @@ def _figures(
         solved = fmean(row["mean_squared_relative_error"] for row in rows)
         cells[STARTS] = f"{start:.4f} → {solved:.4f}"
     # a run beside others has no time that could be compared
-    if pairs and all(row["seconds"] and peer["seconds"] for row, peer in pairs):
-        ratio = fmean(row["seconds"] / peer["seconds"] for row, peer in pairs)
-        cells["time"] = f"{ratio:.2f}"
+    for name, seconds in TIMES.items():
+        if pairs and all(row.get(seconds) and peer.get(seconds) for row, peer in pairs):
+            ratio = fmean(row[seconds] / peer[seconds] for row, peer in pairs)
+            cells[name] = f"{ratio:.2f}"
     peak = max(row["peak_memory_bytes"] for row in rows)
     cells["peak memory"] = f"{peak / 2**30:.2f} GiB"
     cells["zeros"] = f"{100 * fmean(row['zeros'] for row in rows):.2f} %"

@@ -176,6 +176,7 @@ def test_excess_and_time_are_shares_of_sparsegpts() -> None:
     assert found["excess, two"] == "0.750"
     assert found["excess"] == "0.625"
     assert found["time"] == "2.50"
+    assert "processor time" not in found
     assert found["one"] == f"{math.exp(1.5):.2f}"
     assert "seeds" not in found
 
@@ -186,7 +187,11 @@ def test_excess_and_time_are_shares_of_sparsegpts() -> None:
     assert found["time"] == "1.50"
     seeds[1]["seconds"] = None  # it ran beside others
     found = cells(Results(SETUP, [dense, *rows, *seeds], None), "fista")
+    for measured, seconds in zip(rows + seeds, (8.0, 16.0, 4.0, 2.0), strict=True):
+        measured["processor_seconds"] = seconds
+    found = cells(Results(SETUP, [dense, *rows, *seeds], None), "fista")
     assert (found["its range"], found["time"]) == ("0.500–0.625", "")
+    assert found["processor time"] == "1.25"
 
 
 def test_without_a_meaningful_reference_there_is_no_share() -> None:
