@@ -21,6 +21,7 @@ from fista_modifier.calibration.replay import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.loading import load_config, load_model
+from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture
@@ -141,7 +142,9 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 "the model was not loaded from a checkpoint: name the dense model in "
                 "RecoveryModifier's 'teacher'"
             )
-        check_architecture(state.model.config, load_config(self.teacher), self.teacher)
+        dense = load_config(self.teacher)
+        check_architecture(state.model.config, dense, self.teacher)
+        check_vocabulary_size(state.model.config, dense, self.teacher)
         return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -153,6 +153,20 @@ def test_a_model_without_a_checkpoint_needs_a_teacher() -> None:
         run(model, [PRUNERS["sparse"](), RecoveryModifier()], **DATA)
 
 
+def test_a_teacher_of_another_vocabulary_is_refused_before_the_run(
+    dense: Path, tmp_path: Path
+) -> None:
+    larger = tiny_model("llama")
+    larger.resize_token_embeddings(larger.config.vocab_size + 8)
+    larger.save_pretrained(tmp_path / "larger")
+    model = load_model(str(dense))
+    before = weights(model)
+    step = RecoveryModifier(teacher=str(tmp_path / "larger"))
+    with pytest.raises(ValueError, match="has a vocabulary of"):
+        run(model, [PRUNERS["sparse"](), step], **DATA)
+    assert all(torch.equal(weights(model)[name], before[name]) for name in before)
+
+
 def test_sequences_of_different_lengths_are_refused(dense: Path) -> None:
     rows = [{"input_ids": [2] * n, "attention_mask": [1] * n} for n in (5, 7, 9)]
     with pytest.raises(ValueError, match="5 to 9 tokens"):
