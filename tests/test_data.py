@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 from datasets import Dataset, DatasetDict
 from loguru import logger
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fista_modifier.data import calibration_dataset, load_text, max_sequence_length
 
@@ -49,6 +50,46 @@ def test_samples_begin_as_the_tokenizer_begins_a_text(tmp_path, starting_tokeniz
     assert sorted(lines) == [f"{number:07}\n" for number in range(10)]
     with pytest.raises(ValueError, match="seq_len is 1; at least 2"):
         calibration_dataset(source, starting_tokenizer, samples=1, seq_len=1)
+
+
+@pytest.mark.parametrize(
+    "template, before, after",
+    [
+        ("<cls> $A <sep>", ["<cls>"], ["<sep>"]),
+        ("<cls> <pad> $A <eos>", ["<cls>", "<pad>"], []),
+    ],
+    ids=["BERT's", "GLM's"],
+)
+def test_samples_are_framed_as_the_tokenizer_frames_a_text(
+    template, before, after, tmp_path, tiny_tokenizer
+):
+    """Encoders read [CLS] and [SEP]; a text's end is no sample's end."""
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        cls_token="<cls>",
+        sep_token="<sep>",
+    )
+    names = ("<cls>", "<sep>", "<pad>", "<eos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[
+            (name, tokenizer.convert_tokens_to_ids(name)) for name in names
+        ],
+    )
+    source = write_lines(tmp_path / "text.txt", 10)
+    length = 8 + len(before) + len(after)
+    data = calibration_dataset(
+        source, tokenizer, samples=10, seq_len=length, progress=False
+    )
+    first, last = len(before), length - len(after)
+    for row in data["input_ids"]:
+        assert tokenizer.convert_ids_to_tokens(row[:first]) == before
+        assert tokenizer.convert_ids_to_tokens(row[last:]) == after
+    lines = [tokenizer.decode(row[first:last]) for row in data["input_ids"]]
+    assert sorted(lines) == [f"{number:07}\n" for number in range(10)]
 
 
 def test_the_seed_decides_the_samples(tmp_path, tiny_tokenizer):
@@ -357,6 +398,17 @@ def test_chats_are_rendered_by_the_template(
     )
     text = chat_tokenizer.decode(data["input_ids"][0])
     assert text == f"{expected}<eos>[user]hi"
+
+
+def test_a_chat_does_not_begin_with_what_each_sample_begins_with(
+    tmp_path, starting_tokenizer
+):
+    tokenizer = copy.deepcopy(starting_tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    data = Dataset.from_list([{"messages": [{"role": "user", "content": "hi"}]}])
+    data.to_json(str(tmp_path / "a.jsonl"))
+    source = str(tmp_path / "a.jsonl")
+    assert list(load_text(source, tokenizer=tokenizer)) == ["[user]hi"]
 
 
 def test_a_chat_that_the_template_refuses_is_left_out(

@@ -195,7 +195,10 @@ def _text(value: Any, column: str, tokenizer: Any) -> str | None:
     if not value:
         return None
     check_template(tokenizer)
-    return render(value, tokenizer)
+    text = render(value, tokenizer)
+    if tokenizer.bos_token_id in start_tokens(tokenizer):
+        return text.removeprefix(tokenizer.bos_token)  # each sample begins with it
+    return text
 
 
 def calibration_dataset(
@@ -218,7 +221,8 @@ def calibration_dataset(
     :param source: a file or data set, as for :func:`load_text`
     :param tokenizer: the model's tokenizer (Hugging Face)
     :param samples: number of samples
-    :param seq_len: tokens in each sample, with those of :func:`start_tokens`
+    :param seq_len: tokens in each sample, with those that the tokenizer puts before and
+        after a text (:func:`start_tokens`, :func:`end_tokens`)
     :param seed: the same seed gives the same samples
     :param text_column: the field of a record that holds its text or conversation, as
         for :func:`load_text`
@@ -232,10 +236,11 @@ def calibration_dataset(
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed")
-    start = start_tokens(tokenizer)
-    own = seq_len - len(start)
+    start, end = start_tokens(tokenizer), end_tokens(tokenizer)
+    added = len(start) + len(end)
+    own = seq_len - added
     if own < 1:
-        raise ValueError(f"seq_len is {seq_len}; at least {1 + len(start)} is needed")
+        raise ValueError(f"seq_len is {seq_len}; at least {1 + added} is needed")
     needed = samples * own
     documents = load_text(
         source, text_column=text_column, seed=seed, tokenizer=tokenizer
@@ -247,7 +252,7 @@ def calibration_dataset(
             f"{source} has {len(tokens)} tokens, but {samples} samples of {own} "
             f"need {needed}: use a longer text, fewer --samples or a shorter --seq-len"
         )
-    blocks = cut_into_blocks(tokens, seq_len, start)
+    blocks = cut_into_blocks(tokens, seq_len, start, end)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     chosen = blocks[order[:samples]]
     return Dataset.from_dict(
@@ -260,36 +265,64 @@ def calibration_dataset(
 
 def start_tokens(tokenizer: Any) -> list[int]:
     """
-    Return what the tokenizer puts before each text, if that is its token for the
-    beginning. A model that was trained so may not work without: Gemma-3-270M's
-    perplexity is three times as high.
+    Return what the tokenizer puts before each text. A model that was trained so may not
+    work without: Gemma-3-270M's perplexity is three times as high.
 
     :param tokenizer: the model's tokenizer (Hugging Face)
-    :return: that one token, or none
+    :return: tokens, mostly one or none
     """
-    start = getattr(tokenizer, "bos_token_id", None)
-    if start is None or tokenizer("a")["input_ids"][:1] != [start]:
-        return []
-    return [start]
+    return _added_tokens(tokenizer)[0]
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """
+    Return what the tokenizer puts after each text if that is its separator, as BERT's
+    and RoBERTa's do. The token for the end of a text is none: calibration samples are
+    parts of longer texts.
+
+    :param tokenizer: the model's tokenizer (Hugging Face)
+    :return: one token, or none
+    """
+    after = _added_tokens(tokenizer)[1]
+    return after if after == [getattr(tokenizer, "sep_token_id", None)] else []
+
+
+def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return what the tokenizer puts before and after each text."""
+    whole = tokenizer("a")["input_ids"]
+    own = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(own) + 1):
+        end = start + len(own)
+        if whole[start:end] == own:
+            return whole[:start], whole[end:]
+    return [], []
 
 
 def cut_into_blocks(
-    tokens: Sequence[int], seq_len: int, start: Sequence[int]
+    tokens: Sequence[int],
+    seq_len: int,
+    start: Sequence[int],
+    end: Sequence[int] = (),
 ) -> torch.Tensor:
     """
     Cut a stream of tokens into contiguous blocks. What remains after the last whole
     block is left out.
 
     :param tokens: the stream
-    :param seq_len: tokens in a block, with those that it begins with
-    :param start: the tokens that each block begins with, fewer than ``seq_len``
+    :param seq_len: tokens in a block, with those that it begins and ends with
+    :param start: the tokens that each block begins with
+    :param end: the tokens that each block ends with; with ``start``, fewer than
+        ``seq_len``
     :return: token ids, long, blocks×``seq_len``
     """
-    own = seq_len - len(start)
+    own = seq_len - len(start) - len(end)
     count = len(tokens) // own
     blocks = torch.tensor(tokens[: count * own], dtype=torch.long).view(count, own)
-    before = torch.tensor(list(start), dtype=torch.long).expand(count, -1)
-    return torch.cat([before, blocks], 1)
+    before, after = (
+        torch.tensor(list(added), dtype=torch.long).expand(count, -1)
+        for added in (start, end)
+    )
+    return torch.cat([before, blocks, after], 1)
 
 
 def _join(

@@ -7,8 +7,8 @@ block but its first, given the tokens before it in the block. What remains after
 last whole block is left out.
 
 Where the tokenizer puts a token at the beginning of each text, each block begins with
-it, and all tokens of the text are predicted. Published tables of LLaMA and OPT have
-that token in the first block only.
+it, and all tokens of the text are predicted (of several such tokens, all but the first
+are, too). Published tables of LLaMA and OPT have that token in the first block only.
 
 Its standard error takes the blocks as independent samples of the text: with losses
 x_1 … x_B of mean x̄ and sample variance s², the standard error of x̄ is s/√B, and by the
