@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # the suite is the same everywhere; FISTA_TEST_GPU=1 lets the toolkit use the GPU
@@ -15,6 +16,7 @@ import torch
 from families import checkpoint
 from filelock import FileLock
 from llmcompressor.pipelines.cache import IntermediatesCache
+from loguru import logger
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -74,6 +76,15 @@ def starting_tokenizer(
         bos_token="<eos>",
         eos_token="<eos>",
     )
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What is logged as a warning."""
+    messages: list[str] = []
+    handler = logger.add(messages.append, level="WARNING", format="{message}")
+    yield messages
+    logger.remove(handler)
 
 
 @pytest.fixture(scope="session")

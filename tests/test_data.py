@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 from datasets import Dataset, DatasetDict
-from loguru import logger
 from tokenizers import Tokenizer, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -214,15 +213,6 @@ def chat_tokenizer(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-@pytest.fixture
-def warnings():
-    """What is logged as a warning."""
-    messages = []
-    handler = logger.add(messages.append, level="WARNING", format="{message}")
-    yield messages
-    logger.remove(handler)
 
 
 def write_jsonl(path, records):

@@ -70,13 +70,23 @@ def load_model(
     :raises FileNotFoundError: if there is no such model
     :raises ValueError: if transformers has no class for it
     """
-    cls = model_class(load_config(model))
+    config = load_config(model)
+    cls, attention = model_class(config), _attention(config)
     if current_ranks().size > 1 and not to_accelerator:
         with load_offloaded_model():  # the first rank loads, the others share
             return cls.from_pretrained(
-                model, dtype=dtype, device_map={"": "cpu"}, max_memory={}
+                model, dtype=dtype, device_map={"": "cpu"}, max_memory={}, **attention
             )
     spread = to_accelerator and torch.accelerator.is_available()
     return cls.from_pretrained(
-        model, dtype=dtype, device_map="auto" if spread else None
+        model, dtype=dtype, device_map="auto" if spread else None, **attention
     )
+
+
+def _attention(config: PretrainedConfig) -> dict[str, str]:
+    """
+    Return the attention to load a model with. Torch's fused kernels, which transformers
+    takes by default, leave out soft caps of the scores.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {} if capped is None else {"attn_implementation": "eager"}

@@ -24,6 +24,7 @@ from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.checkpoint.on_save import describe_on_save
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.models.coverage import share_of_weights, warn_of_other_weights
+from fista_modifier.models.generation import make_generation_config_storable
 from fista_modifier.models.layers import (
     DecoderLayer,
     chosen_layers,
@@ -215,8 +216,8 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         :raises OSError: if ``activations_dir`` cannot be made
         :raises ValueError: if there is no calibration data, or a token in it is not in
             the vocabulary, if targets match nothing, if an operator cannot have the
-            pattern or is not finite, if the model does not have the ``layers``, or if
-            ``resume_dir`` belongs to another run
+            pattern or is not finite, if the model does not have the ``layers`` or could
+            not be saved, or if ``resume_dir`` belongs to another run
         """
         model = state.model
         if state.data.calib is None:
@@ -224,6 +225,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 f"{type(self).__name__} needs calibration data: pass dataset=… to "
                 "oneshot"
             )
+        make_generation_config_storable(model)
         check_vocabulary(model, getattr(state.data.calib, "dataset", None))
         storage = ActivationStorage(_folder(self.activations_dir))
         if storage.folder is not None:
