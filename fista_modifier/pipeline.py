@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier.checkpoint.model_card import write_model_card
 from fista_modifier.checkpoint.on_save import report_of, without_report
+from fista_modifier.checkpoint.processors import copy_processors
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.data import calibration_dataset
 from fista_modifier.distributed import current_ranks
@@ -180,7 +181,8 @@ def save(
     """
     Write a checkpoint, its report and its model card, completely or not at all. They
     are written to a folder beside the target, which then takes its place. Tensors get
-    the names of the checkpoint that the model came from; the model stays as it is.
+    the names of the checkpoint that the model came from, and its processors of images
+    and sounds are copied; the model stays as it is.
 
     :param model: what to save
     :param tokenizer: saved with it
@@ -203,6 +205,7 @@ def save(
             with native_experts(model), without_report(model):
                 model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+            copy_processors(model.name_or_path, unfinished)
             if report:
                 operators = [operator.name for operator in report.operators]
                 share = 1.0

@@ -563,9 +563,29 @@ def test_eval_writes_the_model_card(model: Path, text: Path, tmp_path: Path) -> 
     (found,) = ModelCard.load(pruned / "README.md").data.eval_results
     assert (found.metric_type, found.dataset_name) == ("perplexity", text.stem)
     assert f"{found.metric_value:.3f}" in result.output
+    assert found.metric_args["seq_len"] == 16
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().swapcase())
+    beside = ("--text", other, "--seq-len", 8, "--card")
+    assert run("eval", pruned, *beside).exit_code == 0
+    results = ModelCard.load(pruned / "README.md").data.eval_results
+    lengths = {one.dataset_name: one.metric_args["seq_len"] for one in results}
+    assert lengths == {text.stem: 16, "other": 8}
     (pruned / "README.md").write_text("# Mine\n")
     result = run("eval", pruned, *arguments)
     assert result.exit_code == 1 and "did not write" in result.output
+
+
+def test_a_model_of_images_keeps_its_processors(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    names = ["preprocessor_config.json", "processor_config.json"]
+    for name in names:
+        (model / name).write_text(f'{{"from": "{name}"}}')
+    pruned = tmp_path / "pruned"
+    assert prune(model, text, pruned, "--pattern", "2:4").exit_code == 0
+    for name in names:
+        assert (pruned / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_help_names_every_command() -> None:

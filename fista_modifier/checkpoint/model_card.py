@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,7 +22,14 @@ from fista_modifier.pruning.results import (
 )
 from fista_modifier.solver.patterns import reported_pattern
 
-__all__ = ["has_foreign_card", "model_card", "update_model_card", "write_model_card"]
+__all__ = [
+    "StatedPerplexity",
+    "has_foreign_card",
+    "model_card",
+    "stated_perplexities",
+    "update_model_card",
+    "write_model_card",
+]
 
 CARD_NAME = "README.md"
 MARK = b"fista-prune"
@@ -32,6 +39,24 @@ else's.
 """
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
+
+
+@dataclass(frozen=True)
+class StatedPerplexity:
+    """
+    A perplexity with what it depends on.
+
+    :param value: the perplexity
+    :param tokens: number of predicted tokens
+    :param seq_len: tokens in a block of text
+    :param bos: whether each block begins with what the tokenizer puts at the beginning
+        of a text
+    """
+
+    value: float
+    tokens: int
+    seq_len: int
+    bos: bool = True
 
 
 def has_foreign_card(folder: Path) -> bool:
@@ -59,7 +84,7 @@ def update_model_card(folder: Path, report: PruningReport) -> None:
 def write_model_card(
     folder: Path,
     report: PruningReport,
-    perplexities: Mapping[str, float] | None = None,
+    perplexities: Mapping[str, StatedPerplexity] | None = None,
 ) -> None:
     """
     Write the model card of a checkpoint.
@@ -72,8 +97,26 @@ def write_model_card(
     (folder / CARD_NAME).write_text(f"{card}\n", encoding="utf-8")
 
 
+def stated_perplexities(folder: Path) -> dict[str, StatedPerplexity]:
+    """
+    Read the perplexities that a checkpoint's model card states.
+
+    :param folder: the checkpoint's folder
+    :return: them by the names of the texts; none without a card, and none that does
+        not state what it was measured on
+    """
+    if has_foreign_card(folder) or not (folder / CARD_NAME).exists():
+        return {}
+    data = ModelCard.load(folder / CARD_NAME).data
+    return {
+        one.dataset_name: StatedPerplexity(one.metric_value, **one.metric_args)
+        for one in data.eval_results or []
+        if one.metric_args
+    }
+
+
 def model_card(
-    name: str, report: PruningReport, perplexities: Mapping[str, float]
+    name: str, report: PruningReport, perplexities: Mapping[str, StatedPerplexity]
 ) -> ModelCard:
     """
     Return the model card of a checkpoint. It names local files without their folders,
@@ -184,11 +227,13 @@ def _tags(report: PruningReport) -> list[str]:
     return [*ours, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
 
 
-def _result(text: str, perplexity: float) -> EvalResult:
+def _result(text: str, perplexity: StatedPerplexity) -> EvalResult:
+    conditions = asdict(perplexity)
     return EvalResult(
         task_type="text-generation",
-        dataset_type="text",
+        dataset_type=text,  # the hub takes results of one type for one data set's
         dataset_name=text,
         metric_type="perplexity",
-        metric_value=round(perplexity, 4),
+        metric_value=round(conditions.pop("value"), 4),
+        metric_args=conditions,
     )

@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fista_modifier.checkpoint.model_card import has_foreign_card, write_model_card
+from fista_modifier.checkpoint.model_card import (
+    has_foreign_card,
+    stated_perplexities,
+    write_model_card,
+)
 from fista_modifier.cli.console import errors_as_messages, show
 from fista_modifier.cli.options import (
     BatchSize,
@@ -112,9 +116,9 @@ def evaluate(
         results = evaluation.run(models, json_file)
         show(evaluation_table(results), markdown)
         for checkpoint, report in described.items():
-            write_model_card(
-                Path(checkpoint), report, perplexities(results, checkpoint)
-            )
+            folder = Path(checkpoint)
+            stated = stated_perplexities(folder) | perplexities(results, checkpoint)
+            write_model_card(folder, report, stated)
 
 
 def report_for_card(checkpoint: Path) -> PruningReport:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from compressed_tensors.offload import dispatch_model
 from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -94,22 +95,27 @@ class Measurement:
     max_tokens: int | None = None
     dtype: str = "auto"
 
-    def check(self) -> None:
+    def check(self) -> dict[str, Tensor]:
         """
         Refuse a model or a text that cannot be measured.
 
+        :return: the blocks of tokens that are measured, by the texts' names
         :raises ValueError: if the model is no language model, or a text is too short
             for one block
         :raises FileNotFoundError: if there is no such model
         """
         check_predicts_text(load_config(self.model))
         tokenizer = load_tokenizer(self.model)
+        blocks = {}
         for text in self.texts:
             limit = text.token_limit(self.seq_len, self.max_tokens)
             try:
-                token_blocks(tokenizer, text.content, self.seq_len, limit)
+                blocks[text.name] = token_blocks(
+                    tokenizer, text.content, self.seq_len, limit
+                )
             except ValueError as error:
                 raise ValueError(f"{text.name}: {error}") from error
+        return blocks
 
     def run(self, prune: Pruner | None, calibration: Dataset | None) -> Row:
         """
@@ -235,13 +241,13 @@ class Comparison:
         :raises FileNotFoundError: if the model does not exist
         :raises RuntimeError: if a method's process was killed
         """
-        self.measurement.check()
+        blocks = self.measurement.check()
         longest = max(self.calibration.seq_len, self.measurement.seq_len)
         check_methods(self.measurement.model, methods, patterns.values(), longest)
-        results = Results.resume(file, self._setup())
         tokens = pipeline.calibration_tokens(
             self.calibration, load_tokenizer(self.measurement.model)
         )
+        results = Results.resume(file, self._setup(tokens, blocks))
         chosen = [method for method in METHODS if method in methods]
         rows = identities(chosen, list(patterns), [self.calibration.seed])
         for row in results.missing(tqdm(rows, desc="Methods", unit="method")):
@@ -251,9 +257,11 @@ class Comparison:
             results.add(row | in_own_process(self.measurement.run, prune, tokens))
         return results
 
-    def _setup(self) -> dict[str, Any]:
-        """Return the settings that all rows of one table share."""
-        texts = {text.name: digest(text.content) for text in self.measurement.texts}
+    def _setup(self, tokens: Dataset, blocks: Mapping[str, Tensor]) -> dict[str, Any]:
+        """
+        Return the settings that all rows of one table share. The tokens tell what a
+        name does not: a file that has changed, or another way to cut it.
+        """
         column = self.calibration.text_column
         return ({"text_column": column} if column else {}) | {
             "model": self.measurement.model,
@@ -264,7 +272,10 @@ class Comparison:
             "seq_len": self.calibration.seq_len,
             "eval_seq_len": self.measurement.seq_len,
             "eval_tokens": self.measurement.max_tokens,
-            "texts_digest": texts,
+            "calibration_digest": digest(tokens["input_ids"][:]),
+            "texts_digest": {
+                name: digest(tokens.tolist()) for name, tokens in blocks.items()
+            },
             "cpus": os.cpu_count(),
             "versions": package_versions(*PACKAGES),
         }

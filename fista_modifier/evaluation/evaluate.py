@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from fista_modifier.checkpoint.model_card import StatedPerplexity
 from fista_modifier.data import max_sequence_length
 from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE
 from fista_modifier.evaluation.engines import (
@@ -135,6 +136,7 @@ class Evaluation:
             "dtype": self.dtype,
             "seq_len": self.seq_len,
             "max_tokens": self.max_tokens,
+            "bos": self.bos,
             "versions": package_versions("torch", "transformers", *packages),
         }
 
@@ -216,16 +218,17 @@ def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
     return bool(row["checkpoint"] == checkpoint and own == asked)
 
 
-def perplexities(results: Results, model: str) -> dict[str, float]:
+def perplexities(results: Results, model: str) -> dict[str, StatedPerplexity]:
     """
-    Return the perplexities of a model.
+    Return the perplexities of a model as its model card states them.
 
     :param results: the results of an evaluation
     :param model: one of the models that were measured
     :return: its perplexity on each text, by the text's name
     """
+    bos = results.setup["bos"]
     return {
-        row["text"]: row["value"]
+        row["text"]: StatedPerplexity(row["value"], row["tokens"], row["seq_len"], bos)
         for row in results.rows
         if row["model"] == model and "text" in row
     }
@@ -322,7 +325,12 @@ def _caption(results: Results) -> str:
         limit = setup["max_tokens"]
         parts.append(
             f"Perplexity (ppl) in contiguous blocks of {tokens} tokens"
-            + (f" of the first {limit} tokens." if limit else ".")
+            + (f" of the first {limit} tokens" if limit else "")
+            + (
+                "."
+                if setup["bos"]
+                else ", without the token that a tokenizer puts at the beginning."
+            )
         )
     if reference := setup.get("reference"):
         parts.append(

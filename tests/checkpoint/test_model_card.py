@@ -10,7 +10,12 @@ from huggingface_hub import ModelCard
 from operator_results import operator_result
 
 from fista_modifier import FASPPruningModifier, SPAPPruningModifier
-from fista_modifier.checkpoint.model_card import model_card, write_model_card
+from fista_modifier.checkpoint.model_card import (
+    StatedPerplexity,
+    model_card,
+    stated_perplexities,
+    write_model_card,
+)
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 
 OPERATOR = operator_result("model.layers.0.self_attn.q_proj", zeros=512)
@@ -23,10 +28,17 @@ REPORT = PruningReport(
 )
 
 
+def card_text(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
 def test_the_hub_reads_back_what_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "model-2of4"
     folder.mkdir()
-    write_model_card(folder, REPORT, {"news": 12.5})
+    stated = {"news": StatedPerplexity(12.5, 64, 17, bos=False)}
+    write_model_card(folder, REPORT, stated)
+    assert "| news | 12.500 | 64 | 17, without the token" in card_text(folder)
+    assert stated_perplexities(folder) == stated
     data = ModelCard.load(folder / "README.md").data
     assert data.base_model == "org/model"
     assert data.datasets == "allenai/c4"

@@ -95,6 +95,13 @@ def test_a_comparison_is_kept_and_continued(
     assert refused.exit_code == 1
     assert "samples 4, not 5" in " ".join(refused.output.split())
 
+    before = text.read_text()
+    text.write_text(before.swapcase())  # another text by the same name
+    refused = invoke(*arguments, "magnitude")
+    assert refused.exit_code == 1
+    assert "calibration_digest" in refused.output and "texts_digest" in refused.output
+    text.write_text(before)
+
     versions = content["setup"]["versions"]
     assert versions["fista-modifier"] == version("fista-modifier")
     versions["fista-modifier"] = "0.0.1"

@@ -132,11 +132,14 @@ def test_blocks_may_begin_as_in_published_tables(
     folder = shutil.copytree(model, tmp_path / "starting")
     starting_tokenizer.save_pretrained(folder)
     network = AutoModelForCausalLM.from_pretrained(folder)
-    file = tmp_path / "results.json"
     found = []
     for option in ("--bos", "--no-bos"):
+        file = tmp_path / f"results{option}.json"
         arguments = ("eval", folder, "--text", text, "--seq-len", 32, "--json", file)
-        assert invoke(*arguments, option).exit_code == 0
+        result = invoke(*arguments, option)
+        assert result.exit_code == 0
+        told = "without the token" in " ".join(result.output.split())
+        assert told == (option == "--no-bos")
         [row] = json.loads(file.read_text())["rows"]
         blocks = token_blocks(
             starting_tokenizer, text.read_text(), 32, bos=option == "--bos"
@@ -146,6 +149,9 @@ def test_blocks_may_begin_as_in_published_tables(
         )
         found.append(row["value"])
     assert found[0] != found[1]
+    mixed = invoke(*arguments, "--bos")
+    assert mixed.exit_code == 1
+    assert "bos False, not True" in " ".join(mixed.output.split())
 
 
 def test_what_is_measured_is_kept_until_checkpoint_or_text_change(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fista_modifier import pipeline
-from fista_modifier.checkpoint.model_card import write_model_card
+from fista_modifier.checkpoint.model_card import StatedPerplexity, write_model_card
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.demo.model import build_smollm2
 from fista_modifier.cli.demo.texts import news_text, wikipedia_text
@@ -42,6 +42,8 @@ class DemoSize:
 
 QUICK = DemoSize(8, 256, 4096, {"preset": "fast"})
 FULL = DemoSize(32, 512, 16384, {})
+SEQ_LEN = 512
+"""The tokens in a block of news."""
 
 
 def demo(
@@ -77,7 +79,7 @@ def demo(
         def measure(name: str, checkpoint: str) -> None:
             loaded = load_model(checkpoint, to_accelerator=True)
             result = perplexity(
-                loaded, tokenizer, news, seq_len=512, max_tokens=size.eval_tokens
+                loaded, tokenizer, news, seq_len=SEQ_LEN, max_tokens=size.eval_tokens
             )
             measured.append((name, result))
 
@@ -89,6 +91,7 @@ def demo(
         pruned = output / "SmolLM2-135M-Instruct-2of4"
         finish(dense, run, tokenizer, data, pruned)
         measure("2:4, FISTAPruner", str(pruned))
-        measured_on = {"news": measured[-1][1].value}
-        write_model_card(pruned, PruningReport.load(pruned), measured_on)
+        of_pruned = measured[-1][1]
+        stated = StatedPerplexity(of_pruned.value, of_pruned.tokens, SEQ_LEN)
+        write_model_card(pruned, PruningReport.load(pruned), {"news": stated})
         console.print(perplexity_table(measured, "news"))
