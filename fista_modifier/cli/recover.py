@@ -147,6 +147,6 @@ def tell(recovery: RecoveryResult, folder: Path) -> None:
     console.print(
         f"Wrote [bold]{escape(str(folder))}[/]: mean KL to the teacher "
         f"{recovery.start_divergence:.4f} → {recovery.divergence:.4f} nats per token, "
-        f"on {recovery.held_out_tokens} tokens that were held out, after "
+        f"on {recovery.held_out_tokens} tokens that it was not trained on, after "
         f"{recovery.seconds:.0f} s and {recovery.steps} steps."
     )

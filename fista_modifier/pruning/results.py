@@ -160,7 +160,8 @@ class RecoveryResult:
     """
     The outcome of a training of the whole pruned model, towards the dense one's
     predictions. Divergences are mean KL(teacher ‖ model) in nats per token, over
-    sequences that were held out.
+    sequences that were held out. Pruning may have been calibrated on these: both are
+    lower then than on other text.
 
     :param teacher: the dense model, a folder or a hub id
     :param calibration: the data that the model was trained on, with what was held out

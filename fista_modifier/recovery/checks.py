@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
-from transformers import PretrainedConfig
+import torch
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
 
+from fista_modifier.checkpoint.names import names_in_memory
+from fista_modifier.checkpoint.shards import locate
 from fista_modifier.models.classes import check_predicts_text, model_class
 from fista_modifier.models.loading import load_config, load_tokenizer
 from fista_modifier.models.vocabulary import check_same_vocabulary
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
-__all__ = ["check_architecture", "check_pruned", "check_teacher"]
+__all__ = ["check_architecture", "check_pruned", "check_teacher", "check_unchanged"]
 
 
 def check_pruned(checkpoint: Path) -> PruningReport:
@@ -92,3 +98,40 @@ def check_architecture(
             f"{teacher} is a {other} and the pruned model a {own}: name the dense "
             "model that it was pruned from"
         )
+
+
+def check_unchanged(model: PreTrainedModel, source: str) -> None:
+    """
+    Refuse a dense model that is no longer what it was loaded from, such as one that was
+    fine-tuned or merged with an adapter since: its checkpoint would teach it to forget.
+    The first row of each parameter is compared. Nothing is compared where weights are
+    stored in other files than safetensors, or joined when they are loaded.
+
+    :param model: the model before it is pruned
+    :param source: folder of the checkpoint that it was loaded from, or its id on the
+        hub
+    :raises ValueError: if a parameter is another one
+    """
+    config = Path(source) / CONFIG_NAME
+    folder = config if config.exists() else Path(cached_file(source, CONFIG_NAME) or "")
+    try:
+        files, _ = locate(folder.parent)
+    except FileNotFoundError:
+        return
+    stored: defaultdict[Path, dict[str, str]] = defaultdict(dict)
+    for name, known in (names_in_memory(model, files) or {}).items():
+        stored[files[name]][name] = known
+    own = dict(model.named_parameters())
+    for file, names in stored.items():
+        with safe_open(file, "pt") as opened:
+            for name, known in names.items():
+                if known not in own or not own[known].ndim:
+                    continue
+                here = own[known][:1]
+                there = opened.get_slice(name)[:1].to(here)
+                if not torch.equal(here, there):
+                    raise ValueError(
+                        f"the model is no longer what {source} holds ({known} differs),"
+                        " so that is not its teacher: save the dense model, and name "
+                        "its folder in RecoveryModifier's 'teacher'"
+                    )

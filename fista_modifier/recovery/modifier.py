@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
-from fista_modifier.recovery.checks import check_architecture
+from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
     Training,
     counted_zeros,
@@ -36,6 +37,9 @@ from fista_modifier.recovery.recover import (
 from fista_modifier.recovery.resume import forget
 
 __all__ = ["RecoveryModifier"]
+
+COLUMNS = ("input_ids", "attention_mask")
+"""The columns of the calibration data that the training reads."""
 
 
 class RecoveryModifier(Modifier):  # type: ignore[misc]
@@ -117,10 +121,11 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         Refuse what cannot be trained, before any long work.
 
         :raises FileNotFoundError: if there is no such teacher
-        :raises ValueError: if there are no calibration data or they are of different
-            lengths, nothing is pruned before this step or something is quantised, the
-            teacher is another model, there are several processes, or the settings
-            would train nothing
+        :raises ValueError: if there are no calibration data or they are not texts of
+            one length, nothing is pruned before this step or something is quantised,
+            the teacher is another model, the model has changed since it was loaded and no
+            teacher is named, there are several processes, or the settings would train
+            nothing
         """
         self._training = Training(
             self.epochs,
@@ -134,14 +139,10 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 "RecoveryModifier needs a single process: prune with several, and run "
                 "'torchrun … -m fista_modifier.cli recover' afterwards"
             )
-        _check_lengths(state)
+        _check_data(state)
         self._pruners = _pruners(self)
-        self.teacher = self.teacher or state.model.name_or_path
         if not self.teacher:
-            raise ValueError(
-                "the model was not loaded from a checkpoint: name the dense model in "
-                "RecoveryModifier's 'teacher'"
-            )
+            self.teacher = _origin(state.model)
         dense = load_config(self.teacher)
         check_architecture(state.model.config, dense, self.teacher)
         check_vocabulary_size(state.model.config, dense, self.teacher)
@@ -179,7 +180,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             )
         self._zeros = counted_zeros(operators)
         logger.info(
-            "Mean KL to the teacher on sequences that were held out: "
+            "Mean KL to the teacher on sequences that were not trained on: "
             f"{self._recovery.start_divergence:.4f} -> {self._recovery.divergence:.4f}"
         )
 
@@ -194,6 +195,22 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             if self.resume_dir is not None:
                 forget(Path(self.resume_dir))
         return True
+
+
+def _origin(model: PreTrainedModel) -> str:
+    """
+    Return the name of the checkpoint that holds a dense model.
+
+    :raises ValueError: if it was not loaded from one, or has changed since
+    """
+    origin = str(model.name_or_path)
+    if not origin:
+        raise ValueError(
+            "the model was not loaded from a checkpoint: name the dense model in "
+            "RecoveryModifier's 'teacher'"
+        )
+    check_unchanged(model, origin)
+    return origin
 
 
 def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
@@ -220,11 +237,12 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
     return pruners
 
 
-def _check_lengths(state: State) -> None:
+def _check_data(state: State) -> None:
     """
-    Refuse calibration data that are not sequences of tokens of one length.
+    Refuse calibration data that are not whole sequences of text of one length.
 
-    :raises ValueError: if there are none, or sequences have different lengths
+    :raises ValueError: if there are none, sequences have different lengths or padding,
+        or the model is given more than text
     """
     data = getattr(state.data.calib, "dataset", None)
     if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
@@ -232,12 +250,26 @@ def _check_lengths(state: State) -> None:
             "RecoveryModifier needs calibration data with input_ids: pass dataset=… to "
             "oneshot"
         )
+    known = {*COLUMNS, "labels"}
+    accepted = inspect.signature(state.model.forward).parameters
+    if others := sorted({*data.column_names} & {*accepted} - known):
+        raise ValueError(
+            f"the calibration data have {', '.join(others)}, and RecoveryModifier "
+            "trains on text alone: leave it out, and run 'fista-prune recover' on text "
+            "afterwards"
+        )
+    advice = "join texts and cut them into blocks, as 'fista-prune prune' does"
     lengths = set(map(len, data["input_ids"]))
     if len(lengths) > 1:
         raise ValueError(
             f"the calibration sequences have {min(lengths)} to {max(lengths)} tokens, "
-            "and RecoveryModifier needs equal lengths: join texts and cut them into "
-            "blocks, as 'fista-prune prune' does"
+            f"and RecoveryModifier needs equal lengths: {advice}"
+        )
+    masks = data["attention_mask"] if "attention_mask" in data.column_names else []
+    if padded := sum(0 in mask for mask in masks):
+        raise ValueError(
+            f"{padded} of {len(data)} calibration sequences are padded, and "
+            f"RecoveryModifier needs whole ones: {advice}"
         )
 
 
@@ -248,8 +280,7 @@ def _tokens(state: State) -> Dataset:
     """
     loader = state.data.calib
     data = loader.dataset.select(sorted(loader.sampler))
-    columns = ("input_ids", "attention_mask")
-    return data.select_columns([one for one in columns if one in data.column_names])
+    return data.select_columns([one for one in COLUMNS if one in data.column_names])
 
 
 @contextmanager

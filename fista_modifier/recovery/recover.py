@@ -421,6 +421,7 @@ def _judge(before: float, after: float) -> None:
     if after > before:
         logger.warning(
             f"The mean KL to the teacher rose from {before:.4f} to {after:.4f} on the "
-            "sequences that were held out: use more --samples, fewer --epochs or a "
-            "lower --rate"
+            "sequences that were not trained on: use more --samples, fewer --epochs or "
+            "a lower --rate. If pruning was calibrated on these sequences, it may have "
+            "fallen on other text: 'fista-prune eval --reference' tells"
         )

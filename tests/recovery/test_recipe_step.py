@@ -153,6 +153,26 @@ def test_a_model_without_a_checkpoint_needs_a_teacher() -> None:
         run(model, [PRUNERS["sparse"](), RecoveryModifier()], **DATA)
 
 
+def test_a_model_that_was_trained_since_is_not_taught_by_what_it_was(
+    dense: Path, tmp_path: Path
+) -> None:
+    def tuned() -> PreTrainedModel:
+        model = load_model(str(dense))
+        model.model.layers[1].self_attn.v_proj.weight.data += 0.01  # as of an adapter
+        return model
+
+    def steps(**fields: str) -> list[Any]:
+        return [PRUNERS["sparse"](), RecoveryModifier(**SETTINGS, **fields)]
+
+    with pytest.raises(ValueError, match="layers.1.self_attn.v_proj.weight differs"):
+        run(tuned(), steps(), **DATA)
+    tuned().save_pretrained(tmp_path / "tuned")
+    model = run(tuned(), steps(teacher=str(tmp_path / "tuned")), **DATA)
+    report = report_of(model)
+    assert report is not None
+    assert report.recovery[0].teacher == str(tmp_path / "tuned")
+
+
 def test_a_teacher_of_another_vocabulary_is_refused_before_the_run(
     dense: Path, tmp_path: Path
 ) -> None:
@@ -174,4 +194,27 @@ def test_sequences_of_different_lengths_are_refused(dense: Path) -> None:
             load_model(str(dense)),
             [PRUNERS["sparse"](), RecoveryModifier()],
             dataset=Dataset.from_list(rows),
+        )
+
+
+def test_padded_sequences_are_refused(dense: Path) -> None:
+    tokens = calibration(samples(6, 12))
+    masks = [[1] * 12] * 5 + [[1] * 9 + [0] * 3]
+    padded = tokens.remove_columns("attention_mask").add_column("attention_mask", masks)
+    with pytest.raises(ValueError, match="1 of 6 calibration sequences are padded"):
+        run(
+            load_model(str(dense)),
+            [PRUNERS["sparse"](), RecoveryModifier()],
+            dataset=padded,
+        )
+
+
+def test_other_inputs_than_text_are_refused(dense: Path) -> None:
+    tokens = calibration(samples(6, 12))
+    placed = tokens.add_column("position_ids", [list(range(12))] * 6)
+    with pytest.raises(ValueError, match="have position_ids, and RecoveryModifier"):
+        run(
+            load_model(str(dense)),
+            [PRUNERS["sparse"](), RecoveryModifier()],
+            dataset=placed,
         )
