@@ -120,6 +120,9 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(correction: str) -> Non
     expected = weight * NofM(2, 4).support(weight.abs())
     assert torch.equal(model.get_submodule(name).weight, expected)
     assert any(f"No calibration token reaches {name}" in text for text in messages)
+    few = [one for one in modifier.results if 0 < one.tokens < one.shape[1]]
+    told = f"{len(few)} of {len(modifier.results)} operators were reached by fewer"
+    assert few and any(told in text for text in messages)
 
 
 def test_routers_are_pruned_only_if_named() -> None:

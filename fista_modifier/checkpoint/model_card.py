@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -19,6 +20,7 @@ from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
     RecoveryResult,
+    mean_error,
 )
 from fista_modifier.solver.patterns import reported_pattern
 
@@ -154,7 +156,7 @@ def model_card(
         patterns=_patterns(sparse),
         sparse=sparse,
         weights=weights,
-        errors=[operator.stored_error for operator in _as_stored(report)],
+        error=mean_error(_as_stored(report), attrgetter("stored_error")),
         recovery=[_told(one) for one in report.recovery],
         perplexities=perplexities,
         report=report,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from rich.markup import escape
@@ -32,6 +33,7 @@ from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
     ReconstructionResult,
+    mean_error,
 )
 
 __all__ = [
@@ -78,13 +80,12 @@ def operator_table(results: Sequence[OperatorResult]) -> Table:
 def _summary(results: Sequence[OperatorResult]) -> list[str]:
     weights = sum(result.shape[0] * result.shape[1] for result in results)
     zeros = sum(result.zeros for result in results)
-    count = len(results)
     return [
-        str(count),
+        str(len(results)),
         f"{weights / 1e6:.2f} M",
         f"{100 * zeros / weights:.2f} %",
-        f"{sum(result.relative_start_error for result in results) / count:.4f}",
-        f"{sum(result.relative_error for result in results) / count:.4f}",
+        f"{mean_error(results, attrgetter('relative_start_error')):.4f}",
+        f"{mean_error(results, attrgetter('relative_error')):.4f}",
         f"{sum(result.seconds for result in results):.1f}",
     ]
 

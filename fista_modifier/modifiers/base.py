@@ -7,8 +7,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +40,7 @@ from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
     ReconstructionResult,
+    mean_error,
 )
 from fista_modifier.pruning.resume import FinishedLayers, fingerprint
 from fista_modifier.pruning.schedule import Resources, Schedule
@@ -318,7 +319,8 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 recipe=active_session().lifecycle.recipe.yaml(),
             )
             describe_on_save(state.model, report)
-            error = fmean(result.relative_error for result in results)
+            error = mean_error(results, attrgetter("relative_error"))
+            _warn_of_few_tokens(results)
             logger.info(
                 f"Pruned {len(results)} operators to {report.summary_of_patterns}. "
                 f"They hold {100 * self.share_of_weights:.1f} % of the decoder layers' "
@@ -379,6 +381,22 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             self._epoch.close()
             self._contexts.close()
             raise
+
+
+def _warn_of_few_tokens(results: Sequence[OperatorResult]) -> None:
+    """
+    Warn of operators, mostly experts, whose errors say little. A row of a weight has as
+    many unknowns as it keeps columns, so that few tokens can be fitted exactly.
+    """
+    few = [one for one in results if 0 < one.tokens < one.shape[1]]
+    if few:
+        least = min(few, key=lambda one: one.tokens)
+        logger.warning(
+            f"{len(few)} of {len(results)} operators were reached by fewer calibration "
+            f"tokens than they have columns ({least.name}: {least.tokens} of "
+            f"{least.shape[1]}). Their errors on other text are higher than those told "
+            "here: use more calibration data"
+        )
 
 
 def _folder(name: str | None) -> Path | None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,6 +31,7 @@ __all__ = [
     "PruningReport",
     "ReconstructionResult",
     "RecoveryResult",
+    "mean_error",
 ]
 
 REPORT_NAME = "pruning_report.json"
@@ -111,6 +113,21 @@ class OperatorResult:
     def kind(self) -> str:
         """The last part of the name, such as ``q_proj``."""
         return self.name.rpartition(".")[2]
+
+
+def mean_error(
+    results: Iterable[OperatorResult], error: Callable[[OperatorResult], float]
+) -> float:
+    """
+    Return the mean of an error over operators, without those that no calibration token
+    reached (experts that a router never chose), whose errors are not known.
+
+    :param results: what became of operators
+    :param error: one of an operator's errors
+    :return: the mean; NaN if no operator was reached
+    """
+    known = [error(result) for result in results if result.tokens]
+    return fmean(known) if known else math.nan
 
 
 @dataclass(frozen=True)

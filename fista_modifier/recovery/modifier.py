@@ -123,9 +123,9 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         :raises FileNotFoundError: if there is no such teacher
         :raises ValueError: if there are no calibration data or they are not texts of
             one length, nothing is pruned before this step or something is quantised,
-            the teacher is another model, the model has changed since it was loaded and no
-            teacher is named, there are several processes, or the settings would train
-            nothing
+            the teacher is another model, the model has changed since it was loaded and
+            no teacher is named, there are several processes, or the settings would
+            train nothing
         """
         self._training = Training(
             self.epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fista_modifier.pruning.results import REPORT_NAME, OperatorResult, PruningReport
+from fista_modifier.pruning.results import (
+    REPORT_NAME,
+    OperatorResult,
+    PruningReport,
+    mean_error,
+)
 from fista_modifier.report.figures import (
     error_lines,
     error_map,
@@ -89,9 +95,9 @@ def _summary(operators: list[OperatorResult] | Any) -> dict[str, Any]:
         "count": len(operators),
         "weights": weights,
         "sparsity": sum(operator.zeros for operator in operators) / weights,
-        "start": fmean(operator.relative_start_error for operator in operators),
-        "solver": fmean(operator.relative_error for operator in operators),
-        "stored": fmean(operator.stored_error for operator in operators),
+        "start": mean_error(operators, attrgetter("relative_start_error")),
+        "solver": mean_error(operators, attrgetter("relative_error")),
+        "stored": mean_error(operators, attrgetter("stored_error")),
         "trials": fmean(operator.trials for operator in operators),
         "improved": fmean(operator.penalty > 0 for operator in operators),
         "seconds": sum(operator.seconds for operator in operators),

@@ -68,6 +68,15 @@ def test_the_text_has_pattern_method_calibration_versions_and_recipe() -> None:
     assert "Evaluation" not in text
 
 
+def test_an_operator_that_no_token_reached_has_no_error() -> None:
+    unknown = replace(OPERATOR, name="experts.0", tokens=0, relative_error=0.0)
+    for report, words in (
+        (replace(REPORT, operators=[OPERATOR, unknown]), "output | 12.50 %"),
+        (replace(REPORT, operators=[unknown]), "output | nan %"),
+    ):
+        assert words in model_card("name", report, {}).text
+
+
 def test_a_solver_from_python_is_named() -> None:
     report = replace(REPORT, sparse_by=["ALPS (a solver given from Python)"])
     card = model_card("name", report, {})
