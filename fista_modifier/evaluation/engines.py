@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fista_modifier.evaluation.agreement import Agreement, block_agreement
 from fista_modifier.evaluation.perplexity import block_losses
 from fista_modifier.host import package_versions
-from fista_modifier.models.loading import load_model, load_tokenizer
+from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 
 __all__ = ["Backend", "Engine", "TransformersEngine", "check_installed", "start"]
 
@@ -117,6 +117,9 @@ class VLLMEngine:
     def __init__(self, model: str, dtype: str) -> None:
         from lm_eval.models.vllm_causallms import VLLM
 
+        if dtype == "auto":  # vLLM's own "auto" rounds what is stored in float32
+            stored = load_config(model).get_text_config().dtype
+            dtype = "auto" if stored is None else str(stored).removeprefix("torch.")
         self.harness_model = VLLM(pretrained=model, dtype=dtype, batch_size="auto")
 
     def losses(self, blocks: Tensor) -> list[float]:
