@@ -123,6 +123,37 @@ def test_training_that_does_not_pay_is_undone(dtype):
     assert result.error == result.start_error
 
 
+def test_a_rate_that_is_too_high_is_halved_until_it_is_not():
+    """Close to the least error, large steps only add noise."""
+    mixed = normal(8, 8, seed=3)
+    batches = [normal(1, 64, 8, seed=seed) @ mixed for seed in range(64)]
+    support = normal(5, 8, seed=7) > 0
+
+    def trained(rate: float, start: Tensor | None = None) -> tuple[Any, Any, int]:
+        layer = Layer()
+        recording, operator = recorded(layer, batches)
+        start = layer.linear.weight.data * support if start is None else start
+        calls: list[None] = []
+        weights, result = reconstruct(
+            recording,
+            recording.inputs,
+            {operator: start.clone()},
+            Reconstruction(epochs=1, rate=rate),
+            lambda: calls.append(None),
+        )
+        return weights[operator], result, len(calls)
+
+    good, result, steps = trained(0.64)  # from far away large steps are right
+    assert (result.rate, result.steps, steps) == (0.64, 64, 64)
+    _, result, steps = trained(0.01, good)
+    assert (result.rate, steps) == (0.01, 64)
+    _, result, steps = trained(0.64, good)
+    assert result.rate < 0.64 and result.error <= result.start_error
+    halvings = round(math.log2(0.64 / result.rate))
+    assert result.rate == 0.64 / 2**halvings
+    assert 64 + 8 * halvings <= steps <= 64 + 32 * halvings
+
+
 def test_small_steps_are_not_lost_in_a_coarse_dtype():
     """Each is far below half a unit in the last place of a bfloat16 weight."""
     results = {}

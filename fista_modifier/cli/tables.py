@@ -155,12 +155,13 @@ def layer_table(results: dict[str, ReconstructionResult]) -> Table:
     """
     table = Table(title="Reconstructed layers")
     table.add_column("layer")
-    for heading in ("steps", "error before", "error", "s"):
+    for heading in ("steps", "rate", "error before", "error", "s"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
         table.add_row(
             name,
             str(result.steps),
+            "" if result.rate is None else f"{result.rate:.3g}",
             f"{result.start_error:.4f}",
             f"{result.error:.4f}",
             f"{result.seconds:.1f}",

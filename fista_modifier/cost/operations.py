@@ -74,7 +74,8 @@ def layer_cost(
     works = [work_of(stage, procedure) for stage in solved]
     runs = 0.0
     if procedure.reconstructs:
-        runs = 3 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
+        # half of the batches are also run as the training found them
+        runs = 3.5 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
     carried = procedure.chains_layers * shape.forward
     replayed = samples * (_replays(shape, correction) + carried)
     if procedure.sums_in_pass and len(solved) == 1 and solved[0].share == 1:

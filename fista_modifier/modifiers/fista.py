@@ -259,7 +259,7 @@ class FISTAPruningModifier(LayerwiseModifier):
         allow_inf_nan=False,
         description=(
             "highest learning rate of this training, as a share of an operator's mean "
-            "kept |W_ij|"
+            "kept |W_ij|; halved for a layer that does not bear it"
         ),
     )
 

@@ -149,7 +149,7 @@ class StructuredModifier(LayerwiseModifier):
         allow_inf_nan=False,
         description=(
             "highest learning rate of this training, as a share of an operator's mean "
-            "|W_ij|"
+            "|W_ij|; halved for a layer that does not bear it"
         ),
     )
 

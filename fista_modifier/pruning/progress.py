@@ -98,6 +98,7 @@ class LayerProgress:
         """
         logger.log(
             "METRIC",
-            f"{self._name}: reconstructed in {result.steps} steps, relative error "
+            f"{self._name}: reconstructed in {result.steps} steps at a rate of "
+            f"{result.rate:.3g}, relative error "
             f"{result.start_error:.4f} -> {result.error:.4f}, {result.seconds:.1f} s",
         )

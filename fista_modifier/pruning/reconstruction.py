@@ -41,6 +41,15 @@ __all__ = [
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
 MEASURED_EVERY = 16
+WATCHED_BATCHES = 8
+"""The batches whose errors together say whether a rate is too high."""
+HIGHEST_RISE = 1.04
+"""
+The highest share of the start's sum of squared errors that a rate may lead to on its
+way. A rate that pays may lead a little above the start.
+"""
+MOST_RATES = 7
+"""The rates that are tried for a layer, each half of the one before."""
 SMALLEST = 1e-12
 """
 The least value of ‖o‖² by which an error is divided. It matters where an output is
@@ -55,7 +64,8 @@ class Reconstruction:
 
     :param epochs: passes over the calibration batches, one step of Adam a batch; may be
         a fraction. 0 means no training
-    :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|
+    :param rate: the highest learning rate to try, as a share of an operator's mean kept
+        |W_ij|
     """
 
     epochs: float = 1.0
@@ -128,15 +138,19 @@ def reconstruct(
     zero, and biases and norms as they are.
 
     Adam has a short warm-up and a cosine decay. It takes one step a batch, in an order
-    that the number of batches fixes. Weights and moments are float32 whatever the
-    model's dtype. The factors of products in the steps are rounded to bfloat16 (on a
-    GPU to TensorFloat-32) where that is faster. This adds noise of 0.2 % to the
-    gradient of one batch. Because a step is a batch, the result depends on the batch
-    size. If the layer's error does not fall (it is measured on every sixteenth batch),
-    the weights are returned as they came. The training takes 16 bytes for each kept
-    weight (itself, Adam's two moments and its place), a copy of the layer's operators
-    in their own dtype, the largest operator's gradient and the activations of one
-    batch.
+    that the number of batches fixes. How high a rate a layer bears differs fourfold
+    between models. So the errors of the batches of the first half, each before its
+    step, are compared with those at the start. Where eight together have risen by more
+    than 2 % (root mean square), the training starts anew at half the rate.
+
+    Weights and moments are float32 whatever the model's dtype. The factors of products
+    in the steps are rounded to bfloat16 (on a GPU to TensorFloat-32) where that is
+    faster. This adds noise of 0.2 % to the gradient of one batch. Because a step is a
+    batch, the result depends on the batch size. If the layer's error does not fall (it
+    is measured on every sixteenth batch), the weights are returned as they came. The
+    training takes 16 bytes for each kept weight (itself, Adam's two moments and its
+    place), a copy of the layer's operators in their own dtype, the largest operator's
+    gradient and the activations of one batch.
 
     :param recording: the recording of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
@@ -159,17 +173,30 @@ def reconstruct(
         real, target = recording.real_tokens[batch].own, recording.outputs[batch]
         return _token_errors(inputs[batch].run(), target, real)
 
+    def start_error_of(batch: int) -> float:
+        with replaced_weights(pruned, biases), matmul_precision("bf16"):
+            return float(errors(batch).sum())
+
+    def descend(batch: int) -> Tensor:
+        with torch.enable_grad(), matmul_precision("bf16"):
+            loss = errors(batch).sum()
+            # In float16, gradients of a smaller multiple would underflow.
+            torch.autograd.backward(loss * recording.outputs[batch].shape[-1])
+        on_batch()
+        return loss.detach()
+
     with replaced_weights(current, biases), trainable(inputs.layer, current):
         start_error = _root_mean([errors(batch) for batch in measured])
-        kept = _KeptWeights(current, options.rate, steps)
-        with kept.following_gradients():
-            for batch in islice(_shuffled(batches), steps):
-                with torch.enable_grad(), matmul_precision("bf16"):
-                    loss = errors(batch).sum()
-                    # In float16, gradients of a smaller multiple would underflow.
-                    torch.autograd.backward(loss * recording.outputs[batch].shape[-1])
-                kept.end_step()
-                on_batch()
+        order = _shuffled(batches)
+        rate = options.rate
+        for _ in range(MOST_RATES):
+            kept = _KeptWeights(current, rate, steps)
+            watch = _Watch(start_error_of, steps)
+            if kept.train(descend, islice(order, steps), watch):
+                break
+            for operator, weight in pruned.items():
+                current[operator].copy_(weight)
+            rate /= 2
     error, operator_errors = _errors(current, biases, recording, inputs, measured)
     if not error < start_error:
         current, steps = pruned, 0
@@ -179,6 +206,7 @@ def reconstruct(
         error=error,
         operator_errors=operator_errors,
         steps=steps,
+        rate=rate,
         seconds=time.perf_counter() - started,
     )
     return current, result
@@ -283,6 +311,41 @@ def _share_of_rate(steps: int, step: int) -> float:
     return warm_up * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+class _Watch:
+    """
+    The comparison of a training with its start, on batches that it has not seen yet, in
+    its first half. A rate that is too high shows there as an error that has risen:
+    steps are then mostly noise along the directions in which activations are large. The
+    second half, in which the rate falls, cannot make up for much.
+
+    :param start_error: returns the error of a batch before the training
+    :param steps: the steps of the training
+    """
+
+    def __init__(self, start_error: Callable[[int], float], steps: int) -> None:
+        self._start_error = start_error
+        self._left = steps // 2
+        self._errors: list[tuple[float, float]] = []
+
+    def stops(self, batch: int, error: Tensor) -> bool:
+        """
+        Say whether the last batches together have a higher error than at the start.
+
+        :param batch: the batch that was run last
+        :param error: its error before its step
+        :return: whether to stop
+        """
+        if not self._left:
+            return False
+        self._left -= 1
+        self._errors.append((float(error), self._start_error(batch)))
+        if len(self._errors) < WATCHED_BATCHES:
+            return False
+        now, before = (sum(column) for column in zip(*self._errors, strict=True))
+        self._errors.clear()
+        return bool(now > HIGHEST_RISE * before)
+
+
 class _KeptWeights:
     """
     Adam on the non-zero entries of weights. It holds nothing for the other entries,
@@ -321,8 +384,29 @@ class _KeptWeights:
             for optimizer in self._optimizers.values()
         ]
 
+    def train(
+        self, descend: Callable[[int], Tensor], batches: Iterable[int], watch: _Watch
+    ) -> bool:
+        """
+        Take a step for each batch.
+
+        :param descend: runs the layer forwards and backwards on a batch, and returns
+            its error before the step
+        :param batches: the batches, in the order of the steps
+        :param watch: says whether to stop
+        :return: False if the watch stopped the training
+        """
+        with self._following_gradients():
+            for batch in batches:
+                error = descend(batch)
+                for schedule in self._schedules:
+                    schedule.step()
+                if watch.stops(batch, error):
+                    return False
+        return True
+
     @contextmanager
-    def following_gradients(self) -> Iterator[None]:
+    def _following_gradients(self) -> Iterator[None]:
         """
         Let the backward passes within the context take the steps. An expert that no
         token of a batch is routed to has no gradient, and takes no step.
@@ -341,14 +425,6 @@ class _KeptWeights:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def end_step(self) -> None:
-        """
-        Go on in the schedules of the learning rates. This is called after each backward
-        pass.
-        """
-        for schedule in self._schedules:
-            schedule.step()
 
     def _step(self, operator: Operator, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -144,6 +144,8 @@ class ReconstructionResult:
         because other tokens may reach it in the pruned layer than in the dense one
     :param steps: steps of Adam; 0 if they did not lower the error and were undone
     :param seconds: wall time
+    :param rate: the highest learning rate of these steps, as a share of an operator's
+        mean kept |W_ij|; None in reports of older versions
     """
 
     start_error: float
@@ -151,6 +153,7 @@ class ReconstructionResult:
     operator_errors: dict[str, float]
     steps: int
     seconds: float
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
