@@ -15,9 +15,10 @@ import pytest
 import torch
 from families import checkpoint
 from filelock import FileLock
+from framing import framed
 from llmcompressor.pipelines.cache import IntermediatesCache
-from loguru import logger
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from logs import logged
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fista_modifier.cli.demo.model import build_smollm2
@@ -66,25 +67,14 @@ def starting_tokenizer(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> PreTrainedTokenizerFast:
     """The same, with token 1 before each text, too, as OPT's has it."""
-    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = processors.TemplateProcessing(
-        single="<eos> $A", special_tokens=[("<eos>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<eos>",
-        eos_token="<eos>",
-    )
+    return framed(tiny_tokenizer, "<eos> $A", bos_token="<eos>")
 
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
     """What is logged as a warning."""
-    messages: list[str] = []
-    handler = logger.add(messages.append, level="WARNING", format="{message}")
-    yield messages
-    logger.remove(handler)
+    with logged() as messages:
+        yield messages
 
 
 @pytest.fixture(scope="session")

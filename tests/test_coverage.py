@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from loguru import logger
+from logs import logged
 from model_kinds import KINDS
 from peft import LoraConfig, get_peft_model
 from runs import calibration, prune, run, samples, weights
@@ -32,10 +32,8 @@ from fista_modifier.solver.patterns import project
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    found: list[str] = []
-    sink = logger.add(found.append, level="INFO", format="{message}")
-    yield found
-    logger.remove(sink)
+    with logged("INFO") as found:
+        yield found
 
 
 def said(messages: list[str], text: str) -> bool:

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, processors
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from framing import framed
+from transformers import LlamaConfig
 
 from fista_modifier.data import calibration_dataset, load_text, max_sequence_length
 
@@ -63,21 +63,7 @@ def test_samples_are_framed_as_the_tokenizer_frames_a_text(
     template, before, after, tmp_path, tiny_tokenizer
 ):
     """Encoders read [CLS] and [SEP]; a text's end is no sample's end."""
-    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        cls_token="<cls>",
-        sep_token="<sep>",
-    )
-    names = ("<cls>", "<sep>", "<pad>", "<eos>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template,
-        special_tokens=[
-            (name, tokenizer.convert_tokens_to_ids(name)) for name in names
-        ],
-    )
+    tokenizer = framed(tiny_tokenizer, template, cls_token="<cls>", sep_token="<sep>")
     source = write_lines(tmp_path / "text.txt", 10)
     length = 8 + len(before) + len(after)
     data = calibration_dataset(

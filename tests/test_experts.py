@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from families import MIXTURES, checkpoint, tiny_model
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, linearize_moe
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from loguru import logger
+from logs import logged
 from runs import prune, run, samples, weights
 from torch import Tensor
 from torch.nn.functional import silu
@@ -39,16 +38,6 @@ def linearized(family: str) -> PreTrainedModel:
     model = tiny_model(family)
     linearize_moe(model)
     return model
-
-
-@contextmanager
-def warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
-    try:
-        yield messages
-    finally:
-        logger.remove(sink)
 
 
 def inputs_of(model: PreTrainedModel, name: str) -> list[Tensor]:
@@ -112,7 +101,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(correction: str) -> Non
     name = "model.layers.0.mlp.experts.2.down_proj"
     model, dense = model_of_five(), model_of_five()
     linearize_moe(dense)
-    with warnings() as messages:
+    with logged() as messages:
         modifier = prune(model, error_correction=correction)
     result = next(one for one in modifier.results if one.name == name)
     assert result.tokens == 0
@@ -290,7 +279,7 @@ def test_experts_that_the_toolkit_would_fuse_wrongly_are_left_alone(
     linearize(model)
     before = weights(model)
     monkeypatch.setattr("fista_modifier.models.experts._gpt_oss_fused", nullcontext)
-    with warnings() as messages, native_experts(model):
+    with logged() as messages, native_experts(model):
         within = weights(model)
     assert within.keys() == before.keys()
     assert all(torch.equal(within[name], before[name]) for name in before)

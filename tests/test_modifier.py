@@ -17,7 +17,7 @@ from compressed_tensors.config import SparsityCompressionConfig
 from families import FAMILIES, MULTIMODAL, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from loguru import logger
+from logs import logged
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -534,12 +534,8 @@ def test_layers_that_the_data_do_not_reach_stay_dense_and_are_named(tmp_path):
     """The vision tower of Gemma 3, which is given text."""
     model = tiny_model("gemma3_vision")
     dense = copy.deepcopy(model.model.vision_tower)
-    messages: list[str] = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
-    try:
+    with logged() as messages:
         modifier = prune(model, **QUICK)
-    finally:
-        logger.remove(sink)
     names = {result.name for result in modifier.results}
     assert names == MULTIMODAL["gemma3_vision"].operators
     assert modifier.unfinished == []

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from fista_modifier.cost.shape import LayerShape, StageShape
 from fista_modifier.cost.solvers import work_of
 from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
-from fista_modifier.pruning.reconstruction import MEASURED_EVERY
+from fista_modifier.pruning.reconstruction import MEASURED_EVERY, WATCHED_SHARE
 from fista_modifier.solver.blocks import COMPUTED
 
 __all__ = ["Cost", "layer_cost"]
@@ -74,8 +74,8 @@ def layer_cost(
     works = [work_of(stage, procedure) for stage in solved]
     runs = 0.0
     if procedure.reconstructs:
-        # half of the batches are also run as the training found them
-        runs = 3.5 * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
+        step = 3 + WATCHED_SHARE  # watched batches are also run as training found them
+        runs = step * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
     carried = procedure.chains_layers * shape.forward
     replayed = samples * (_replays(shape, correction) + carried)
     if procedure.sums_in_pass and len(solved) == 1 and solved[0].share == 1:

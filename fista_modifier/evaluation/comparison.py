@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
-from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE, agreement
+from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE, block_agreement
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import (
     IGNORE,
@@ -35,7 +35,7 @@ from fista_modifier.evaluation.methods import (
     pruner,
     warm_starts,
 )
-from fista_modifier.evaluation.perplexity import perplexity, token_blocks
+from fista_modifier.evaluation.perplexity import Perplexity, block_losses
 from fista_modifier.evaluation.results import (
     Results,
     Row,
@@ -105,13 +105,14 @@ class Measurement:
         :raises FileNotFoundError: if there is no such model
         """
         check_predicts_text(load_config(self.model))
-        tokenizer = load_tokenizer(self.model)
+        return self._blocks(load_tokenizer(self.model))
+
+    def _blocks(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         blocks = {}
         for text in self.texts:
-            limit = text.token_limit(self.seq_len, self.max_tokens)
             try:
-                blocks[text.name] = token_blocks(
-                    tokenizer, text.content, self.seq_len, limit
+                blocks[text.name] = text.blocks(
+                    tokenizer, self.seq_len, self.max_tokens
                 )
             except ValueError as error:
                 raise ValueError(f"{text.name}: {error}") from error
@@ -148,37 +149,26 @@ class Measurement:
             dispatch_model(model)  # it was pruned from the CPU, layer by layer
         row["perplexity"], row["perplexity_stderr"] = {}, {}
         started = time.perf_counter()
-        for text in self.texts:
-            measured = perplexity(
-                model,
-                tokenizer,
-                text.content,
-                seq_len=self.seq_len,
-                max_tokens=text.token_limit(self.seq_len, self.max_tokens),
-            )
-            row["perplexity"][text.name] = measured.value
-            row["perplexity_stderr"][text.name] = measured.stderr
+        blocks = self._blocks(tokenizer)
+        for name, tokens in blocks.items():
+            losses = block_losses(model, tokens)
+            measured = Perplexity.of_blocks(losses, self.seq_len)
+            row["perplexity"][name] = measured.value
+            row["perplexity_stderr"][name] = measured.stderr
         row["eval_seconds"] = time.perf_counter() - started
-        return row if prune is None else row | self._agreement(model, tokenizer)
+        return row if prune is None else row | self._agreement(model, blocks)
 
-    def _agreement(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> Row:
+    def _agreement(self, model: PreTrainedModel, blocks: Mapping[str, Tensor]) -> Row:
         """Measure a model's agreement with the dense one, by the texts' names."""
         dense = load_model(self.model, self.dtype, to_accelerator=True)
-        row: Row = {SHARE: {}, DIVERGENCE: {}}
-        for text in self.texts:
-            found = agreement(
-                model,
-                dense,
-                tokenizer,
-                text.content,
-                seq_len=self.seq_len,
-                max_tokens=text.token_limit(self.seq_len, self.max_tokens),
-            )
-            row[SHARE][text.name] = found.share
-            row[DIVERGENCE][text.name] = found.divergence
-        return row
+        found = {
+            name: block_agreement(model, dense, tokens)
+            for name, tokens in blocks.items()
+        }
+        return {
+            SHARE: {name: one.share for name, one in found.items()},
+            DIVERGENCE: {name: one.divergence for name, one in found.items()},
+        }
 
 
 def _zeros(model: PreTrainedModel) -> float:

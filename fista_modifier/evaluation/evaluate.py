@@ -25,7 +25,7 @@ from fista_modifier.evaluation.engines import (
     start,
 )
 from fista_modifier.evaluation.formatting import markdown_table, with_error
-from fista_modifier.evaluation.perplexity import Perplexity, token_blocks
+from fista_modifier.evaluation.perplexity import Perplexity
 from fista_modifier.evaluation.results import (
     Results,
     Row,
@@ -154,10 +154,9 @@ class Evaluation:
             seq_len = max_sequence_length(config)
         blocks = {}
         for text in self.texts:
-            limit = text.token_limit(seq_len, self.max_tokens)
             try:
-                blocks[text.name] = token_blocks(
-                    tokenizer, text.content, seq_len, limit, bos=self.bos
+                blocks[text.name] = text.blocks(
+                    tokenizer, seq_len, self.max_tokens, bos=self.bos
                 )
             except ValueError as error:
                 raise ValueError(f"{text.name}, {model}: {error}") from error
@@ -323,15 +322,12 @@ def _caption(results: Results) -> str:
     if lengths:
         tokens = " or ".join(str(length) for length in lengths)
         limit = setup["max_tokens"]
-        parts.append(
-            f"Perplexity (ppl) in contiguous blocks of {tokens} tokens"
-            + (f" of the first {limit} tokens" if limit else "")
-            + (
-                "."
-                if setup["bos"]
-                else ", without the token that a tokenizer puts at the beginning."
-            )
-        )
+        sentence = f"Perplexity (ppl) in contiguous blocks of {tokens} tokens"
+        if limit:
+            sentence += f" of the first {limit} tokens"
+        if not setup["bos"]:
+            sentence += ", without the token that a tokenizer puts at the beginning"
+        parts.append(f"{sentence}.")
     if reference := setup.get("reference"):
         parts.append(
             f"Same: share of the next tokens for which the model and {reference} hold "

@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fista_modifier.data import load_text
 from fista_modifier.data.records import hub_records, is_local
+from fista_modifier.evaluation.perplexity import token_blocks
 
 __all__ = ["PAPER_TEXTS", "Corpus", "Text", "load_texts"]
 
@@ -46,6 +50,30 @@ class Text:
         own = None if self.max_blocks is None else self.max_blocks * seq_len
         limits = [limit for limit in (own, max_tokens) if limit is not None]
         return min(limits, default=None)
+
+    def blocks(
+        self,
+        tokenizer: Any,
+        seq_len: int,
+        max_tokens: int | None = None,
+        *,
+        bos: bool = True,
+    ) -> Tensor:
+        """
+        Return the blocks of the text that are predicted, as of
+        :func:`~fista_modifier.evaluation.perplexity.token_blocks`.
+
+        :param tokenizer: the tokenizer of the model to measure
+        :param seq_len: tokens in a block
+        :param max_tokens: the user's own limit; None for none
+        :param bos: whether each block begins with what the tokenizer puts at the
+            beginning of a text
+        :return: token ids, blocks×seq_len
+        :raises ValueError: if ``seq_len`` leaves nothing to predict, or the text is
+            shorter than one block
+        """
+        limit = self.token_limit(seq_len, max_tokens)
+        return token_blocks(tokenizer, self.content, seq_len, limit, bos=bos)
 
 
 @dataclass(frozen=True)

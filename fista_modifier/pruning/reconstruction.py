@@ -33,6 +33,7 @@ from fista_modifier.solver.precision import matmul_precision
 
 __all__ = [
     "MEASURED_EVERY",
+    "WATCHED_SHARE",
     "Reconstruction",
     "reconstruct",
     "reconstructed",
@@ -41,6 +42,8 @@ __all__ = [
 BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
 MEASURED_EVERY = 16
+WATCHED_SHARE = 0.5
+"""The share of the steps, from the first, in which the rate may turn out too high."""
 WATCHED_BATCHES = 8
 """The batches whose errors together say whether a rate is too high."""
 HIGHEST_RISE = 1.04
@@ -324,7 +327,7 @@ class _Watch:
 
     def __init__(self, start_error: Callable[[int], float], steps: int) -> None:
         self._start_error = start_error
-        self._left = steps // 2
+        self._left = int(WATCHED_SHARE * steps)
         self._errors: list[tuple[float, float]] = []
 
     def stops(self, batch: int, error: Tensor) -> bool:

@@ -112,10 +112,10 @@ def check_unchanged(model: PreTrainedModel, source: str) -> None:
         hub
     :raises ValueError: if a parameter is another one
     """
-    config = Path(source) / CONFIG_NAME
-    folder = config if config.exists() else Path(cached_file(source, CONFIG_NAME) or "")
+    config = cached_file(source, CONFIG_NAME)  # in a folder, or in the hub's cache
+    assert config is not None, "it raises where there is none"
     try:
-        files, _ = locate(folder.parent)
+        files, _ = locate(Path(config).parent)
     except FileNotFoundError:
         return
     stored: defaultdict[Path, dict[str, str]] = defaultdict(dict)

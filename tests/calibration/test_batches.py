@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import tiny_model
 from llmcompressor.core import active_session
-from loguru import logger
+from logs import logged
 from model_kinds import KINDS
 from runs import calibration, prune, samples, weights
 from torch import Tensor
@@ -48,11 +48,9 @@ def test_a_text_layer_has_the_padding_of_the_batch(
 def test_a_mask_of_another_shape_is_not_used_and_that_is_said(
     batches: CalibrationBatches, shape: tuple[int, ...]
 ) -> None:
-    messages: list[str] = []
-    sink = logger.add(messages.append, level="WARNING", format="{message}")
-    assert batches.real_tokens("attention_mask", torch.zeros(shape)) is None
-    assert batches.real_tokens("attention_mask", torch.zeros(shape)) is None
-    logger.remove(sink)
+    with logged() as messages:
+        assert batches.real_tokens("attention_mask", torch.zeros(shape)) is None
+        assert batches.real_tokens("attention_mask", torch.zeros(shape)) is None
     (message,) = messages
     assert "its padding counts like tokens" in message
 

@@ -28,16 +28,15 @@ REPORT = PruningReport(
 )
 
 
-def card_text(folder: Path) -> str:
-    return (folder / "README.md").read_text()
-
-
 def test_the_hub_reads_back_what_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "model-2of4"
     folder.mkdir()
     stated = {"news": StatedPerplexity(12.5, 64, 17, bos=False)}
     write_model_card(folder, REPORT, stated)
-    assert "| news | 12.500 | 64 | 17, without the token" in card_text(folder)
+    assert (
+        "| news | 12.500 | 64 | 17, without the token"
+        in (folder / "README.md").read_text()
+    )
     assert stated_perplexities(folder) == stated
     data = ModelCard.load(folder / "README.md").data
     assert data.base_model == "org/model"

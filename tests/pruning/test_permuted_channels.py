@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from loguru import logger
+from logs import logged
 from runs import prune, samples, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -154,12 +154,10 @@ def test_without_n_of_m_all_around_nothing_changes_places(
     fields: dict[str, Any],
 ) -> None:
     plain, permuted = uneven(), uneven()
-    said: list[str] = []
-    sink = logger.add(said.append, level="WARNING", format="{message}")
-    prune(plain, preset="fast", **fields)
-    assert not [one for one in said if "permute_channels" in one]
-    prune(permuted, preset="fast", permute_channels=True, **fields)
-    logger.remove(sink)
+    with logged() as said:
+        prune(plain, preset="fast", **fields)
+        assert not [one for one in said if "permute_channels" in one]
+        prune(permuted, preset="fast", permute_channels=True, **fields)
     assert same(plain, permuted)
     assert [one for one in said if "permute_channels: true has no effect" in one]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, tiny_model
-from loguru import logger
+from logs import logged
 from runs import run, weights
 from safetensors.torch import load_file, save_file
 from test_structured import (
@@ -273,10 +273,8 @@ def test_zeros_in_place_cannot_be_followed_by_more() -> None:
 
 
 def test_the_run_says_that_nothing_becomes_smaller() -> None:
-    messages: list[str] = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
-    modifier = shrink(tiny_model("llama"), **UNTRAINED, **VALUES)
-    logger.remove(sink)
+    with logged() as messages:
+        modifier = shrink(tiny_model("llama"), **UNTRAINED, **VALUES)
     share = f"{100 * modifier.zeroed:.2f} % of the decoder layers' parameters"
     (message,) = (message for message in messages if "zeros in place" in message)
     assert share in message and "neither smaller nor faster" in message

@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import invoke
 from families import checkpoint, tiny_model
-from loguru import logger
+from logs import logged
 from runs import calibration, samples
 from torch import Tensor
 from torch.nn.functional import kl_div
@@ -219,12 +219,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
 def test_a_training_that_makes_it_worse_is_told(
     pruned: Callable[..., Path], model: Path
 ) -> None:
-    told: list[str] = []
-    sink = logger.add(told.append, level="WARNING")
-    try:
+    with logged() as told:
         run(pruned(*TWO_OF_FOUR), model, Training(rate=3.0))
-    finally:
-        logger.remove(sink)
     assert any("rose from" in one and "--rate" in one for one in told)
 
 

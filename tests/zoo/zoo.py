@@ -12,8 +12,6 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from loguru import logger
+from logs import logged
 from runs import calibration, run
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -151,7 +149,7 @@ class Specimen:
             **{"mask_structure": "2:4", "ignore": ["re:.*lm_head$"]} | fields
         )
         pipeline = {"pipeline": "basic"} if self.case.get("basic") else {}
-        with warnings() as messages:
+        with logged() as messages:
             run(model, modifier, dataset=self.dataset, **pipeline)
         return Pruned(self, model, modifier, messages)
 
@@ -195,17 +193,6 @@ def refusal(name: str) -> str:
     case = CASES[name]
     reason = case["refused"]["reason"]
     return f"| {name} | {case['auto_class']} | {reason} |"
-
-
-@contextmanager
-def warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-    sink = logger.add(
-        lambda message: messages.append(message.record["message"]),
-        filter=lambda record: record["level"].name == "WARNING",
-    )
-    yield messages
-    logger.remove(sink)
 
 
 def _tensor(name: str, value: Any, generator: torch.Generator) -> Tensor:
