@@ -7,6 +7,8 @@ import torch
 from families import VOCABULARY, tiny_model
 from runs import calibration, prune
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -17,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from fista_modifier import FISTAPruningModifier, pipeline
@@ -105,6 +109,26 @@ def test_a_run_begins_with_these_checks(tokens: torch.Tensor, words: str) -> Non
     with pytest.raises(ValueError, match=words):
         modifier = FISTAPruningModifier(mask_structure="2:4")
         pipeline.prune(model, None, calibration(tokens), modifier)
+
+
+def test_a_decoder_needs_a_text_of_its_own_or_makes_one() -> None:
+    small = {"vocab_size": 10, "d_model": 8, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(
+        T5Config(**small, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
+    )
+    data = calibration(torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="T5For.* decoder .* 'labels' or 'decoder_in"):
+        pipeline.prune(t5, None, data, FISTAPruningModifier(mask_structure="2:4"))
+    check_calibration(t5, data.add_column("labels", data["input_ids"]))
+    sizes = {
+        f"{part}_{what}": value
+        for part in ("encoder", "decoder")
+        for what, value in {"layers": 1, "ffn_dim": 8, "attention_heads": 2}.items()
+    }
+    bart = BartForConditionalGeneration(
+        BartConfig(**small, **sizes, max_position_embeddings=16)
+    )
+    check_calibration(bart, data)
 
 
 def test_datafree_is_told_that_calibration_is_needed() -> None:

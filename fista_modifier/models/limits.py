@@ -1,4 +1,4 @@
-"""The limits of a model: token ids of its vocabulary, and a number of positions."""
+"""The limits of a model: its vocabulary, its positions, and what it has to be given."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ __all__ = ["check_calibration", "check_length", "check_tokens", "check_vocabular
 
 POSITIONS = {"wpe", "embed_positions", "position_embeddings", "positions_embed"}
 """The names that families give to their table with an entry for each position."""
+DECODED = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
+"""What a decoder's text can be given as."""
 # Some tables have a few entries that no position uses, at their beginning.
 SPARE_POSITIONS = 2
 
@@ -28,8 +30,30 @@ def check_calibration(model: PreTrainedModel, calibration: Dataset) -> None:
     :raises ValueError: if the model cannot be run on them
     """
     check_vocabulary(model, calibration)
+    _check_decoder(model, calibration)
     longest = max((len(ids) for ids in _token_ids(calibration)), default=0)
     check_length(model, longest)
+
+
+def _check_decoder(model: PreTrainedModel, calibration: Dataset) -> None:
+    """
+    Refuse text alone where a decoder has to be given a text of its own. Some
+    encoder–decoders make it of the encoder's, so two tokens are tried.
+
+    :raises ValueError: if there is none
+    """
+    if not model.config.is_encoder_decoder or DECODED & {*calibration.column_names}:
+        return
+    first = next(_token_ids(calibration), torch.zeros(0, dtype=torch.int64))
+    try:
+        with torch.no_grad():
+            model(input_ids=first[None, :2].to(model.device))
+    except Exception as error:  # transformers' code may raise anything
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated on text alone, because its "
+            "decoder has to be given a text of its own: call oneshot() with data that "
+            "have 'labels' or 'decoder_input_ids', too"
+        ) from error
 
 
 def check_vocabulary(model: PreTrainedModel, data: object) -> None:
