@@ -19,16 +19,13 @@ from statistics import fmean
 from typing import Any
 
 import inputs
-from compare import (
-    common_arguments,
-    common_setup,
-    measure,
-    prune_by_fields,
-)
+from compare import common_arguments, common_setup, measure
 
+from fista_modifier import pipeline
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import warm_starts
+from fista_modifier.evaluation.methods import recipe, warm_starts
 from fista_modifier.evaluation.results import Results, Row
+from fista_modifier.solver import pattern_of
 
 SAMPLES = "samples"
 PATTERN = "pattern"
@@ -80,7 +77,9 @@ def pruned(args: argparse.Namespace, variant: dict[str, Any] | None) -> Row:
     fields = dict(variant) | {"ignore": inputs.ignored(args)}
     samples = fields.pop(SAMPLES, args.samples)
     pattern = fields.pop(PATTERN, args.pattern)
-    prune = partial(prune_by_fields, pattern=pattern, method="fista", fields=fields)
+    prune = partial(
+        pipeline.prune, recipe=recipe("fista", pattern_of(pattern), **fields)
+    )
     return measure(args, prune, samples, args.seed)
 
 

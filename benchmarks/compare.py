@@ -70,30 +70,10 @@ def method_pruner(method: str, pattern: str, layers: Path | None = None) -> Prun
     base, fields = VARIANTS.get(method, (method, {}))
     if layers is not None and base in FISTA_METHODS:
         fields = fields | {"resume_dir": str(layers)}
-    return partial(
-        prune_by_fields,
-        pattern=pattern,
-        method=base,
-        fields=fields,
-        solver=SOLVERS.get(method),
-    )
-
-
-def prune_by_fields(
-    model: Any,
-    tokenizer: Any,
-    calibration: Any,
-    *,
-    pattern: str,
-    method: str,
-    fields: dict[str, Any],
-    solver: SolverFactory | None = None,
-) -> pipeline.PruningRun:
-    """Prune by a method's recipe with some fields changed, and maybe another solver."""
-    modifier = recipe(method, pattern_of(pattern), **fields)
-    if solver is not None:
-        modifier = modifier.with_solver(solver)
-    return pipeline.prune(model, tokenizer, calibration, modifier)
+    modifier = recipe(base, pattern_of(pattern), **fields)
+    if method in SOLVERS:
+        modifier = modifier.with_solver(SOLVERS[method])
+    return partial(pipeline.prune, recipe=modifier)
 
 
 def common_arguments(

@@ -23,12 +23,12 @@ from statistics import fmean
 
 import inputs
 import peers
-from compare import prune_by_fields
 from datasets import Dataset
 from torch import Tensor
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.formatting import markdown_table
+from fista_modifier.evaluation.methods import recipe
 from fista_modifier.solver import (
     FAST,
     PAPER,
@@ -105,14 +105,12 @@ def prune_with(
         ) -> list[PrunedWeight]:
             return [solve(weight, self.statistics) for weight in weights]
 
-    run = prune_by_fields(
+    fields = {"ignore": inputs.ignored(args), "reconstruction_epochs": 0}
+    run = pipeline.prune(
         pipeline.load_model(args.model, "float32"),
         pipeline.load_tokenizer(args.model),
         data,
-        pattern=pattern,
-        method="fista",
-        fields={"ignore": inputs.ignored(args), "reconstruction_epochs": 0},
-        solver=Solver,
+        recipe("fista", pattern_of(pattern), **fields).with_solver(Solver),
     )
     return [operator.name for operator in run.results]
 

@@ -74,28 +74,7 @@ def pruner(method: str, pattern: SparsityPattern) -> Pruner:
         return partial(prune_by_magnitude, pattern=pattern)
     if method not in METHODS or method == "dense":
         raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
-    return partial(prune_by_recipe, method=method, pattern=pattern)
-
-
-def prune_by_recipe(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    calibration: Dataset,
-    *,
-    method: str,
-    pattern: SparsityPattern,
-) -> pipeline.PruningRun:
-    """
-    Prune a model by the modifier of a method.
-
-    :param model: changed in place
-    :param tokenizer: the model's tokenizer
-    :param calibration: the calibration tokens
-    :param method: the method whose modifier is applied
-    :param pattern: the pattern to prune to
-    :return: the pruned model
-    """
-    return pipeline.prune(model, tokenizer, calibration, recipe(method, pattern))
+    return partial(pipeline.prune, recipe=recipe(method, pattern))
 
 
 def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:

@@ -1,46 +1,28 @@
-"""Another solver in the place of the package's."""
+"""Methods that only the benchmarks have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
 
-from compare import prune_by_fields
+import torch
+from compare import method_pruner
 from families import tiny_model
 from runs import calibration
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fista_modifier.solver import (
-    FISTAPruner,
-    GramStatistics,
-    PrunedWeight,
-    SolverOptions,
-    SparsityPattern,
-)
 
-
-def test_a_run_may_have_another_solver(
+def test_a_peer_has_its_own_solver_in_another_process_too(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    asked: list[int] = []
-
-    class Other(FISTAPruner):
-        def __init__(self, statistics: GramStatistics) -> None:
-            super().__init__(statistics, SolverOptions())
-
-        def prune(
-            self, weights: Sequence[Tensor], patterns: Sequence[SparsityPattern]
-        ) -> list[PrunedWeight]:
-            asked.append(len(weights))
-            return super().prune(weights, patterns)
-
-    prune_by_fields(
-        tiny_model("llama"),
-        tiny_tokenizer,
-        calibration(),
-        pattern="2:4",
-        method="fista",
-        fields={"reconstruction_epochs": 0},
-        solver=Other,
-    )
-    assert asked
+    kept = []
+    for method in ("fista-operators", "alps", "boza"):
+        prune = pickle.loads(pickle.dumps(method_pruner(method, "2:4")))
+        model = tiny_model("llama")
+        prune(model, tiny_tokenizer, calibration())
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert float((weight == 0).float().mean()) == 0.5
+        kept.append(weight.detach())
+    own, alps, boza = kept
+    assert not torch.equal(own, alps)
+    assert not torch.equal(own, boza)
+    assert not torch.equal(alps, boza)
