@@ -76,7 +76,9 @@ def test_one_operator_ends_at_weighted_least_squares_on_its_support():
     )
     target = torch.cat([output[0] for output in recording.outputs])
     inputs = torch.cat([batch[0] for batch in batches])
-    scale = 1 / target.norm(dim=1)
+    shares = target.square() / target.square().sum(1, keepdim=True)
+    by_size = shares.mean(0).rsqrt()
+    scale = 1 / (target * by_size).norm(dim=1)
     for row in range(5):
         free = support[row]
         wanted = target[:, row] - layer.linear.bias[row]
@@ -88,11 +90,46 @@ def test_one_operator_ends_at_weighted_least_squares_on_its_support():
 
     first = inputs[:64] @ layer.linear.weight.T  # without the bias, of both
     errors = inputs[:64] @ trained[operator].T - first
-    relative = errors.norm(dim=1) / target[:64].norm(dim=1)
+    relative = (errors * by_size).norm(dim=1) * scale[:64]
     assert math.isclose(result.error, relative.square().mean().sqrt(), rel_tol=1e-5)
     share = float(errors.norm() / first.norm())
     assert math.isclose(result.operator_errors["linear"], share, rel_tol=1e-5)
     assert result.error < result.start_error
+
+
+def test_features_of_all_sizes_have_the_same_say_and_one_of_zeros_has_none():
+    """One operator serves all features, so its least squares are a compromise."""
+    mixed = torch.zeros(5, 6)
+    mixed[:, 1:] = torch.linalg.qr(normal(5, 5, seed=4)).Q
+    mixed[:, 1] *= 1000
+
+    class Mixed(Layer):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) @ mixed
+
+    layer, batch = Mixed(), normal(1, 64, 8, seed=1)
+    recording, operator = recorded(layer, [batch])
+    support = normal(5, 8, seed=7) > 0
+    dense = layer.linear.weight.data.clone()
+    trained, _ = reconstruct(
+        recording,
+        recording.inputs,
+        {operator: dense * support},
+        Reconstruction(epochs=4000, rate=0.1),
+    )
+    target = recording.outputs[0][0]
+    shares = target.square() / target.square().sum(1, keepdim=True)
+    by_size = shares.mean(0).rsqrt()
+    by_size[0] = 0
+    scale = 1 / (target * by_size).norm(dim=1)
+    # the change of each output by each weight: tokens × features, rows × columns
+    effects = torch.einsum("ti,of,t,f->tfoi", batch[0], mixed, scale, by_size)
+    effects = effects.flatten(2).flatten(0, 1).double()
+    free = support.flatten()
+    wanted = effects @ dense.flatten().double()
+    expected = torch.linalg.lstsq(effects[:, free], wanted).solution
+    actual = trained[operator].flatten()[free].double()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_gradient_from_before_changes_nothing():
@@ -189,10 +226,12 @@ def test_the_first_layers_errors_are_those_of_plain_runs(family):
     result = modifier.reconstructions[name]
     measured = SEQUENCES[::16]
     target = outputs(dense, 0, measured)
+    squares = outputs(dense, 0, SEQUENCES).square()
+    by_size = (squares / squares.sum(-1, keepdim=True)).mean((0, 1)).rsqrt()
 
     def error(model: PreTrainedModel) -> float:
-        errors = (outputs(model, 0, measured) - target).norm(dim=-1)
-        return float((errors / target.norm(dim=-1)).square().mean().sqrt())
+        errors = ((outputs(model, 0, measured) - target) * by_size).norm(dim=-1)
+        return float((errors / (target * by_size).norm(dim=-1)).square().mean().sqrt())
 
     assert math.isclose(result.start_error, error(start), rel_tol=1e-3)
     assert math.isclose(result.error, error(trained), rel_tol=1e-3)
@@ -253,7 +292,7 @@ def test_errors_are_those_of_real_tokens_in_each_layout(shape):
     output = target.clone()
     row = (0,) * (len(shape) - 1)
     output[row] = torch.nan  # which is padding
-    errors = _token_errors(output, target, real)
+    errors = _token_errors(output, target, real, torch.ones(8))
     copies = target[..., 0].numel() // real.numel()
     # of several hidden states of a token each counts, and only one of them is broken
     assert int(errors.isnan().sum()) == 0

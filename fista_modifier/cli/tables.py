@@ -166,7 +166,10 @@ def layer_table(results: dict[str, ReconstructionResult]) -> Table:
             f"{result.error:.4f}",
             f"{result.seconds:.1f}",
         )
-    table.caption = "error: of the layer's output, by token, over every sixteenth batch"
+    table.caption = (
+        "error: of the layer's output, relative to each token and feature, over every "
+        "sixteenth batch"
+    )
     return table
 
 

@@ -19,7 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerCall, LayerInputs, RealTokens
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    RealTokens,
+    real_rows,
+)
 from fista_modifier.models.operators import (
     UNCHANGED,
     Operator,
@@ -55,8 +60,12 @@ MOST_RATES = 7
 """The rates that are tried for a layer, each half of the one before."""
 SMALLEST = 1e-12
 """
-The least value of ‖o‖² by which an error is divided. It matters where an output is
-zero.
+The least norm by which an error is divided. It matters where an output is zero.
+"""
+LEAST_SHARE = 1e-6
+"""
+The least share of a feature in the output, beside the mean share of all. It matters for
+features that are always zero.
 """
 
 
@@ -134,11 +143,13 @@ def reconstruct(
 
         min Σ_t ‖o*_t − o_t‖² / ‖o_t‖²   over the non-zero entries of the layer's W*,
 
-    t running over the tokens. The solver of one operator cannot know which part of its
-    error another operator can make up for, and which part is small beside the residual
-    stream. Errors are relative to each token's output because the few tokens with
-    massive activations make up almost all of a plain sum of squares. Zeros stay exactly
-    zero, and biases and norms as they are.
+    t running over the tokens, and ‖x‖² = Σ_d x_d² / s_d, where s_d is the share of
+    feature d in the sum of squares of a token's output, as a mean over the tokens. The
+    solver of one operator cannot know which part of its error another operator can make
+    up for, and which part is small beside the residual stream. Errors are relative to
+    each token's output and to each feature's size, because a few tokens and a few
+    features with massive activations make up almost all of a plain sum of squares.
+    Zeros stay exactly zero, and biases and norms as they are.
 
     Adam has a short warm-up and a cosine decay. It takes one step a batch, in an order
     that the number of batches fixes. How high a rate a layer bears differs fourfold
@@ -172,9 +183,11 @@ def reconstruct(
         for operator, weight in pruned.items()
     }
 
+    shares = _feature_shares(recording)
+
     def errors(batch: int) -> Tensor:
         real, target = recording.real_tokens[batch].own, recording.outputs[batch]
-        return _token_errors(inputs[batch].run(), target, real)
+        return _token_errors(inputs[batch].run(), target, real, shares)
 
     def start_error_of(batch: int) -> float:
         with replaced_weights(pruned, biases), matmul_precision("bf16"):
@@ -200,10 +213,11 @@ def reconstruct(
             for operator, weight in pruned.items():
                 current[operator].copy_(weight)
             rate /= 2
-    error, operator_errors = _errors(current, biases, recording, inputs, measured)
+    final_errors = partial(_errors, biases, shares, recording, inputs, measured)
+    error, operator_errors = final_errors(current)
     if not error < start_error:
         current, steps = pruned, 0
-        error, operator_errors = _errors(current, biases, recording, inputs, measured)
+        error, operator_errors = final_errors(current)
     result = ReconstructionResult(
         start_error=start_error,
         error=error,
@@ -215,11 +229,31 @@ def reconstruct(
     return current, result
 
 
-def _token_errors(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """Return ‖o* − o‖² / ‖o‖² of each real token of a batch."""
-    target = target.to(output.device, torch.float32)
+def _feature_shares(recording: Recording) -> Tensor:
+    """
+    Return the share of each feature in the sum of squares of a real token's output, as
+    a mean over the tokens of all batches.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for output, real in zip(recording.outputs, recording.real_tokens, strict=True):
+        squares = real_rows(output, real.own).float().square()
+        of_tokens = squares / squares.sum(-1, keepdim=True).clamp_min(SMALLEST)
+        total = total.to(of_tokens.device) + of_tokens.sum(0, dtype=torch.float64)
+    least = total.mean().clamp_min(SMALLEST) * LEAST_SHARE
+    return (total / len(recording.outputs)).maximum(least)
+
+
+def _token_errors(
+    output: Tensor, target: Tensor, real: Tensor | None, shares: Tensor
+) -> Tensor:
+    """
+    Return ‖o* − o‖² / ‖o‖² of each real token of a batch, in which features count by
+    the inverse of their shares.
+    """
+    scales = shares.rsqrt().to(output.device, torch.float32)
+    target = target.to(output.device, torch.float32) * scales
     norms = target.square().sum(-1).clamp_min(SMALLEST)
-    errors = (output.float() - target).square().sum(-1) / norms
+    errors = (output.float() * scales - target).square().sum(-1) / norms
     if real is None:
         return errors.flatten()
     # Some layers have their tokens in one row, and some several outputs for each token.
@@ -233,11 +267,12 @@ def _root_mean(squares: Iterable[Tensor]) -> float:
 
 
 def _errors(
-    weights: dict[Operator, Tensor],
     biases: Mapping[Operator, Tensor],
+    shares: Tensor,
     recording: Recording,
     inputs: LayerInputs,
     batches: Iterable[int],
+    weights: dict[Operator, Tensor],
 ) -> tuple[float, dict[str, float]]:
     """
     Return the error of the layer, and the relative error of each operator by its name.
@@ -251,7 +286,9 @@ def _errors(
         dense, _ = _outputs(weights, call, real)
         with replaced_weights(weights, biases):
             pruned, output = _outputs(weights, inputs[batch], real)
-        of_layer.append(_token_errors(output, recording.outputs[batch], real.own))
+        of_layer.append(
+            _token_errors(output, recording.outputs[batch], real.own, shares)
+        )
         for operator, output in dense.items():
             other = pruned.get(operator)
             if other is not None and len(other) == len(output):

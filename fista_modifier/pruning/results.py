@@ -135,7 +135,7 @@ class ReconstructionResult:
     """
     What became of a layer. Errors are over the tokens of every sixteenth batch. Those
     of the layer are the root mean square of ‖o* − o‖ / ‖o‖, o being the layer's output
-    for a token.
+    for a token; each feature counts by its size, as ``docs/method.md`` says.
 
     :param start_error: error of the layer with its operators as the solver left them
     :param error: error of the layer as it is stored

@@ -312,7 +312,11 @@ class FinishedLayers:
                 results = TypeAdapter(_Results).validate_json(
                     opened.metadata()["results"]
                 )
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                # a file's tensors are not aligned as torch's own are, and kernels may
+                # then add in another order
+                tensors = {
+                    name: opened.get_tensor(name).clone() for name in opened.keys()
+                }
             biases = {
                 name.removesuffix(BIAS): tensors.pop(name)
                 for name in list(tensors)

@@ -699,7 +699,9 @@ def test_half_precision(family: str, structures: list[str], tmp_path: Path) -> N
     assert all(0 < one.relative_error < 1 for one in modifier.results)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert bool((logits(reloaded) - logits(model)).norm() < 0.02 * logits(model).norm())
+    # in float32, because fused experts add up in another order than single ones
+    expected = logits(model.float())
+    assert bool((logits(reloaded.float()) - expected).norm() < 1e-4 * expected.norm())
     assert verify(tmp_path).passed
 
 
