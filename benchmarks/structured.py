@@ -40,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "FASP, paper": {"preset": "paper"},
     "FASP, paper, recovered": {"preset": "paper"},
     "ZipLM's elimination": {"selector": "greedy", **BARE},
+    "OSSCAR's local search": {"selector": "local", **BARE},
+    "FLAP's score": {"selector": "flap", **BARE},
     "SPAP's choice": {"selector": "spap", **BARE},
     "FASP, default": {},
     "SPAP, default": {"selector": "spap"},
