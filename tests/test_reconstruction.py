@@ -63,6 +63,12 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+def inverse_sizes(outputs: Tensor) -> Tensor:
+    """What features are multiplied by, from the outputs of all tokens."""
+    squares = outputs.flatten(0, -2).square()
+    return (squares / squares.sum(1, keepdim=True)).mean(0).rsqrt()
+
+
 def test_one_operator_ends_at_weighted_least_squares_on_its_support():
     layer, mixed = Layer(), normal(8, 8, seed=3)
     # tokens of very different sizes, so that the weights of the sum matter
@@ -76,8 +82,7 @@ def test_one_operator_ends_at_weighted_least_squares_on_its_support():
     )
     target = torch.cat([output[0] for output in recording.outputs])
     inputs = torch.cat([batch[0] for batch in batches])
-    shares = target.square() / target.square().sum(1, keepdim=True)
-    by_size = shares.mean(0).rsqrt()
+    by_size = inverse_sizes(target)
     scale = 1 / (target * by_size).norm(dim=1)
     for row in range(5):
         free = support[row]
@@ -118,8 +123,7 @@ def test_features_of_all_sizes_have_the_same_say_and_one_of_zeros_has_none():
         Reconstruction(epochs=4000, rate=0.1),
     )
     target = recording.outputs[0][0]
-    shares = target.square() / target.square().sum(1, keepdim=True)
-    by_size = shares.mean(0).rsqrt()
+    by_size = inverse_sizes(target)
     by_size[0] = 0
     scale = 1 / (target * by_size).norm(dim=1)
     # the change of each output by each weight: tokens × features, rows × columns
@@ -226,8 +230,7 @@ def test_the_first_layers_errors_are_those_of_plain_runs(family):
     result = modifier.reconstructions[name]
     measured = SEQUENCES[::16]
     target = outputs(dense, 0, measured)
-    squares = outputs(dense, 0, SEQUENCES).square()
-    by_size = (squares / squares.sum(-1, keepdim=True)).mean((0, 1)).rsqrt()
+    by_size = inverse_sizes(outputs(dense, 0, SEQUENCES))
 
     def error(model: PreTrainedModel) -> float:
         errors = ((outputs(model, 0, measured) - target) * by_size).norm(dim=-1)

@@ -183,11 +183,11 @@ def reconstruct(
         for operator, weight in pruned.items()
     }
 
-    shares = _feature_shares(recording)
+    scales = _feature_scales(recording)
 
     def errors(batch: int) -> Tensor:
         real, target = recording.real_tokens[batch].own, recording.outputs[batch]
-        return _token_errors(inputs[batch].run(), target, real, shares)
+        return _token_errors(inputs[batch].run(), target, real, scales)
 
     def start_error_of(batch: int) -> float:
         with replaced_weights(pruned, biases), matmul_precision("bf16"):
@@ -213,7 +213,7 @@ def reconstruct(
             for operator, weight in pruned.items():
                 current[operator].copy_(weight)
             rate /= 2
-    final_errors = partial(_errors, biases, shares, recording, inputs, measured)
+    final_errors = partial(_errors, biases, scales, recording, inputs, measured)
     error, operator_errors = final_errors(current)
     if not error < start_error:
         current, steps = pruned, 0
@@ -229,28 +229,25 @@ def reconstruct(
     return current, result
 
 
-def _feature_shares(recording: Recording) -> Tensor:
+def _feature_scales(recording: Recording) -> Tensor:
     """
-    Return the share of each feature in the sum of squares of a real token's output, as
-    a mean over the tokens of all batches.
+    Return 1 / √s_d of each feature d, in float32. s_d is its share in the sum of
+    squares of a real token's output, as a mean over the tokens of all batches.
     """
     total = torch.zeros((), dtype=torch.float64)
     for output, real in zip(recording.outputs, recording.real_tokens, strict=True):
         squares = real_rows(output, real.own).float().square()
         of_tokens = squares / squares.sum(-1, keepdim=True).clamp_min(SMALLEST)
         total = total.to(of_tokens.device) + of_tokens.sum(0, dtype=torch.float64)
-    least = total.mean().clamp_min(SMALLEST) * LEAST_SHARE
-    return (total / len(recording.outputs)).maximum(least)
+    shares = total / total.sum().clamp_min(SMALLEST)
+    return shares.clamp_min(LEAST_SHARE / len(shares)).rsqrt().float()
 
 
 def _token_errors(
-    output: Tensor, target: Tensor, real: Tensor | None, shares: Tensor
+    output: Tensor, target: Tensor, real: Tensor | None, scales: Tensor
 ) -> Tensor:
-    """
-    Return ‖o* − o‖² / ‖o‖² of each real token of a batch, in which features count by
-    the inverse of their shares.
-    """
-    scales = shares.rsqrt().to(output.device, torch.float32)
+    """Return ‖o* − o‖² / ‖o‖² of each real token of a batch, with scaled features."""
+    scales = scales.to(output.device)
     target = target.to(output.device, torch.float32) * scales
     norms = target.square().sum(-1).clamp_min(SMALLEST)
     errors = (output.float() * scales - target).square().sum(-1) / norms
@@ -268,7 +265,7 @@ def _root_mean(squares: Iterable[Tensor]) -> float:
 
 def _errors(
     biases: Mapping[Operator, Tensor],
-    shares: Tensor,
+    scales: Tensor,
     recording: Recording,
     inputs: LayerInputs,
     batches: Iterable[int],
@@ -287,7 +284,7 @@ def _errors(
         with replaced_weights(weights, biases):
             pruned, output = _outputs(weights, inputs[batch], real)
         of_layer.append(
-            _token_errors(output, recording.outputs[batch], real.own, shares)
+            _token_errors(output, recording.outputs[batch], real.own, scales)
         )
         for operator, output in dense.items():
             other = pruned.get(operator)
