@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 METHODS = ("wanda", "sparsegpt", *FISTA_METHODS, *VARIANTS)
 PATTERNS = ("2:4", "0.5")
+WITHOUT_TIME = {"seconds": None, "processor_seconds": None}
 # without this package's own version: a row takes hours, and README.md says which rows
 # of a committed table are older than the others
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
@@ -140,14 +141,25 @@ def measured_row(args: argparse.Namespace, row: Row) -> Row:
     """Return the figures of a row of the table."""
     if row["method"] == DENSE:
         return measure(args, None, args.samples, 0)
-    layers = None
-    if args.work is not None:
-        name = "-".join(str(value) for value in row.values()).replace(":", "of")
-        layers = args.work / f"{Path(args.model).name}-{name}"
-    resumed = layers is not None and layers.exists()
-    prune = method_pruner(row["method"], row["pattern"], layers)
+    prune, resumes = resumable_pruner(args.work, args.model, row)
     found = measure(args, prune, args.samples, row["seed"])
-    return found | ({"seconds": None, "processor_seconds": None} if resumed else {})
+    return found | (WITHOUT_TIME if resumes else {})
+
+
+def resumable_pruner(work: Path | None, model: str, row: Row) -> tuple[Pruner, bool]:
+    """
+    Return the method of a row.
+
+    :param work: the folder for finished layers; None for none
+    :param model: the folder of the model
+    :param row: has the method, the pattern and the seed
+    :return: the method, and whether some of its layers are finished already
+    """
+    method, pattern = row["method"], row["pattern"]
+    if work is None:
+        return method_pruner(method, pattern), False
+    name = f"{Path(model).name}-{method}-{pattern}-{row['seed']}".replace(":", "of")
+    return method_pruner(method, pattern, work / name), (work / name).exists()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ agreement with the dense model, and the time of both.
         --text FILE.txt FILE.txt --out benchmarks/results/recovery --work FOLDER
 
 The pruned weights wait in the work folder, so that each method prunes once for each
-seed. What OUT.json has already is not measured again.
+seed. What OUT.json has already is not measured again. With --layers FOLDER, the --work
+of compare.py with the same tokens, layers that are finished there are not pruned again;
+their pruning has no time then.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from statistics import fmean
 from typing import NamedTuple
 
 import inputs
-from compare import common_arguments, common_setup, measurement
+from compare import (
+    WITHOUT_TIME,
+    common_arguments,
+    common_setup,
+    measurement,
+    resumable_pruner,
+)
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,14 +36,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner, pruner
+from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner
 from fista_modifier.evaluation.results import Results, Row, digest
 from fista_modifier.files import whole
 from fista_modifier.models.loading import load_model
 from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.recover import Training, kept_entries, train_operators
-from fista_modifier.solver import pattern_of
 
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best")
 REFERENCE = "sparsegpt"
@@ -57,6 +64,7 @@ class Job(NamedTuple):
 def main() -> None:
     parser = common_arguments(__doc__ or "", 32, 16384)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--layers", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--times", type=int, nargs="+", default=TIMES)
@@ -77,10 +85,13 @@ def main() -> None:
 def measured(args: argparse.Namespace, job: Job) -> Row:
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / f"{job.method}-{job.seed}-{digest(common_setup(args))}"
-    prune = pruner(job.method, pattern_of("2:4"))
+    row = job._asdict() | {"pattern": "2:4"}
+    prune, resumes = resumable_pruner(args.layers, args.model, row)
     calibration = inputs.calibration(args, seed=job.seed)
     if not job.times:
-        return measurement(args).run(partial(keep, prune=prune, file=file), calibration)
+        kept = partial(keep, prune=prune, file=file)
+        found = measurement(args).run(kept, calibration)
+        return found | (WITHOUT_TIME if resumes else {})
     if not file.exists():
         tokenizer = pipeline.load_tokenizer(args.model)
         dense = load_model(args.model, "float32")
@@ -184,12 +195,17 @@ def line(rows: list[Row], dense: Row, results: Results) -> list[str]:
         if (reference := results.find(method=REFERENCE, times=0, seed=row["seed"]))
         for text in dense["perplexity"]
     ]
-    pruning = results.find(method=method, times=0, seed=rows[0]["seed"])
-    seconds = f"{fmean(row['seconds'] for row in rows):.0f}"
+    seconds = mean_seconds(rows)
     if times:
-        before = f"{pruning['seconds']:.0f}" if pruning else "?"
-        seconds = f"{before} + {seconds}"
+        pruning = results.find(method=method, times=0, seed=rows[0]["seed"])
+        seconds = f"{mean_seconds([pruning] if pruning else [])} + {seconds}"
     return [*cells, f"{fmean(shares):.2f}" if shares else "", seconds]
+
+
+def mean_seconds(rows: list[Row]) -> str:
+    """Return the mean time of the rows that have one."""
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
+    return f"{fmean(seconds):.0f}" if seconds else "?"
 
 
 if __name__ == "__main__":

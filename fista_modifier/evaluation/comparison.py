@@ -108,15 +108,10 @@ class Measurement:
         return self._blocks(load_tokenizer(self.model))
 
     def _blocks(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        blocks = {}
-        for text in self.texts:
-            try:
-                blocks[text.name] = text.blocks(
-                    tokenizer, self.seq_len, self.max_tokens
-                )
-            except ValueError as error:
-                raise ValueError(f"{text.name}: {error}") from error
-        return blocks
+        return {
+            text.name: text.blocks(tokenizer, self.seq_len, self.max_tokens)
+            for text in self.texts
+        }
 
     def run(self, prune: Pruner | None, calibration: Dataset | None) -> Row:
         """

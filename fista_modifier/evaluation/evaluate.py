@@ -152,15 +152,10 @@ class Evaluation:
         seq_len = self.seq_len
         if seq_len is None:
             seq_len = max_sequence_length(config)
-        blocks = {}
-        for text in self.texts:
-            try:
-                blocks[text.name] = text.blocks(
-                    tokenizer, seq_len, self.max_tokens, bos=self.bos
-                )
-            except ValueError as error:
-                raise ValueError(f"{text.name}, {model}: {error}") from error
-        return blocks
+        return {
+            text.name: text.blocks(tokenizer, seq_len, self.max_tokens, bos=self.bos)
+            for text in self.texts
+        }
 
     def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
         checkpoint = state_of_checkpoint(model)

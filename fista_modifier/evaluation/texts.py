@@ -73,7 +73,11 @@ class Text:
             shorter than one block
         """
         limit = self.token_limit(seq_len, max_tokens)
-        return token_blocks(tokenizer, self.content, seq_len, limit, bos=bos)
+        try:
+            return token_blocks(tokenizer, self.content, seq_len, limit, bos=bos)
+        except ValueError as error:
+            model = tokenizer.name_or_path
+            raise ValueError(f"{self.name}, {model}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_a_comparison_is_kept_and_continued(
         (["--pattern", "2:3"], ["q_proj", "32"]),
         (["--pattern", "half"], ["half", "2:4"]),
         (["--text", "missing.txt"], ["missing.txt"]),
-        (["--eval-seq-len", "4000"], ["text: the text", "4000"]),
+        (["--eval-seq-len", "4000"], ["model: the text", "4000"]),
         (["--samples", "4000"], ["4000", "--samples"]),
     ],
 )
