@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier.checkpoint.model_card import write_model_card
@@ -117,7 +118,7 @@ def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     calibration: Dataset,
-    recipe: str | Path | Modifier | Sequence[Modifier],
+    recipe: str | Path | Recipe | Modifier | Sequence[Modifier],
     *,
     batch_size: int = 1,
 ) -> PruningRun:
@@ -129,7 +130,7 @@ def prune(
     :param model: changed in place
     :param tokenizer: the model's tokenizer
     :param calibration: ``input_ids`` and ``attention_mask`` of equal lengths
-    :param recipe: a modifier or several, YAML text, or a YAML file
+    :param recipe: a recipe, a modifier or several, YAML text, or a YAML file
     :param batch_size: sequences in one forward pass
     :return: the pruned model and what became of each operator
     :raises ValueError: if there are more ranks than sequences, the model cannot be run

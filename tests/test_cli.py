@@ -269,6 +269,37 @@ def test_a_chain_tells_of_what_left_and_of_zeros(
     assert run("verify", output, "--pattern", "2:4").exit_code == 0
 
 
+def test_a_recipe_can_be_resumed(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe, finished = tmp_path / "recipe.yaml", tmp_path / "finished"
+    content = (RECIPES / "fasp-2of4.yaml").read_text()
+    recipe.write_text(
+        content.replace("sparsity: 0.2", "sparsity: 0.2\n      multiple_of: 4")
+    )
+    how = ["--recipe", recipe, "--resume", finished, "--activations", tmp_path / "a"]
+    assert prune(model, text, tmp_path / "one", *how).exit_code == 0
+    layers = {
+        file: file.stat().st_mtime_ns for file in finished.glob("*/*.safetensors")
+    }
+    assert sorted({file.parent.name for file in layers}) == [
+        "1-FASPPruningModifier",
+        "2-FISTAPruningModifier",
+    ]
+    last = max(layers, key=layers.__getitem__)
+    last.unlink()
+    assert prune(model, text, tmp_path / "two", *how).exit_code == 0
+    assert all(
+        file.stat().st_mtime_ns == before
+        for file, before in layers.items()
+        if file != last
+    )
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+    recipe.write_text(
+        content.replace("sparsity: 0.2", "sparsity: 0.3\n      multiple_of: 4")
+    )
+    refused = prune(model, text, tmp_path / "three", *how)
+    assert "sparsity was 0.2 and is 0.3" in " ".join(refused.output.split())
+
+
 def test_channels_cannot_leave_after_zeros_were_made(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -291,11 +322,14 @@ def test_the_same_command_gives_the_same_weights(
 ) -> None:
     for output in ("one", "two"):
         assert prune(model, text, tmp_path / output, "--pattern", "2:4").exit_code == 0
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def same_weights(*folders: Path) -> bool:
     one, two = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / output).state_dict()
-        for output in ("one", "two")
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders
     )
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_an_output_folder_with_files_is_replaced_only_on_request(
@@ -338,7 +372,11 @@ def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
         (["--pattern", "2:4", "--samples", "4000"], ["4000", "--samples"]),
         (
             ["--recipe", "recipes/fista-2of4.yaml", "--preset", "best"],
-            ["preset", "--pattern", "fista-2of4.yaml"],
+            ["--preset", "--pattern", "fista-2of4.yaml"],
+        ),
+        (
+            ["--recipe", "recipes/fasp-2of4.yaml", "--resume", "x", "--layers", "0"],
+            ["--layers", "fasp-2of4.yaml has 2"],
         ),
         (
             ["--recipe", "recipes/fista-unstructured-50.yaml"]

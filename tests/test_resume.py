@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from families import checkpoint, tiny_model
-from runs import calibration, prune, samples, weights
+from runs import calibration, prune, run, samples, weights
 from torch import Tensor
+
+from fista_modifier import FASPPruningModifier, FISTAPruningModifier
 
 TESTS = Path(__file__).resolve().parent
 
@@ -138,6 +140,20 @@ def test_layers_of_another_run_are_refused(
         prune(model, resume_dir=str(folder), **fields)
     assert message in str(error.value)
     assert_same(weights(model), dense)
+
+
+def test_layers_that_follow_another_step_are_refused(tmp_path: Path) -> None:
+    def chain(selector: str) -> None:
+        first = FASPPruningModifier(
+            sparsity=0.2, multiple_of=4, selector=selector, preset="paper"
+        )
+        then = FISTAPruningModifier(mask_structure="2:4", resume_dir=str(tmp_path))
+        run(tiny_model("llama"), [first, then])
+
+    chain("fasp")
+    chain("fasp")
+    with pytest.raises(ValueError, match=r"(?s)steps before it .*fasp.* is .*greedy"):
+        chain("greedy")
 
 
 def test_other_calibration_data_are_refused(folder: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
 
 from fista_modifier.evaluation.methods import IGNORE
 from fista_modifier.evaluation.methods import recipe as pruning_recipe
+from fista_modifier.modifiers.base import HOW_TO_RUN
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.modifiers.structured import (
     FASPPruningModifier,
@@ -37,7 +39,8 @@ class Request:
 
     :param method: the method that prunes, if there is no recipe
     :param pattern: "n:m" or a sparsity such as "0.5", for FISTAPruner
-    :param recipe: a recipe's file, in place of all other options
+    :param recipe: a recipe's file, in place of all options but those in
+        ``HOW_TO_RUN``
     :param sparsity: share of the decoder layers' parameters that is to leave
     :param structures: what leaves; None for the default
     :param multiple_of: the number of channels stays a multiple of this; None for the
@@ -59,9 +62,9 @@ class Request:
         named = (self.pattern, self.recipe, *self._sizes.values())
         return self.method == "fista" and all(value is None for value in named)
 
-    def modifiers(self) -> list[Modifier]:
+    def read(self) -> Recipe:
         """
-        Return the modifiers that the options ask for.
+        Return the recipe that the options ask for.
 
         :return: what is to be done to the model
         :raises ValueError: if options contradict one another, or if one of them makes
@@ -69,7 +72,7 @@ class Request:
         :raises FileNotFoundError: if there is no such recipe
         """
         if self.method in STRUCTURED:
-            return [self._structured()]
+            return read_recipe(self._structured())
         given = [name for name, value in self._sizes.items() if value is not None]
         if given:
             raise ValueError(
@@ -83,9 +86,10 @@ class Request:
                 "fasp or spap with --sparsity"
             )
         if self.pattern is not None:
-            return [pruning_recipe("fista", pattern_of(self.pattern), **self.fields)]
+            pattern = pattern_of(self.pattern)
+            return read_recipe(pruning_recipe("fista", pattern, **self.fields))
         assert self.recipe is not None  # one of the two is given
-        return self._of_recipe(self.recipe)
+        return self._of_file(self.recipe)
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -136,12 +140,39 @@ class Request:
             sizes["multiple_of"] = self.multiple_of
         return STRUCTURED[self.method](ignore=IGNORE, **sizes, **self.fields)
 
-    def _of_recipe(self, recipe: Path) -> list[Modifier]:
-        if not recipe.is_file():
-            raise FileNotFoundError(f"the recipe {recipe} does not exist")
-        if self.fields:
+    def _of_file(self, file: Path) -> Recipe:
+        recipe = read_recipe(file)
+        if method := [name for name in self.fields if name not in HOW_TO_RUN]:
             raise ValueError(
-                f"{', '.join(self.fields)} can be given by options only with "
-                f"--pattern or --method: set these fields in {recipe}"
+                f"{_options(method)} can be given only with --pattern or --method: set "
+                f"{', '.join(method)} in {file}"
             )
-        return list(read_recipe(recipe).modifiers)
+        for name, value in self.fields.items():
+            having = [one for one in recipe.modifiers if name in type(one).model_fields]
+            if not having:
+                raise ValueError(
+                    f"{_options([name])} has no effect: no modifier of {file} has the "
+                    f"field {name}"
+                )
+            if name == "layers" and len(having) > 1:
+                raise ValueError(
+                    f"--layers needs a recipe with one step that prunes, and {file} "
+                    f"has {len(having)}: each step needs all layers of the one before"
+                )
+            for number, modifier in enumerate(having, 1):
+                shared = name != "resume_dir" or len(having) == 1
+                own = value if shared else _folder_of_step(value, number, modifier)
+                setattr(modifier, name, own)
+        return recipe
+
+
+def _options(fields: Iterable[str]) -> str:
+    """Return the options that give a modifier's fields."""
+    return ", ".join(
+        "--" + name.removesuffix("_dir").replace("_", "-") for name in fields
+    )
+
+
+def _folder_of_step(folder: str, number: int, modifier: Modifier) -> str:
+    """Return the folder of finished work of one step of a recipe that has several."""
+    return str(Path(folder) / f"{number}-{type(modifier).__name__}")

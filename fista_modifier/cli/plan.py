@@ -76,7 +76,7 @@ def plan(
             console.print(cost_table(shape, samples, procedure, chosen, devices))
             console.print(memory_sentence(shape, samples, procedure, chosen))
             return
-        modifiers = request.modifiers()
+        modifiers = request.read().modifiers
         for forecast in forecasts(modifiers, config, length, lambda: load_model(model)):
             console.print(
                 pattern_table(forecast)

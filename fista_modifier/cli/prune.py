@@ -131,9 +131,10 @@ def prune(
             "activations_dir": activations and str(activations),
         }
         fields = {name: value for name, value in fields.items() if value is not None}
-        modifiers = Request(
+        wanted = Request(
             method, pattern, recipe, sparsity, structure, multiple_of, fields
-        ).modifiers()
+        ).read()
+        modifiers = wanted.modifiers
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
         dense = load_model(model, dtype)
@@ -143,7 +144,7 @@ def prune(
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
         run = pipeline.prune(
-            dense, tokenizer, calibration, recipe or modifiers, batch_size=batch_size
+            dense, tokenizer, calibration, wanted, batch_size=batch_size
         )
         if run.unfinished:
             console.print(

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ from fista_modifier.pruning.resume import FinishedLayers, fingerprint
 from fista_modifier.pruning.schedule import Resources, Schedule
 from fista_modifier.solver import SolverOptions
 
-__all__ = ["LayerwiseModifier", "overridden"]
+__all__ = ["HOW_TO_RUN", "LayerwiseModifier", "modifiers_before", "overridden"]
 
 Options = TypeVar("Options", SolverOptions, Reconstruction)
 
@@ -338,14 +339,14 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     def _finished_layers(self, model: torch.nn.Module) -> FinishedLayers | None:
         if self.resume_dir is None:
             return None
-        run = fingerprint(model, self._determines_the_result())
-        return FinishedLayers(Path(self.resume_dir), run)
+        recipe = self._determines_the_result()
+        if steps := [_step(one) for one in modifiers_before(self)]:
+            recipe["steps before it"] = steps
+        return FinishedLayers(Path(self.resume_dir), fingerprint(model, recipe))
 
     def _determines_the_result(self) -> dict[str, Any]:
         """Return the fields on which the result depends."""
-        method = set(type(self).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
-        fields: dict[str, Any] = self.model_dump(mode="json", include=method)
-        return fields
+        return _settings(self)
 
     def _check_sharing(self, chains_layers: bool) -> None:
         """
@@ -381,6 +382,37 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             self._epoch.close()
             self._contexts.close()
             raise
+
+
+def modifiers_before(modifier: Modifier) -> list[Modifier]:
+    """
+    Return the modifiers that come before one in the recipe that is applied.
+
+    :param modifier: a modifier of the recipe
+    :return: those before it, in order
+    """
+    modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
+    return list(takewhile(lambda one: one is not modifier, modifiers))
+
+
+def _step(modifier: Modifier) -> dict[str, Any]:
+    """Return what the result of a step of a recipe depends on."""
+    if isinstance(modifier, LayerwiseModifier):
+        fields = modifier._determines_the_result()
+    else:
+        fields = _settings(modifier)
+    return {"modifier": type(modifier).__name__} | fields
+
+
+def _settings(modifier: Modifier) -> dict[str, Any]:
+    """
+    Return the fields of a modifier on which its result depends. The toolkit's own
+    modifiers keep their state in fields whose names end in an underscore.
+    """
+    fields = set(type(modifier).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
+    settings = {name for name in fields if not name.endswith("_")}
+    dumped: dict[str, Any] = modifier.model_dump(mode="json", include=settings)
+    return dumped
 
 
 def _warn_of_few_tokens(results: Sequence[OperatorResult]) -> None:

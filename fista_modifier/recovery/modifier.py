@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.offload.dispatch import remove_dispatch
 from datasets import Dataset
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
@@ -23,7 +23,7 @@ from fista_modifier.checkpoint.on_save import revise_report
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.vocabulary import check_vocabulary_size
-from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.base import LayerwiseModifier, modifiers_before
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
@@ -219,8 +219,7 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
 
     :raises ValueError: if there are none, or one of the others quantises
     """
-    before: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
-    before = before[: [one is modifier for one in before].index(True)]
+    before = modifiers_before(modifier)
     for one in before:
         if isinstance(one, QuantizationMixin):
             raise ValueError(
