@@ -20,6 +20,7 @@ __all__ = [
     "Ranks",
     "current_ranks",
     "join_ranks",
+    "leave_ranks",
     "shared_out",
 ]
 
@@ -140,6 +141,17 @@ def join_ranks() -> Ranks:
         else:
             dist.init_process_group("gloo")
     return current_ranks()
+
+
+def leave_ranks() -> None:
+    """
+    End the run of several processes, once all have come here. After that each goes on
+    alone: what one of them does, such as loading a model, waits for no other.
+    """
+    if is_distributed():
+        dist.barrier()
+        dist.destroy_process_group()
+        _objects.cache_clear()
 
 
 def current_ranks() -> Ranks:

@@ -18,9 +18,11 @@ def whole(target: Path) -> Iterator[Path]:
     The new content is written beside the target and takes its place in the end. A file
     does so only once the disk has it.
 
-    :param target: replaced if it exists; its folder is made
+    :param target: replaced if it exists; its folder is made. A link stays, and what it
+        leads to is replaced
     :return: the path to write to; nothing exists there yet
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
@@ -32,7 +34,14 @@ def whole(target: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         elif target.exists():
             # deleting a folder takes long, and a kill would leave half of it
-            os.replace(target, unfinished.with_name(f"{target.name}-before"))
+            before = unfinished.with_name(f"{target.name}-before")
+            os.replace(target, before)
+            try:
+                os.replace(unfinished, target)
+            except OSError:
+                os.replace(before, target)
+                raise
+            return
         os.replace(unfinished, target)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,18 +84,28 @@ def calibration_tokens(
     )
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(
+    folder: Path, overwrite: bool, others: Iterable[Path | None] = ()
+) -> None:
     """
     Refuse a folder that no checkpoint can be written to. A checkpoint is written beside
     its folder and takes its place in the end.
 
     :param folder: where a checkpoint is about to be written
     :param overwrite: whether what is there may be replaced
+    :param others: folders that the run keeps something in; None stands for none
+    :raises ValueError: if one of the others lies in the folder, which is replaced
     :raises FileExistsError: if the folder is not empty and may not be replaced, or is
         a file
     :raises OSError: if it cannot be replaced, or nothing can be written beside it
     """
     absolute = folder.resolve()
+    for other in others:
+        if other is not None and other.resolve().is_relative_to(absolute):
+            raise ValueError(
+                f"{other} lies in the output folder {folder}, which is replaced in the "
+                "end: name a folder beside it"
+            )
     if absolute.is_mount() or Path.cwd().is_relative_to(absolute):
         raise OSError(
             f"the output folder {folder} is in use as a whole: name one inside it"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from families import tiny_model
+from families import checkpoint
 from runs import calibration, run, samples, weights
 
 import fista_modifier
+from fista_modifier.models.loading import load_to_prune
 from fista_modifier.pruning.progress import LayerProgress
 
 
@@ -28,9 +29,11 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
         but the model has one more layer, which it does not run
     """
     torch.set_num_threads(1)
-    model = tiny_model(family)  # once there are ranks, only the first saves models
+    folder = checkpoint(family)  # once there are ranks, only the first saves models
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    model = load_to_prune(str(folder))
+    assert model.get_input_embeddings().weight.is_shared(), "all have one copy"
     if dies == "unreached":
         model.tower = torch.nn.ModuleList([deepcopy(model.model.layers[0])])
 

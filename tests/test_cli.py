@@ -7,17 +7,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.offload.cache import DiskCache
 from families import FAMILIES, checkpoint
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from typer.testing import CliRunner, Result
 
 from fista_modifier import cli
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.models import loading
 from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 
@@ -317,12 +325,46 @@ def test_channels_cannot_leave_after_zeros_were_made(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("option", ["--resume", "--activations", "--offload"])
+def test_a_folder_that_would_be_replaced_is_refused(
+    option: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    inside = tmp_path / "out" / "inside"
+    options = ("--pattern", "2:4", "--overwrite", option, inside)
+    refused = prune(model, text, tmp_path / "out", *options)
+    assert refused.exit_code == 1
+    assert "which is replaced in the end" in " ".join(refused.output.split())
+    assert not list((tmp_path / "out").rglob("*"))
+
+
 def test_the_same_command_gives_the_same_weights(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     for output in ("one", "two"):
         assert prune(model, text, tmp_path / output, "--pattern", "2:4").exit_code == 0
     assert same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_weights_wait_on_disk(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prune(model, text, tmp_path / "one", "--pattern", "2:4").exit_code == 0
+    # the embeddings fit, and the layers do not
+    monkeypatch.setattr(loading, "get_max_memory", lambda: {"cpu": 20_000})
+    caches: list[type] = []
+
+    def load(*arguments: Any) -> PreTrainedModel:
+        loaded = loading.load_to_prune(*arguments)
+        caches.extend(type(one._parameters) for one in loaded.model.layers.modules())
+        return loaded
+
+    monkeypatch.setattr("fista_modifier.cli.prune.load_to_prune", load)
+    on_disk = ["--pattern", "2:4", "--offload", tmp_path / "weights"]
+    result = prune(model, text, tmp_path / "two", *on_disk)
+    assert result.exit_code == 0, result.output
+    assert DiskCache in caches
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+    assert not any((tmp_path / "weights").iterdir())
 
 
 def same_weights(*folders: Path) -> bool:
@@ -669,19 +711,37 @@ def test_a_structured_run_goes_on_where_it_stopped(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        # tied embeddings, and new shapes
+        ("opt", SMALLER),
+        # these are loaded as a whole to be verified
+        ("mixtral", ["--pattern", "2:4"]),
+        ("llama", ["--recipe", RECIPES / "fista-2of4-w8a8.yaml"]),
+    ],
+)
 def test_torchrun_shares_the_layers_out(
-    model: Path, text: Path, tmp_path: Path
+    family: str,
+    options: list[Any],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    text: Path,
+    tmp_path: Path,
 ) -> None:
-    arguments = ["prune", model, "--pattern", "2:4", "--dataset", text]
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint(family, vocab_size=len(tiny_tokenizer)), model)
+    tiny_tokenizer.save_pretrained(model)
+    arguments = ["prune", model, *options, "--dataset", text]
     arguments += ["--samples", 4, "--seq-len", 16, "-o", tmp_path / "two"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "fista_modifier.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Wrote") == 1
-    result = prune(model, text, tmp_path / "one", "--pattern", "2:4")
+    result = prune(model, text, tmp_path / "one", *options)
     assert result.exit_code == 0, result.output
-    weights = [
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "one")
-    ]
-    assert weights[0] == weights[1]
+    two, one = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")
+    )
+    # sums that several processes add up are rounded elsewhere
+    torch.testing.assert_close(two, one)

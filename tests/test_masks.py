@@ -49,6 +49,12 @@ def test_masks_are_of_what_was_pruned_and_of_nothing_else() -> None:
     assert masks_of(model).keys() == {result.name for result in modifier.results}
 
 
+def test_an_output_embedding_has_a_mask_if_it_was_pruned() -> None:
+    model = tiny_model("llama")
+    prune(model, preset="fast", targets=["Linear", "lm_head"])
+    assert masks_of(model)["lm_head"].float().mean() == 0.5
+
+
 def test_a_dense_model_has_no_masks() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM has no sparse operator"):
         masks_of(tiny_model("llama"))

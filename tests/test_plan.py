@@ -202,6 +202,12 @@ def test_what_follows_is_foreseen_for_the_smaller_model() -> None:
     assert sparse.patterns[0].weights < 2 * smaller.shape.weights
 
 
+def test_an_output_embedding_alone_can_be_planned(tmp_path: Path) -> None:
+    fields = "FISTAPruningModifier:\n      sparsity: 0.5\n      targets: [lm_head]\n"
+    result = invoke("plan", checkpoint("llama"), "--recipe", recipe(tmp_path, fields))
+    assert result.exit_code == 0, result.output
+
+
 def test_other_modifiers_are_named(tmp_path: Path) -> None:
     quantization = "QuantizationModifier:\n      scheme: W8A8\n      "
     file = recipe(tmp_path, SPARSE + "      mask_structure: '2:4'\n", quantization)

@@ -57,7 +57,9 @@ def compare(
     ] = None,
     eval_seq_len: Annotated[
         int | None,
-        typer.Option(help="tokens in a block of the texts (default: as --seq-len)"),
+        typer.Option(
+            min=2, help="tokens in a block of the texts (default: as --seq-len)"
+        ),
     ] = None,
     max_tokens: TokenLimit = None,
     dtype: LoadDtype = "auto",

@@ -59,7 +59,7 @@ def evaluate(
     seq_len: Annotated[
         int | None,
         typer.Option(
-            help="tokens in a block (default: the model's maximum, at most 2048)"
+            min=2, help="tokens in a block (default: the model's maximum, at most 2048)"
         ),
     ] = None,
     max_tokens: TokenLimit = None,
@@ -100,8 +100,9 @@ def evaluate(
             text, tasks = list(PAPER_TEXTS), "paper"
         described = {one: report_for_card(Path(one)) for one in models if card}
         names = PAPER_TASKS if tasks == "paper" else comma_separated(tasks or "")
-        if task_path and not names:
-            raise ValueError("--task-path needs the names of its tasks: --tasks")
+        for option, value in (("--task-path", task_path), ("--limit", limit)):
+            if value and not names:
+                raise ValueError(f"{option} has no effect without --tasks: name some")
         evaluation = Evaluation(
             suite=TaskSuite(names, task_path, limit) if names else None,
             texts=load_texts(text or []),

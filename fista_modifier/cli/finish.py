@@ -19,7 +19,7 @@ from fista_modifier.cli.tables import (
     removal_table,
 )
 from fista_modifier.cli.verify import check
-from fista_modifier.distributed import current_ranks
+from fista_modifier.distributed import current_ranks, leave_ranks
 from fista_modifier.pruning.results import Calibration
 
 __all__ = ["finish"]
@@ -46,7 +46,9 @@ def finish(
     """
     report = run.report and replace(run.report, model=model, calibration=data)
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
-    if current_ranks().rank:
+    rank = current_ranks().rank
+    leave_ranks()
+    if rank:
         return
     wrote = f"Wrote [bold]{escape(str(folder))}[/]"
     if report is None:

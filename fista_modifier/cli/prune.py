@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -34,9 +36,9 @@ from fista_modifier.cli.options import (
     TextColumn,
 )
 from fista_modifier.data import max_sequence_length
-from fista_modifier.distributed import join_ranks
+from fista_modifier.distributed import Ranks, join_ranks
 from fista_modifier.models.limits import check_length
-from fista_modifier.models.loading import load_model, load_tokenizer
+from fista_modifier.models.loading import load_config, load_to_prune, load_tokenizer
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
@@ -111,6 +113,13 @@ def prune(
             "main memory"
         ),
     ] = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder on a fast disk for the weights of the model that half of the "
+            "free main memory has no room for"
+        ),
+    ] = None,
 ) -> None:
     """
     Prune MODEL and write a checkpoint.
@@ -119,9 +128,9 @@ def prune(
     C4, each as long as the model allows (at most 2048 tokens). Under torchrun, the
     processes prune different layers at the same time (or, with 'best', parts of each).
     """
-    with errors_as_messages():
-        join_ranks()
-        pipeline.check_output(output, overwrite)
+    with errors_as_messages(), ExitStack() as until_saved:
+        ranks = join_ranks()
+        pipeline.check_output(output, overwrite, (resume, activations, offload))
         fields = {
             "preset": preset,
             "error_correction": error_correction,
@@ -137,12 +146,13 @@ def prune(
         modifiers = wanted.modifiers
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
-        dense = load_model(model, dtype)
-        length = seq_len or max_sequence_length(dense.config)
-        check_length(dense, length)
-        check_packable(storage_format, modifiers, dense, length)
+        length = seq_len or max_sequence_length(load_config(model))
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
+        weights = until_saved.enter_context(weights_on_disk(offload, ranks))
+        dense = load_to_prune(model, dtype, weights)
+        check_length(dense, length)
+        check_packable(storage_format, modifiers, dense, length)
         run = pipeline.prune(
             dense, tokenizer, calibration, wanted, batch_size=batch_size
         )
@@ -154,6 +164,29 @@ def prune(
             )
         else:
             finish(model, run, tokenizer, data, output, storage_format)
+
+
+@contextmanager
+def weights_on_disk(folder: Path | None, ranks: Ranks) -> Iterator[Path | None]:
+    """
+    Give weights an empty folder inside another one, and delete it with them afterwards.
+
+    :param folder: the folder that the user named; None for none
+    :param ranks: the processes of the run
+    :raises ValueError: if there are several processes
+    :raises OSError: if nothing can be written there
+    """
+    if folder is None:
+        yield None
+        return
+    if ranks.size > 1:
+        raise ValueError(
+            "--offload is for one process: under torchrun all share one copy of the "
+            "model in main memory"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="weights-", dir=folder) as weights:
+        yield Path(weights)
 
 
 def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:

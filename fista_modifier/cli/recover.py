@@ -21,9 +21,9 @@ from fista_modifier.cli.options import (
 )
 from fista_modifier.cli.verify import check
 from fista_modifier.data import max_sequence_length
-from fista_modifier.distributed import current_ranks
+from fista_modifier.distributed import current_ranks, leave_ranks
 from fista_modifier.models.limits import check_length
-from fista_modifier.models.loading import load_model, load_tokenizer
+from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.pruning.results import Calibration, RecoveryResult
 from fista_modifier.recovery.checks import check_pruned, check_teacher
 from fista_modifier.recovery.recover import Training
@@ -91,17 +91,16 @@ def recover(
     whether the training helped. Under torchrun, the processes share the sequences.
     """
     with errors_as_messages():
-        pipeline.check_output(output, overwrite)
-        check_folders(output, resume)
+        pipeline.check_output(output, overwrite, [resume])
         training = Training(epochs, rate, batch_size, gradient_checkpointing, seed)
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))
-        model = load_model(str(checkpoint))
-        length = seq_len or max_sequence_length(model.config)
-        check_length(model, length)
+        length = seq_len or max_sequence_length(load_config(str(checkpoint)))
         data = Calibration(dataset, samples, length, seed, text_column)
         tokens = pipeline.calibration_tokens(data, tokenizer)
+        model = load_model(str(checkpoint))
+        check_length(model, length)
         report = train(
             model,
             load_model(teacher),
@@ -112,7 +111,9 @@ def recover(
             resume=resume,
             teacher_name=teacher,
         )
-        if current_ranks().rank:
+        rank = current_ranks().rank
+        leave_ranks()
+        if rank:
             return  # the first rank has the same weights, and writes them
         model.to("cpu")
         pipeline.save(model, tokenizer, output, report)
@@ -120,21 +121,6 @@ def recover(
         if resume is not None:
             forget(resume)
         tell(report.recovery[-1], output)
-
-
-def check_folders(output: Path, resume: Path | None) -> None:
-    """
-    Refuse a folder for the training that the checkpoint would replace.
-
-    :param output: folder for the checkpoint
-    :param resume: folder for the state of the training, or None
-    :raises ValueError: if ``resume`` lies in ``output``
-    """
-    if resume is not None and resume.resolve().is_relative_to(output.resolve()):
-        raise ValueError(
-            f"--resume {resume} lies in {output}, which is replaced in the end: name a "
-            "folder beside it"
-        )
 
 
 def tell(recovery: RecoveryResult, folder: Path) -> None:

@@ -61,7 +61,7 @@ def peak_device_memory(
             for stage, own in zip(stages, sums, strict=True)
         )
         entries.append(math.fsum(sums) + solver)
-    most = FLOAT32 * max(entries)
+    most = FLOAT32 * max(entries, default=0.0)
     if procedure.reconstructs:
         most = max(most, reconstruction_memory(shape, weight_bytes, kept))
     return 2 * weight_bytes * shape.weights + most

@@ -20,6 +20,7 @@ two errors suggest, because the same blocks are hard for both.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ The number of logits that are held in float32 at a time. What is computed of so 
 stays in a processor's cache, which makes it several times faster than of all at once.
 """
 
+MOST_NATS = math.log(sys.float_info.max)
+"""The highest loss whose perplexity is a floating-point number."""
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -61,7 +65,8 @@ class Perplexity:
     :param nll: mean negative log-likelihood, in nats per token
     :param tokens: number of predicted tokens
     :param blocks: number of blocks of text
-    :param stderr: standard error of ``value``; None for a single block
+    :param stderr: standard error of ``value``; None for a single block, or if the value
+        is infinite or NaN
     """
 
     value: float
@@ -80,8 +85,9 @@ class Perplexity:
         :return: the perplexity of all blocks together
         """
         nll, count = fmean(losses), len(losses)
-        value = math.exp(nll)
-        stderr = value * stdev(losses) / math.sqrt(count) if count > 1 else None
+        value = math.inf if nll > MOST_NATS else math.exp(nll)
+        known = count > 1 and math.isfinite(value)
+        stderr = value * stdev(losses) / math.sqrt(count) if known else None
         return cls(value, nll, count * (seq_len - 1), count, stderr)
 
 

@@ -38,11 +38,13 @@ class Results:
         :param setup: the settings of this run
         :return: the results, to be continued
         :raises ValueError: if the file holds something else, or other settings
-        :raises OSError: if it cannot be read
+        :raises OSError: if it cannot be read or written
         """
         setup = json.loads(json.dumps(setup))
         if file is None or not file.exists():
-            return cls(setup, [], file)
+            results = cls(setup, [], file)
+            results._write()  # now, and not after the first measurement
+            return results
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             earlier, rows = dict(content["setup"]), list(content["rows"])
@@ -90,6 +92,9 @@ class Results:
         :param row: plain JSON
         """
         self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
         if self.file is not None:
             content = {"setup": self.setup, "rows": self.rows}
             write_whole(self.file, json.dumps(content, indent=2) + "\n")

@@ -74,10 +74,12 @@ class Text:
         """
         limit = self.token_limit(seq_len, max_tokens)
         try:
-            return token_blocks(tokenizer, self.content, seq_len, limit, bos=bos)
+            blocks = token_blocks(tokenizer, self.content, seq_len, limit, bos=bos)
         except ValueError as error:
             model = tokenizer.name_or_path
             raise ValueError(f"{self.name}, {model}: {error}") from None
+        # with a token at its beginning, a block has fewer of the text's own
+        return blocks[: self.max_blocks]
 
 
 @dataclass(frozen=True)

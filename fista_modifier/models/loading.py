@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from accelerate.utils import get_max_memory
 from compressed_tensors.offload import load_offloaded_model
 from transformers import (
     AutoConfig,
@@ -15,7 +19,7 @@ from transformers import (
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.classes import model_class
 
-__all__ = ["load_config", "load_model", "load_tokenizer"]
+__all__ = ["load_config", "load_model", "load_to_prune", "load_tokenizer"]
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -58,29 +62,50 @@ def load_model(
     model: str, dtype: str | torch.dtype = "auto", *, to_accelerator: bool = False
 ) -> PreTrainedModel:
     """
-    Load a model.
+    Load a model into this process.
 
     :param model: folder of a checkpoint, or its id on the hub
     :param dtype: dtype of the weights; "auto" is that of the checkpoint
     :param to_accelerator: whether to spread the model over the accelerators, if there
-        are any. For pruning it stays on the CPU, because the toolkit onloads layer by
-        layer. If there are several ranks, the first one loads it then, and all share
-        its memory
+        are any
     :return: the model, of the class that its config.json names
     :raises FileNotFoundError: if there is no such model
     :raises ValueError: if transformers has no class for it
     """
     config = load_config(model)
-    cls, attention = model_class(config), _attention(config)
-    if current_ranks().size > 1 and not to_accelerator:
-        with load_offloaded_model():  # the first rank loads, the others share
-            return cls.from_pretrained(
-                model, dtype=dtype, device_map={"": "cpu"}, max_memory={}, **attention
-            )
     spread = to_accelerator and torch.accelerator.is_available()
-    return cls.from_pretrained(
-        model, dtype=dtype, device_map="auto" if spread else None, **attention
+    return model_class(config).from_pretrained(
+        model, dtype=dtype, device_map="auto" if spread else None, **_attention(config)
     )
+
+
+def load_to_prune(
+    model: str, dtype: str | torch.dtype = "auto", offload_folder: Path | None = None
+) -> PreTrainedModel:
+    """
+    Load a model that is to be pruned. It stays in main memory, because the toolkit
+    onloads layer by layer. If there are several ranks, the first one loads it, and all
+    share its memory.
+
+    :param model: folder of a checkpoint, or its id on the hub
+    :param dtype: dtype of the weights; "auto" is that of the checkpoint
+    :param offload_folder: an empty folder on a disk, for the weights that half of the
+        free main memory has no room for. The model needs it as long as it is in use
+    :return: the model, of the class that its config.json names
+    :raises FileNotFoundError: if there is no such model
+    :raises ValueError: if transformers has no class for it
+    """
+    if current_ranks().size == 1 and offload_folder is None:
+        return load_model(model, dtype)
+    config = load_config(model)
+    cls = model_class(config)
+    place: dict[str, Any] = {"device_map": {"": "cpu"}, "max_memory": {}}
+    if offload_folder is not None:
+        limit = {"cpu": get_max_memory()["cpu"] // 2}  # activations need room, too
+        place = {"device_map": "auto_offload", "max_memory": limit}
+        place["offload_folder"] = offload_folder
+    with load_offloaded_model(cls):
+        return cls.from_pretrained(model, dtype=dtype, **place, **_attention(config))
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:

@@ -9,8 +9,8 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.models.operators import Operator
-from fista_modifier.models.targets import ZEROS, find_operators
+from fista_modifier.models.operators import Operator, operators_in
+from fista_modifier.models.targets import ZEROS, check_no_adapters
 
 __all__ = ["apply_masks_", "fused_experts", "masks_of", "missing_operator"]
 
@@ -21,15 +21,14 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     is trained, or an adapter is merged into it.
 
     :param model: a model with pruned linear operators
-    :return: bool out×in of each operator of which more than 5 % are zeros, by its name:
-        True where an entry is not zero. For a mixture whose experts transformers has
+    :return: bool out×in of each linear operator of which more than 5 % are zeros, also
+        of an output embedding, by its name: True where an entry is not zero. For a
+        mixture whose experts transformers has
         fused, also experts×…×… of each such weight, by the weight's name
-    :raises ValueError: if the model has no such operator or weight
+    :raises ValueError: if the model has no such operator or weight, or has adapters
     """
-    masks = {
-        operator.name: operator.weight != 0
-        for operator in find_operators(model, ["Linear"], [])
-    }
+    check_no_adapters(model, "take the masks before they are added")
+    masks = {one.name: one.weight != 0 for one in operators_in(model, "")}
     for name, weight in fused_experts(model).items():
         masks[name] = weight.data != 0
     sparse = {

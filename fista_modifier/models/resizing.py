@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import chain, combinations, product
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
     :param model: any model
     :return: the shapes, by the parameters' names
     """
+    # offloaded weights that are tied are not always one object
     with disable_onloading():
-        return {name: value.shape for name, value in model.named_parameters()}
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: value.shape for name, value in named}
 
 
 def changes_for(
@@ -78,16 +80,18 @@ def _candidates(
     config: PretrainedConfig, sizes: Mapping[int, int]
 ) -> Iterator[tuple[ConfigChange, ...]]:
     """
-    Yield changes to try, likely ones first: one value for each size, then all values of
-    the old sizes, then values that are missing.
+    Yield changes to try, likely ones first: one value for each size, then two, three
+    and all values of the old sizes, then values that are missing.
     """
-    places = {old: list(_places(config, old)) for old in sizes}
-    singles = [
-        [(path, sizes[old]) for path in found] for old, found in places.items() if found
+    places = [
+        [(path, new) for path in _places(config, old)] for old, new in sizes.items()
     ]
-    if len(singles) == len(sizes):
-        yield from product(*singles)
-        yield tuple(change for found in singles for change in found)
+    some = [
+        chain(*(combinations(found, count) for count in sorted({1, 2, 3, len(found)})))
+        for found in places
+    ]
+    for chosen in sorted(product(*some), key=lambda parts: sum(map(len, parts))):
+        yield tuple(chain(*chosen))
     missing = list(_places(config, None))
     if len(sizes) == 1:
         (new,) = sizes.values()

@@ -22,6 +22,7 @@ from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
     "ZEROS",
+    "check_no_adapters",
     "check_prunable",
     "check_quantisable",
     "find_operators",
@@ -62,7 +63,11 @@ def find_operators(
         a target names an output embedding that is tied to the input embedding, or the
         model has adapters
     """
-    _check_adapters(model)
+    check_no_adapters(
+        model,
+        "merge them first, model = model.merge_and_unload(), and prune what that "
+        "returns",
+    )
     asked, targets = set(targets), expand_special_targets(targets)
     if "Linear" in targets:
         targets = [*targets, "Conv1D"]
@@ -136,13 +141,16 @@ def names_matched(
     }
 
 
-def _check_adapters(model: torch.nn.Module) -> None:
-    """Refuse adapters of PEFT: once they are merged, other weights run."""
+def check_no_adapters(model: torch.nn.Module, fix: str) -> None:
+    """
+    Refuse adapters of PEFT: once they are merged, other weights run.
+
+    :param model: any model
+    :param fix: what the user is to do about them
+    :raises ValueError: if the model has adapters
+    """
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError(
-            f"the {type(model).__name__} has adapters: merge them first, "
-            "model = model.merge_and_unload(), and prune what that returns"
-        )
+        raise ValueError(f"the {type(model).__name__} has adapters: {fix}")
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:

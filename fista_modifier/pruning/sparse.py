@@ -106,9 +106,14 @@ class SparseProcedure(CorrectedProcedure):
         outcome = None
         if self.trains(task.layer):
             pruned, outcome = reconstructed(pruned, task, self.reconstruction)
-            errors = outcome.operator_errors
+            trained, errors = _by_name(pruned), outcome.operator_errors
             results = [
-                replace(result, reconstructed_error=errors.get(result.name))
+                replace(
+                    result,
+                    reconstructed_error=errors.get(result.name),
+                    # in float16 a small weight may be rounded to zero
+                    zeros=int((trained[result.name] == 0).sum()),
+                )
                 for result in results
             ]
         biases: dict[Operator, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -82,10 +83,12 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.rate <= 0 or self.batch_size < 1:
+        positive = self.epochs > 0 and self.rate > 0 and self.batch_size >= 1
+        if not positive or not math.isfinite(self.epochs * self.rate):
             raise ValueError(
                 f"{self.epochs:g} epochs, rate {self.rate:g} and "
-                f"batches of {self.batch_size} train nothing: each has to be positive"
+                f"batches of {self.batch_size} train nothing: each has to be positive "
+                "and finite"
             )
 
     def arguments(self, folder: Path, kept: bool, bf16: bool) -> TrainingArguments:
@@ -97,7 +100,7 @@ class Training:
         :param bf16: whether to multiply in bfloat16
         :return: the arguments of the ``Trainer``
         """
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=self.epochs,
             learning_rate=self.rate,
@@ -121,6 +124,9 @@ class Training:
             dataloader_pin_memory=False,  # a batch is a few tokens
             use_cpu=not torch.accelerator.is_available(),
         )
+        # a process that sees several GPUs would take a batch for each of them
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
 
 def recover(
@@ -283,7 +289,7 @@ def operators_to_train(
     :raises ValueError: if the model does not have one of these operators
     """
     names = list(dict.fromkeys(one.name for one in results))
-    if any(name not in dict(model.named_modules()) for name in names):
+    if not dict(model.named_modules()).keys() >= set(names):
         linearize(model)  # the report has the experts of a mixture one by one
     modules: dict[str, Any] = dict(model.named_modules())
     missing = [name for name in names if not hasattr(modules.get(name), "weight")]
@@ -392,7 +398,8 @@ def with_recovery(
 
     :param report: the report of the pruning
     :param recovery: the result of the training
-    :param zeros: number of zeros of each trained operator after it, by its name
+    :param zeros: number of zeros of each trained operator after it, by its name;
+        others have as many as before
     :return: the report with the training and these numbers
     """
     # a chain has an operator twice, and only the last entry is of what is stored
@@ -401,7 +408,9 @@ def with_recovery(
         report,
         recovery=[*report.recovery, recovery],
         operators=[
-            replace(one, zeros=zeros[one.name]) if last[one.name] == place else one
+            replace(one, zeros=zeros.get(one.name, one.zeros))
+            if last[one.name] == place
+            else one
             for place, one in enumerate(report.operators)
         ],
     )

@@ -26,12 +26,18 @@ def begin(folder: Path, run: Fingerprint) -> None:
     :param folder: created if it is missing
     :param run: what the result depends on, in sections
     :raises ValueError: if the folder belongs to another run; the message names what
-        differs
+        differs; or if it holds states of some other training
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_FILE
     run = json.loads(json.dumps(run))
     if not file.exists():
+        foreign = next(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), None)
+        if foreign is not None:
+            raise ValueError(
+                f"{folder} holds {foreign.name} of some other training, which would "
+                "be deleted in the end: name another folder"
+            )
         write_whole(file, json.dumps(run, indent=2))
         return
     stored = _read(file)
@@ -43,7 +49,7 @@ def begin(folder: Path, run: Fingerprint) -> None:
     if changes:
         raise ValueError(
             f"{folder} holds the training of another run: {shortened(changes)}. Name "
-            "another --resume, or delete this one to start anew"
+            "another folder, or delete this one to start anew"
         )
 
 
@@ -83,5 +89,5 @@ def _read(file: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}): delete {file.parent} or name another "
-            "--resume"
+            "folder"
         ) from error

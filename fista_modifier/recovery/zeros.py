@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from fista_modifier.models.masks import fused_experts, masks_of, missing_operator
 from fista_modifier.models.operators import Operator
+from fista_modifier.models.targets import check_no_adapters
 
 __all__ = ["KeepZeros", "check_unsharded"]
 
@@ -26,6 +27,13 @@ SHARDED = {
 """
 The ways to spread a model over processes in which none of them has its whole weights.
 """
+
+
+NO_ADAPTERS = (
+    "they leave the weights below them as they are, and fill their zeros when they are "
+    "merged. So leave KeepZeros out: masks = masks_of(model) before the adapters are "
+    "added, and apply_masks_(merged, masks) once they are merged"
+)
 
 
 class KeepZeros(TrainerCallback):  # type: ignore[misc]
@@ -60,13 +68,12 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
             the operators of the masks, or if its weights have lost their shapes in
             DeepSpeed or the first version of FSDP
         """
-        _check_adapters(model)
+        check_no_adapters(model, NO_ADAPTERS)
         _check_shapes(model)
         masks = masks_of(model) if self._given is None else self._given
         self._release()
-        for name, mask in masks.items():
-            weight, own = _weight_of(model, name, mask)
-            own = _like(own, weight)
+        for weight, mask in _masked(model, masks):
+            own = _like(mask, weight)
             self._kept.append((weight, own))
             if weight.requires_grad:
                 self._hooks.append(_without_gradient(weight, own))
@@ -171,31 +178,22 @@ def _is_tensor_of_all(parameter: Parameter) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def _check_adapters(model: Module) -> None:
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError(
-            "adapters leave the weights below them as they are, and fill their zeros "
-            "when they are merged. So leave KeepZeros out: masks = masks_of(model) "
-            "before the adapters are added, and apply_masks_(merged, masks) once they "
-            "are merged"
-        )
-
-
-def _weight_of(
-    model: PreTrainedModel, name: str, mask: Tensor
-) -> tuple[Parameter, Tensor]:
+def _masked(
+    model: PreTrainedModel, masks: Mapping[str, Tensor]
+) -> Iterator[tuple[Parameter, Tensor]]:
     """
-    Find the weight that a mask belongs to.
+    Find the weights that masks belong to.
 
-    :param name: name of an operator, or of the weight of a layer's fused experts
-    :param mask: the mask, as :func:`masks_of` returns it
-    :return: the weight, and its mask in the weight's own layout
-    :raises ValueError: if the model has no such weight
+    :param masks: masks as :func:`masks_of` returns them
+    :return: each weight, and its mask in the weight's own layout
+    :raises ValueError: if the model does not have one of the weights
     """
-    experts = fused_experts(model)
-    if name in experts and experts[name].shape == mask.shape:
-        return experts[name], mask
-    module: Any = dict(model.named_modules()).get(name)
-    if module is None or Operator(name, module).weight.shape != mask.shape:
-        raise missing_operator(name, mask)
-    return module.weight, Operator(name, module).oriented(mask)
+    experts, modules = fused_experts(model), dict(model.named_modules())
+    for name, mask in masks.items():
+        if name in experts and experts[name].shape == mask.shape:
+            yield experts[name], mask
+            continue
+        module: Any = modules.get(name)
+        if module is None or Operator(name, module).weight.shape != mask.shape:
+            raise missing_operator(name, mask)
+        yield module.weight, Operator(name, module).oriented(mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from fista_modifier.pruning.results import OperatorResult, PruningReport
+from fista_modifier.pruning.results import OperatorResult, PruningReport, mean_error
 from fista_modifier.report.grid import OperatorGrid
 from fista_modifier.report.svg import (
     GRID,
@@ -57,11 +58,11 @@ def error_lines(report: PruningReport, grid: OperatorGrid) -> str:
         layers as a whole where they were reconstructed
     """
     lines: list[tuple[str, Measure, dict[str, Any]]] = [
-        ("warm start", lambda o: o.relative_start_error, WARM_START_LOOK),
-        ("solver", lambda o: o.relative_error, SOLVER_LOOK),
+        ("warm start", _known("relative_start_error"), WARM_START_LOOK),
+        ("solver", _known("relative_error"), SOLVER_LOOK),
     ]
     if report.layers:
-        lines.append(("as stored", lambda o: o.stored_error, STORED_LOOK))
+        lines.append(("as stored", _known("stored_error"), STORED_LOOK))
     with style():
         figure, panels = _panels(len(grid.kinds) + bool(report.layers))
         for axes, kind, label in zip(
@@ -84,8 +85,8 @@ def error_lines(report: PruningReport, grid: OperatorGrid) -> str:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(lines))
         means = "; ".join(
-            f"{label} {_mean(grid, kind, lambda o: o.relative_start_error):.1%} to "
-            f"{_mean(grid, kind, lambda o: o.stored_error):.1%}"
+            f"{label} {_mean(grid, kind, 'relative_start_error'):.1%} to "
+            f"{_mean(grid, kind, 'stored_error'):.1%}"
             for kind, label in zip(grid.kinds, grid.kind_labels, strict=True)
         )
         return inline_svg(
@@ -103,10 +104,10 @@ def error_map(grid: OperatorGrid) -> str:
     :param grid: the operators
     :return: an ``svg`` element
     """
-    highest = max(o.stored_error for cell in grid.cells.values() for o in cell)
+    highest = max(one.stored_error for one in grid.operators)
     return _map(
         grid,
-        lambda operator: operator.stored_error,
+        _known("stored_error"),
         highest or 1.0,
         "error-map",
         "Relative error of every operator as it is stored",
@@ -273,8 +274,13 @@ def _number_layers(axes: Axes, grid: OperatorGrid) -> None:
     axes.set_xlabel("layer")
 
 
-def _mean(grid: OperatorGrid, kind: str, measure: Measure) -> float:
-    return fmean(map(measure, grid.of_kind(kind)))
+def _known(error: str) -> Measure:
+    """Return an error of an operator, NaN if no calibration token reached it."""
+    return lambda one: getattr(one, error) if one.tokens else math.nan
+
+
+def _mean(grid: OperatorGrid, kind: str, error: str) -> float:
+    return mean_error(grid.of_kind(kind), attrgetter(error))
 
 
 def _map(
@@ -313,14 +319,11 @@ def _map(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         _scale(scale, highest)
-        low, high = min(extremes), max(extremes)
-        return inline_svg(
-            figure,
-            name,
-            title,
-            f"From {low[0]:.2%} ({low[1]}) to {high[0]:.2%} ({high[1]}).",
-            tooltips,
-        )
+        span = "No calibration token reached an operator."
+        if extremes:
+            low, high = min(extremes), max(extremes)
+            span = f"From {low[0]:.2%} ({low[1]}) to {high[0]:.2%} ({high[1]})."
+        return inline_svg(figure, name, title, span, tooltips)
 
 
 def _scale(axes: Axes, highest: float, steps: int = 40) -> None:

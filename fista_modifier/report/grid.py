@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fista_modifier.pruning.results import OperatorResult
@@ -30,13 +30,18 @@ class OperatorGrid:
     @classmethod
     def of(cls, operators: Sequence[OperatorResult]) -> OperatorGrid:
         """
-        Sort operators by layer and kind.
+        Sort operators by layer and kind. Of several steps of a recipe that pruned the
+        same operator, the last has the result, and its time is that of them all.
 
         :param operators: the results of the operators, in the order of pruning
         :return: the grid
         """
+        last: dict[str, OperatorResult] = {}
+        for one in operators:
+            before = last[one.name].seconds if one.name in last else 0.0
+            last[one.name] = replace(one, seconds=before + one.seconds)
         cells: dict[tuple[str, str], list[OperatorResult]] = {}
-        for operator in operators:
+        for operator in last.values():
             cells.setdefault(_place(operator.name), []).append(operator)
         layers = dict.fromkeys(layer for layer, _ in cells)
         kinds = dict.fromkeys(kind for _, kind in cells)
@@ -51,6 +56,11 @@ class OperatorGrid:
     def kind_labels(self) -> list[str]:
         """The last parts of the kinds, or the whole kinds if parts were ambiguous."""
         return _shortest(self.kinds)
+
+    @property
+    def operators(self) -> list[OperatorResult]:
+        """All operators, each once."""
+        return [operator for cell in self.cells.values() for operator in cell]
 
     def of_kind(self, kind: str) -> list[OperatorResult]:
         """
@@ -72,13 +82,16 @@ class OperatorGrid:
         Measure the operators of a kind along the layers.
 
         :param kind: one of ``kinds``
-        :param measure: returns a figure of one operator
-        :return: the mean for each layer, NaN if the layer has no such operator
+        :param measure: returns a figure of one operator, NaN if it is not known
+        :return: the mean for each layer, NaN if the layer has no such operator of which
+            it is known
         """
-        return [
-            fmean(map(measure, cell)) if cell else math.nan
-            for cell in (self.cells.get((layer, kind)) for layer in self.layers)
+        figures = [
+            [measure(one) for one in self.cells.get((layer, kind), [])]
+            for layer in self.layers
         ]
+        known = [[one for one in cell if not math.isnan(one)] for cell in figures]
+        return [fmean(cell) if cell else math.nan for cell in known]
 
 
 def _place(name: str) -> tuple[str, str]:

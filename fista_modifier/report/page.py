@@ -57,10 +57,10 @@ def render(report: PruningReport) -> str:
     :return: the page; whatever the report says is text in it, never markup
     :raises ValueError: if there is nothing to draw
     """
-    operators = report.operators
-    if not operators:
+    if not report.operators:
         raise ValueError(f"the report of {report.model} tells of no pruned operator")
-    grid = OperatorGrid.of(operators)
+    grid = OperatorGrid.of(report.operators)
+    operators = grid.operators
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,

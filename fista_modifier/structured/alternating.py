@@ -174,7 +174,9 @@ def mlp_error(
     :return: ‖D ((U x) ∘ a) + c − y‖_F over all tokens
     """
     residuals = (residual(batch, up, down, bias) for batch in batches)
-    square = torch.tensor(sum(inner(part, part) for part in residuals)).double()
+    square = torch.tensor(
+        sum(inner(part, part) for part in residuals), dtype=torch.float64
+    )
     total(square)
     return math.sqrt(float(square))
 

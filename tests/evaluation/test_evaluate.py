@@ -291,6 +291,7 @@ def test_bad_tasks_are_a_message(
         (["--batch-size", "0"], ["--batch-size"]),
         (["--max-tokens", "0"], ["--max-tokens"]),
         (["--limit", "0"], ["--limit"]),
+        (["--limit", "3"], ["--limit has no effect without --tasks"]),
         (["--backend", "vllm"], ["vllm", "--backend transformers"]),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fista_modifier.evaluation import perplexity
-from fista_modifier.evaluation.perplexity import token_blocks
+from fista_modifier.evaluation.perplexity import Perplexity, token_blocks
 
 TEXT = "The quick brown fox jumps over the lazy dog."  # 44 bytes, so 44 tokens
 
@@ -31,6 +31,15 @@ def reference(model, tokenizer, text, seq_len, blocks):
     rows = ids.view(blocks, 1, seq_len)
     with torch.no_grad():
         return sum(model(row, labels=row).loss.item() for row in rows) / blocks
+
+
+@pytest.mark.parametrize(
+    ("losses", "value"), [([800.0, 2.0e4], math.inf), ([1.0, math.nan], math.nan)]
+)
+def test_a_broken_model_has_a_perplexity_too(losses, value):
+    measured = Perplexity.of_blocks(losses, 8)
+    assert measured.value == pytest.approx(value, nan_ok=True)
+    assert measured.stderr is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -26,6 +26,12 @@ def test_each_row_is_on_disk_at_once_and_found_again(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["results.json"]
 
 
+def test_a_file_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        Results.resume(tmp_path / "file" / "results.json", SETUP)
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     Results.resume(file, SETUP).add({"model": "a"})

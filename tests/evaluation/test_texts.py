@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from fista_modifier.evaluation.texts import PAPER_TEXTS, Text, load_texts
 
@@ -45,6 +46,13 @@ def test_c4_is_the_beginning_of_the_first_validation_shard(tmp_path: Path) -> No
     assert text.token_limit(seq_len=2048, max_tokens=None) == 256 * 2048
     assert text.token_limit(seq_len=2048, max_tokens=4096) == 4096
     assert text.token_limit(seq_len=8, max_tokens=4096) == 2048
+
+
+def test_a_protocol_has_no_more_blocks_with_a_token_at_their_beginning(
+    starting_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    text = Text("text", "The quick brown fox. " * 40, max_blocks=32)
+    assert len(text.blocks(starting_tokenizer, 8)) == 32
 
 
 def test_local_files_go_by_their_names(tmp_path: Path) -> None:

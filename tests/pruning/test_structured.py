@@ -307,6 +307,14 @@ def test_whole_heads_leave(family: str, structures: list[str], tmp_path: Path) -
         assert result.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
 
 
+def test_heads_leave_a_model_with_as_many_layers() -> None:
+    small = tiny_model("llama", num_attention_heads=2, num_key_value_heads=2)
+    shrink(small, **UNTRAINED, structures=["heads"], sparsity=0.2)
+    config = small.config
+    assert config.num_attention_heads == config.num_key_value_heads == 1
+    assert config.num_hidden_layers == 2
+
+
 def test_heads_are_cut_as_if_nobody_read_them() -> None:
     dense, small = tiny_model("llama", **HEADS), tiny_model("llama", **HEADS)
     modifier = shrink(small, **EXACT, structures=["mlp", "heads"], sparsity=0.5)
@@ -428,9 +436,10 @@ def test_several_ranks_give_the_weights_of_one(
     for rank in range(size):
         found, names = torch.load(tmp_path / f"{rank}.pt")
         assert names == [result.name for result in modifier.results]
-        assert found.keys() == expected.keys()
-        for name, weight in found.items():
-            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+        # a weight that is shared between processes is named as often as it is tied
+        assert found.keys() >= expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
 
 
 QUANTISATION = {

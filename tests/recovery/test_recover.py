@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,14 @@ from transformers import (
 )
 
 from fista_modifier.models.loading import load_model
-from fista_modifier.pruning.results import Calibration, PruningReport
+from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery import recover as module
-from fista_modifier.recovery.recover import Training, held_out, recover
+from fista_modifier.recovery.recover import (
+    Training,
+    held_out,
+    recover,
+    with_recovery,
+)
 from fista_modifier.recovery.resume import last_state
 from fista_modifier.solver import NofM
 
@@ -214,6 +220,26 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
     )
     with pytest.raises(ValueError, match="rate was 0.025 and is 0.001"):
         run(folder, model, Training(3, 1e-3, 2), resume=states)
+
+
+def test_a_folder_with_another_training_is_left_alone(
+    pruned: Callable[..., Path], model: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "states" / "checkpoint-500"
+    foreign.mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-500 of some other training"):
+        run(pruned(*TWO_OF_FOUR), model, resume=foreign.parent)
+    assert foreign.exists()
+
+
+def test_a_report_tells_of_operators_that_were_not_trained(
+    pruned: Callable[..., Path],
+) -> None:
+    report = PruningReport.load(pruned(*TWO_OF_FOUR))
+    first, *others = report.operators
+    recovery = RecoveryResult("", DATA, 1, 1, 1.0, 0.1, 1, 1, 1.0, 0.5, 1.0)
+    trained = with_recovery(report, recovery, {first.name: 7})
+    assert trained.operators == [replace(first, zeros=7), *others]
 
 
 def test_a_training_that_makes_it_worse_is_told(

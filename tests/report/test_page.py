@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fista_modifier.cli import app
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.report import render
+from fista_modifier.report.figures import _known
 from fista_modifier.report.grid import OperatorGrid
 
 PACKAGE = "fista_modifier.report"
@@ -105,6 +106,22 @@ def test_operators_are_placed_by_layer_and_kind(report: PruningReport) -> None:
     assert len(experts.of_kind("experts.up_proj")) == 2
     towers = grid("text.layers.0.q_proj", "image.layers.0.q_proj")
     assert towers.layer_labels == ["text.layers.0", "image.layers.0"]
+
+
+def test_the_last_step_of_a_recipe_is_drawn(report: PruningReport) -> None:
+    first = replace(report.operators[0], name="layers.0.down_proj", zeros=0, seconds=2)
+    last = replace(first, zeros=first.shape[0] * first.shape[1], seconds=3)
+    (drawn,) = OperatorGrid.of([first, last]).operators
+    assert (drawn.sparsity, drawn.seconds) == (1, 5)
+
+
+def test_an_expert_that_no_token_reaches_has_no_error(report: PruningReport) -> None:
+    one = replace(report.operators[0], name="layers.0.experts.0.up", relative_error=0.4)
+    other = replace(one, name="layers.0.experts.1.up", tokens=0, relative_error=0.0)
+    grid = OperatorGrid.of([one, other])
+    error = _known("relative_error")
+    assert grid.along_layers("experts.up", error) == [0.4]
+    assert grid.along_layers("experts.up", lambda one: one.sparsity) == [one.sparsity]
 
 
 def test_the_command_writes_the_page_beside_the_report_or_where_asked(
