@@ -208,6 +208,30 @@ def test_an_output_embedding_alone_can_be_planned(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_it_takes_the_options_of_the_run(tmp_path: Path) -> None:
+    def planned(*options: object) -> str:
+        result = invoke("plan", checkpoint("llama"), "--seq-len", 16, *options)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    corrected = ("--error-correction", "full")
+    fields = "      mask_structure: '2:4'\n      error_correction: full\n"
+    by_options = planned("--pattern", "2:4", *corrected)
+    assert by_options == planned("--recipe", recipe(tmp_path, SPARSE + fields))
+    assert by_options != planned("--pattern", "2:4")
+    assert planned(*corrected) != planned()
+    assert planned("--warm-start", "dense") != planned()
+
+
+def test_a_recovery_needs_memory_for_the_whole_model(tmp_path: Path) -> None:
+    sparse = SPARSE + "      mask_structure: '2:4'\n"
+    file = recipe(tmp_path, sparse, "RecoveryModifier: {}\n")
+    result = invoke("plan", checkpoint("llama"), "--seq-len", 16, "--recipe", file)
+    assert result.exit_code == 0, result.output
+    assert "The recovery takes about" in words(result.output)
+    assert "RecoveryModifier" not in result.output
+
+
 def test_other_modifiers_are_named(tmp_path: Path) -> None:
     quantization = "QuantizationModifier:\n      scheme: W8A8\n      "
     file = recipe(tmp_path, SPARSE + "      mask_structure: '2:4'\n", quantization)

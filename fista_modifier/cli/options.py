@@ -8,12 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from fista_modifier.cli.method import Method
+from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.presets import Preset
+from fista_modifier.solver import WarmStart
 
 __all__ = [
     "BatchSize",
     "CalibrationText",
     "DtypeName",
+    "ErrorCorrectionName",
     "LoadDtype",
     "MethodName",
     "ModelName",
@@ -30,6 +33,7 @@ __all__ = [
     "TableFile",
     "TextColumn",
     "TokenLimit",
+    "WarmStartName",
     "comma_separated",
 ]
 
@@ -87,13 +91,25 @@ PresetName = Annotated[
         "published; 'fasp' and 'spap' have 'default' and 'paper' (default: 'default')"
     ),
 ]
+ErrorCorrectionName = Annotated[
+    ErrorCorrection | None,
+    typer.Option(
+        "--error-correction",
+        help="whose errors an operator makes up for, if not as in the preset: "
+        "nobody's, those inside its layer, or those of the whole model",
+    ),
+]
+WarmStartName = Annotated[
+    WarmStart | None,
+    typer.Option("--warm-start", help="where FISTA starts, if not as in the preset"),
+]
 
 # Options of the commands that calibrate.
 CalibrationText = Annotated[
     str,
     typer.Option(
-        help="calibration data: a .txt, .jsonl, .json, .csv or .parquet file (also "
-        ".gz), a folder of save_to_disk, or a hub id"
+        help="calibration data: a .txt, .jsonl, .json, .csv, .tsv or .parquet file "
+        "(also .gz), a folder of save_to_disk, or a hub id"
     ),
 ]
 TextColumn = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.method import Request
 from fista_modifier.cli.options import (
+    ErrorCorrectionName,
     MethodName,
     MultipleOf,
     PatternName,
@@ -18,19 +20,25 @@ from fista_modifier.cli.options import (
     Samples,
     SequenceLength,
     Structures,
+    WarmStartName,
 )
 from fista_modifier.cli.tables import (
     channel_table,
     cost_table,
     memory_sentence,
     pattern_table,
+    recovery_sentence,
 )
 from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import max_sequence_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.forecast import forecasts
-from fista_modifier.pruning.presets import PRESETS
+from fista_modifier.pruning.corrected import ErrorCorrection
+from fista_modifier.pruning.presets import PRESETS, Preset
+from fista_modifier.pruning.sparse import SparseProcedure
+from fista_modifier.recovery.modifier import RecoveryModifier
+from fista_modifier.solver import WarmStart
 
 __all__ = ["plan"]
 
@@ -46,6 +54,8 @@ def plan(
     samples: Samples = 128,
     seq_len: SequenceLength = None,
     preset: PresetName = None,
+    error_correction: ErrorCorrectionName = None,
+    warm_start: WarmStartName = None,
     device: Annotated[
         str, typer.Option(help=f"that prunes: {', '.join(DEVICES)}")
     ] = "a100-80gb",
@@ -64,7 +74,12 @@ def plan(
     with errors_as_messages():
         if device not in DEVICES:
             raise ValueError(f"device '{device}' is none of {', '.join(DEVICES)}")
-        fields = {} if preset is None else {"preset": preset}
+        fields = {
+            "preset": preset,
+            "error_correction": error_correction,
+            "warm_start": warm_start,
+        }
+        fields = {name: value for name, value in fields.items() if value is not None}
         request = Request(
             method, pattern, recipe, sparsity, structure, multiple_of, fields
         )
@@ -72,7 +87,8 @@ def plan(
         length = seq_len or max_sequence_length(config)
         chosen = DEVICES[device]
         if request.is_open:
-            shape, procedure = shape_of(config, length), PRESETS[preset or "default"]
+            shape = shape_of(config, length)
+            procedure = named_procedure(preset, error_correction, warm_start)
             console.print(cost_table(shape, samples, procedure, chosen, devices))
             console.print(memory_sentence(shape, samples, procedure, chosen))
             return
@@ -89,9 +105,30 @@ def plan(
             console.print(
                 memory_sentence(*work, forecast.kept, offload_hessians=offload)
             )
+        if any(isinstance(one, RecoveryModifier) for one in modifiers):
+            console.print(recovery_sentence(forecast.shape, chosen))
         if others := [
             type(one).__name__
             for one in modifiers
-            if not isinstance(one, LayerwiseModifier)
+            if not isinstance(one, LayerwiseModifier | RecoveryModifier)
         ]:
             console.print(f"What {', '.join(others)} will take is not predicted.")
+
+
+def named_procedure(
+    preset: Preset | None,
+    error_correction: ErrorCorrection | None,
+    warm_start: WarmStart | None,
+) -> SparseProcedure:
+    """
+    Return the procedure that options name.
+
+    :param preset: the preset; None for the default
+    :param error_correction: in place of the preset's, or None
+    :param warm_start: in place of the preset's, or None
+    :return: the procedure
+    """
+    named = PRESETS[preset or "default"]
+    solver = replace(named.options, start=warm_start or named.options.start)
+    correction = error_correction or named.error_correction
+    return replace(named, solver=solver, error_correction=correction)

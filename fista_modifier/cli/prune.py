@@ -22,6 +22,7 @@ from fista_modifier.cli.options import (
     BatchSize,
     CalibrationText,
     DtypeName,
+    ErrorCorrectionName,
     MethodName,
     ModelName,
     MultipleOf,
@@ -34,6 +35,7 @@ from fista_modifier.cli.options import (
     SequenceLength,
     Structures,
     TextColumn,
+    WarmStartName,
 )
 from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import Ranks, join_ranks
@@ -42,9 +44,7 @@ from fista_modifier.models.loading import load_config, load_to_prune, load_token
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
-from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.results import Calibration
-from fista_modifier.solver import WarmStart
 from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = ["prune"]
@@ -68,17 +68,8 @@ def prune(
     seed: Seed = 0,
     batch_size: BatchSize = 1,
     preset: PresetName = None,
-    error_correction: Annotated[
-        ErrorCorrection | None,
-        typer.Option(
-            help="whose errors an operator makes up for, if not as in the preset: "
-            "nobody's, those inside its layer, or those of the whole model"
-        ),
-    ] = None,
-    warm_start: Annotated[
-        WarmStart | None,
-        typer.Option(help="where FISTA starts, if not as in the preset"),
-    ] = None,
+    error_correction: ErrorCorrectionName = None,
+    warm_start: WarmStartName = None,
     dtype: Annotated[
         DtypeName, typer.Option(help="dtype to load and save the weights in")
     ] = "auto",

@@ -18,10 +18,12 @@ from fista_modifier.cost import (
     KEPT,
     Device,
     LayerShape,
+    finished_memory,
     layer_cost,
     peak_device_memory,
     peak_host_memory,
     recorded_memory,
+    recovery_memory,
     seconds,
 )
 from fista_modifier.evaluation.formatting import with_error
@@ -41,6 +43,7 @@ __all__ = [
     "cost_table",
     "layer_table",
     "memory_sentence",
+    "recovery_sentence",
     "operator_table",
     "pattern_table",
     "perplexity_table",
@@ -349,8 +352,9 @@ def cost_table(
     hours = seconds(cost, shape, procedure, device, devices) / 3600
     time = f"{hours:.2f} hours" if hours > 0.1 else f"{60 * hours:.2f} minutes"
     table.caption = (
-        f"at half of the published peak: {time} on {devices} such device"
+        f"at least {time} on {devices} such device"
         + ("s" if devices > 1 else "")
+        + ", at half of its published peak"
     )
     if shape.estimate:
         table.caption += escape(
@@ -392,5 +396,24 @@ def memory_sentence(
         f"{fits}, and {peak_host_memory(shape, samples, procedure) / 1e9:.1f} GB of "
         f"main memory ({recorded_memory(shape, samples, procedure) / 1e9:.1f} GB of it "
         "activations, which activations_dir keeps on disk), weights and activations "
-        "being 16 bits wide."
+        f"being 16 bits wide. On disk resume_dir takes up to "
+        f"{finished_memory(shape) / 1e9:.1f} GB, and the checkpoint up to "
+        f"{2 * shape.parameters / 1e9:.1f} GB."
+    )
+
+
+def recovery_sentence(shape: LayerShape, device: Device) -> str:
+    """
+    Say how much memory a recovery is predicted to take, and whether the device has it.
+
+    :param shape: the shape of the model's layers
+    :param device: the kind of device that trains
+    :return: the sentence
+    """
+    needed = recovery_memory(shape)
+    fits = "which fits" if needed < device.memory else "which does [bold]not[/] fit"
+    return (
+        f"The recovery takes about {needed / 1e9:.1f} GB on a device of "
+        f"{device.memory / 1e9:.0f} GB, {fits}, beside the activations and logits of a "
+        "batch. Its time is not predicted."
     )

@@ -8,10 +8,12 @@ Use the names below. The folder may import ``pruning``, ``calibration``, ``model
 from fista_modifier.cost.devices import DEVICES, Device, seconds
 from fista_modifier.cost.memory import (
     KEPT,
+    finished_memory,
     peak_device_memory,
     peak_host_memory,
     reconstruction_memory,
     recorded_memory,
+    recovery_memory,
 )
 from fista_modifier.cost.operations import Cost, layer_cost
 from fista_modifier.cost.shape import LayerShape, StageShape, shape_of
@@ -23,11 +25,13 @@ __all__ = [
     "Device",
     "LayerShape",
     "StageShape",
+    "finished_memory",
     "layer_cost",
     "peak_device_memory",
     "peak_host_memory",
     "reconstruction_memory",
     "recorded_memory",
+    "recovery_memory",
     "seconds",
     "shape_of",
 ]

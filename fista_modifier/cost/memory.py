@@ -145,3 +145,34 @@ def peak_host_memory(
     """
     recorded = recorded_memory(shape, samples, procedure, weight_bytes)
     return weight_bytes * shape.parameters + recorded
+
+
+def finished_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
+    """
+    Return the most that the files of finished layers take on disk.
+
+    :param shape: the shape of the model's layers
+    :param weight_bytes: bytes of a stored weight
+    :return: bytes
+    """
+    return weight_bytes * shape.weights * len(shape.names)
+
+
+def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
+    """
+    Predict the memory on the device for a recovery, without the activations and logits
+    of a batch. It holds trained weights, gradients and Adam's two moments in float32,
+    a mask, the other weights in float32, and the teacher.
+
+    :param shape: the shape of the model's layers; the operators of all are trained
+    :param weight_bytes: bytes of one of the teacher's weights
+    :return: bytes
+    """
+    trained = shape.weights * len(shape.names)
+    others = shape.parameters - trained
+    mask = 1
+    return (
+        (4 * FLOAT32 + mask) * trained
+        + FLOAT32 * others
+        + weight_bytes * shape.parameters
+    )
