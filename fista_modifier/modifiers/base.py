@@ -43,7 +43,8 @@ from fista_modifier.pruning.results import (
     ReconstructionResult,
     mean_error,
 )
-from fista_modifier.pruning.resume import FinishedLayers, fingerprint
+from fista_modifier.pruning.resume import FinishedLayers
+from fista_modifier.pruning.runs import fingerprint
 from fista_modifier.pruning.schedule import Resources, Schedule
 from fista_modifier.solver import SolverOptions
 

@@ -15,10 +15,10 @@ from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import check_prunable, warn_of_zeros
 from fista_modifier.modifiers.base import LayerwiseModifier, overridden
-from fista_modifier.modifiers.owl import Owl
 from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.orders import plan_orders
+from fista_modifier.pruning.owl import Owl
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.pruning.results import FISTAPRUNER
 from fista_modifier.pruning.schedule import Schedule

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import names_matched
-from fista_modifier.modifiers.owl import Owl
+from fista_modifier.pruning.owl import Owl
 from fista_modifier.solver import SparsityPattern, parse_pattern, pattern_of
 
 __all__ = ["DENSE", "PatternFields"]

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, permutations
 from pathlib import Path
-from typing import Any
 
-import torch
 from loguru import logger
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.recording import Hook
 from fista_modifier.distributed import Ranks
 from fista_modifier.files import whole
-from fista_modifier.host import package_versions
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.pruning.procedures import PrunedLayer
-from fista_modifier.pruning.results import (
-    PACKAGES,
-    OperatorResult,
-    ReconstructionResult,
+from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
+from fista_modifier.pruning.runs import (
+    RUN_FILE,
+    CallDigest,
+    Fingerprint,
+    begin_run,
+    check_run,
 )
 
-__all__ = [
-    "CallDigest",
-    "Fingerprint",
-    "FinishedLayers",
-    "Resumption",
-    "TensorDigest",
-    "differences",
-    "fingerprint",
-    "shortened",
-]
+__all__ = ["FinishedLayers", "Resumption"]
 
-RUN_FILE = "run.json"
 BIAS = ":bias"
 """
 The ending of a bias's name in a layer's file, after the operator's name. A weight has
 the operator's name alone.
 """
-SHOWN = 3
-"""The most differences that a message names."""
-
-Fingerprint = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,50 +45,6 @@ class _Results:
 
     operators: Sequence[OperatorResult]
     reconstruction: ReconstructionResult | None
-
-
-class TensorDigest:
-    """A running SHA-256 of tensors: of their dtypes, shapes and bits, in order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, tensor: Tensor) -> None:
-        """
-        Add a tensor to the digest.
-
-        :param tensor: a tensor of any dtype, on any device
-        """
-        tensor = tensor.detach().cpu().contiguous()
-        self._hash.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        self._hash.update(tensor.flatten().view(torch.uint8).numpy())
-
-    def hex(self) -> str:
-        """
-        Return the digest of all tensors so far.
-
-        :return: hexadecimal digits
-        """
-        return self._hash.hexdigest()
-
-
-class CallDigest:
-    """A digest of the tensors that a module was called with, for each batch."""
-
-    def __init__(self) -> None:
-        self.batches: list[str] = []
-
-    def add(
-        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """
-        Add the digest of one batch. This is a forward pre-hook with keyword arguments.
-        """
-        digest = TensorDigest()
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                digest.update(leaf)
-        self.batches.append(digest.hex())
 
 
 class Resumption:
@@ -196,28 +137,6 @@ class Resumption:
             self._disk.save(layer, pruned)
 
 
-def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
-    """
-    Describe what the result of a run depends on, apart from the calibration data.
-
-    :param model: the dense model; every parameter is read once
-    :param recipe: fields of the modifier
-    :return: plain JSON values in sections: "recipe", "versions" and "model", the last
-        with a digest of each parameter
-    """
-    return {
-        "recipe": recipe,
-        "versions": package_versions(*PACKAGES),
-        "model": {name: _digest(value) for name, value in model.named_parameters()},
-    }
-
-
-def _digest(tensor: Tensor) -> str:
-    digest = TensorDigest()
-    digest.update(tensor)
-    return digest.hex()[:16]
-
-
 class FinishedLayers:
     """
     A folder with one safetensors file for each finished layer, and ``run.json``, which
@@ -233,7 +152,7 @@ class FinishedLayers:
         self.folder = folder
         self._run = run
         folder.mkdir(parents=True, exist_ok=True)
-        self._check()
+        check_run(folder, run, "layers")
 
     def check_calibration(self, batches: Sequence[str]) -> None:
         """
@@ -248,33 +167,8 @@ class FinishedLayers:
             "batches": len(batches),
             "contents and order": digest[:16],
         }
-        file = self.folder / RUN_FILE
-        if not file.exists():
-            text = json.dumps(self._run, indent=2)
-            self._write(file, lambda unfinished: unfinished.write_text(text))
-        self._check()
-
-    def _check(self) -> None:
-        file = self.folder / RUN_FILE
-        if not file.exists():
-            return
-        try:
-            stored: Fingerprint = json.loads(file.read_text(encoding="utf-8"))
-            changes = [
-                difference
-                for section, now in self._run.items()
-                for difference in differences(section, stored[section], now)
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is damaged ({error!r}): delete {self.folder} or name another "
-                "resume_dir"
-            ) from error
-        if changes:
-            raise ValueError(
-                f"{self.folder} holds layers of another run: {shortened(changes)}. "
-                "Name another resume_dir, or delete this one to start anew"
-            )
+        with _written(self.folder / RUN_FILE):
+            begin_run(self.folder, self._run, "layers")
 
     def __contains__(self, layer: DecoderLayer) -> bool:
         return self._file(layer).exists()
@@ -296,7 +190,9 @@ class FinishedLayers:
         }
         results = _Results(pruned.operators, pruned.reconstruction)
         metadata = {"results": json.dumps(asdict(results))}
-        self._write(self._file(layer), lambda file: save_file(tensors, file, metadata))
+        file = self._file(layer)
+        with _written(file), whole(file) as unfinished:
+            save_file(tensors, unfinished, metadata)
 
     def load(self, layer: DecoderLayer) -> PrunedLayer:
         """
@@ -333,39 +229,13 @@ class FinishedLayers:
     def _file(self, layer: DecoderLayer) -> Path:
         return self.folder / f"{layer.name}.safetensors"
 
-    def _write(self, file: Path, write: Callable[[Path], object]) -> None:
-        try:
-            with whole(file) as unfinished:
-                write(unfinished)
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"could not write {file}: {error}; the layers finished before are kept"
-            ) from error
 
-
-def shortened(changes: Sequence[str]) -> str:
-    """
-    Join the first few differences into one phrase.
-
-    :param changes: phrases of :func:`differences`
-    :return: the first few, and how many more there are
-    """
-    more = len(changes) - SHOWN
-    return "; ".join([*changes[:SHOWN], *([f"{more} more"] if more > 0 else [])])
-
-
-def differences(
-    section: str, stored: dict[str, Any], now: dict[str, Any]
-) -> Iterator[str]:
-    """
-    Yield a phrase for each value of a fingerprint's section that is another than
-    before.
-
-    :param section: name of the section
-    :param stored: values of the section in the run before
-    :param now: values of the section in this run
-    :return: the phrases
-    """
-    for name in [*now, *(name for name in stored if name not in now)]:
-        if stored.get(name) != now.get(name):
-            yield f"{section}: {name} was {stored.get(name)} and is {now.get(name)}"
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    """Name a file that cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {file}: {error}; the layers finished before are kept"
+        ) from error

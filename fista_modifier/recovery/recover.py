@@ -29,7 +29,7 @@ from fista_modifier.pruning.results import (
     PruningReport,
     RecoveryResult,
 )
-from fista_modifier.pruning.resume import fingerprint
+from fista_modifier.pruning.runs import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
 from fista_modifier.recovery.resume import begin, last_state
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
@@ -270,7 +270,7 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
     if len(tokens) < 2:
         raise ValueError(
             f"{len(tokens)} sequence is too little: one is held out, and at least one "
-            "is trained on (--samples 2)"
+            "is trained on: use more samples"
         )
     border = len(tokens) - count
     return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
@@ -425,12 +425,12 @@ def _judge(before: float, after: float) -> None:
     if not after < float("inf"):
         raise RuntimeError(
             f"the training diverged: the mean KL to the teacher was {before:.4f} and "
-            f"is {after}. Use a lower --rate"
+            f"is {after}. Use a lower rate"
         )
     if after > before:
         logger.warning(
             f"The mean KL to the teacher rose from {before:.4f} to {after:.4f} on the "
-            "sequences that were not trained on: use more --samples, fewer --epochs or "
-            "a lower --rate. If pruning was calibrated on these sequences, it may have "
+            "sequences that were not trained on: use more samples, fewer epochs or "
+            "a lower rate. If pruning was calibrated on these sequences, it may have "
             "fallen on other text: 'fista-prune eval --reference' tells"
         )

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fista_modifier.files import write_whole
-from fista_modifier.pruning.resume import Fingerprint, differences, shortened
+from fista_modifier.pruning.runs import RUN_FILE, Fingerprint, begin_run
 
 __all__ = ["begin", "forget", "last_state"]
-
-RUN_FILE = "run.json"
 
 
 def begin(folder: Path, run: Fingerprint) -> None:
@@ -29,28 +24,13 @@ def begin(folder: Path, run: Fingerprint) -> None:
         differs; or if it holds states of some other training
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RUN_FILE
-    run = json.loads(json.dumps(run))
-    if not file.exists():
-        foreign = next(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), None)
-        if foreign is not None:
-            raise ValueError(
-                f"{folder} holds {foreign.name} of some other training, which would "
-                "be deleted in the end: name another folder"
-            )
-        write_whole(file, json.dumps(run, indent=2))
-        return
-    stored = _read(file)
-    changes = [
-        change
-        for section, now in run.items()
-        for change in differences(section, stored.get(section, {}), now)
-    ]
-    if changes:
+    foreign = next(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), None)
+    if foreign is not None and not (folder / RUN_FILE).exists():
         raise ValueError(
-            f"{folder} holds the training of another run: {shortened(changes)}. Name "
-            "another folder, or delete this one to start anew"
+            f"{folder} holds {foreign.name} of some other training, which would be "
+            "deleted in the end: name another folder"
         )
+    begin_run(folder, run, "the training")
 
 
 def last_state(folder: Path) -> Path | None:
@@ -81,13 +61,3 @@ def forget(folder: Path) -> None:
     (folder / RUN_FILE).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error!r}): delete {file.parent} or name another "
-            "folder"
-        ) from error

@@ -247,7 +247,7 @@ def test_a_training_that_makes_it_worse_is_told(
 ) -> None:
     with logged() as told:
         run(pruned(*TWO_OF_FOUR), model, Training(rate=3.0))
-    assert any("rose from" in one and "--rate" in one for one in told)
+    assert any("rose from" in one and "a lower rate" in one for one in told)
 
 
 def test_a_report_of_another_model_is_refused(

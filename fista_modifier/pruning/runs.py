@@ -1,0 +1,167 @@
+"""Which run a folder of unfinished work belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fista_modifier.files import write_whole
+from fista_modifier.host import package_versions
+from fista_modifier.pruning.results import PACKAGES
+
+__all__ = [
+    "RUN_FILE",
+    "CallDigest",
+    "Fingerprint",
+    "TensorDigest",
+    "begin_run",
+    "check_run",
+    "fingerprint",
+]
+
+RUN_FILE = "run.json"
+SHOWN = 3
+"""The most differences that a message names."""
+
+Fingerprint = dict[str, dict[str, Any]]
+"""What the result of a run depends on: plain JSON values, in sections."""
+
+
+class TensorDigest:
+    """A running SHA-256 of tensors: of their dtypes, shapes and bits, in order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, tensor: Tensor) -> None:
+        """
+        Add a tensor to the digest.
+
+        :param tensor: a tensor of any dtype, on any device
+        """
+        tensor = tensor.detach().cpu().contiguous()
+        self._hash.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        self._hash.update(tensor.flatten().view(torch.uint8).numpy())
+
+    def hex(self) -> str:
+        """
+        Return the digest of all tensors so far.
+
+        :return: hexadecimal digits
+        """
+        return self._hash.hexdigest()
+
+
+class CallDigest:
+    """A digest of the tensors that a module was called with, for each batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[str] = []
+
+    def add(
+        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """
+        Add the digest of one batch. This is a forward pre-hook with keyword arguments.
+        """
+        digest = TensorDigest()
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                digest.update(leaf)
+        self.batches.append(digest.hex())
+
+
+def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
+    """
+    Describe what the result of a run depends on, apart from the calibration data.
+
+    :param model: the dense model; every parameter is read once
+    :param recipe: fields of the modifier
+    :return: plain JSON values in sections: "recipe", "versions" and "model", the last
+        with a digest of each parameter
+    """
+    return {
+        "recipe": recipe,
+        "versions": package_versions(*PACKAGES),
+        "model": {name: _digest(value) for name, value in model.named_parameters()},
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = TensorDigest()
+    digest.update(tensor)
+    return digest.hex()[:16]
+
+
+def begin_run(folder: Path, run: Fingerprint, contents: str) -> None:
+    """
+    Note in a folder which run it belongs to, or refuse the folder of another run.
+
+    :param folder: a folder
+    :param run: fingerprint of this run
+    :param contents: what the folder holds, for the message
+    :raises ValueError: as :func:`check_run`
+    :raises OSError: if nothing can be written there
+    """
+    file = folder / RUN_FILE
+    if not file.exists():
+        write_whole(file, json.dumps(run, indent=2))
+    check_run(folder, run, contents)
+
+
+def check_run(folder: Path, run: Fingerprint, contents: str) -> None:
+    """
+    Refuse the folder of another run. One that belongs to none yet is accepted.
+
+    :param folder: a folder
+    :param run: fingerprint of this run; sections that it does not have yet are not
+        compared
+    :param contents: what the folder holds, for the message
+    :raises ValueError: if the folder belongs to another run, naming what differs, or
+        its file is damaged
+    """
+    file = folder / RUN_FILE
+    if not file.exists():
+        return
+    try:
+        stored: Fingerprint = dict(json.loads(file.read_text(encoding="utf-8")))
+        changes = [
+            difference
+            for section, now in json.loads(json.dumps(run)).items()
+            for difference in _differences(section, stored.get(section, {}), now)
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}): delete {folder} or name another folder"
+        ) from error
+    if changes:
+        more = len(changes) - SHOWN
+        shown = [*changes[:SHOWN], *([f"{more} more"] if more > 0 else [])]
+        raise ValueError(
+            f"{folder} holds {contents} of another run: {'; '.join(shown)}. Name "
+            "another folder, or delete this one to start anew"
+        )
+
+
+def _differences(
+    section: str, stored: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
+    """
+    Yield a phrase for each value of a fingerprint's section that is another than
+    before.
+
+    :param section: name of the section
+    :param stored: values of the section in the run before
+    :param now: values of the section in this run
+    :return: the phrases
+    """
+    for name in [*now, *(name for name in stored if name not in now)]:
+        if stored.get(name) != now.get(name):
+            yield f"{section}: {name} was {stored.get(name)} and is {now.get(name)}"
