@@ -18,11 +18,8 @@ from transformers import PreTrainedModel
 from fista_modifier.calibration.recording import Recorded, Recording
 from fista_modifier.calibration.replay import RealTokens
 from fista_modifier.models.operators import Operator
-from fista_modifier.pruning.reconstruction import (
-    Reconstruction,
-    _token_errors,
-    reconstruct,
-)
+from fista_modifier.pruning.layer_error import _token_errors
+from fista_modifier.pruning.reconstruction import Reconstruction, reconstruct
 
 BATCHES = 64  # of one sequence each
 SEQUENCES = samples(BATCHES, 48, seed=1)

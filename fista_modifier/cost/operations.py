@@ -12,7 +12,8 @@ from dataclasses import astuple, dataclass
 from fista_modifier.cost.shape import LayerShape, StageShape
 from fista_modifier.cost.solvers import work_of
 from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
-from fista_modifier.pruning.reconstruction import MEASURED_EVERY, WATCHED_SHARE
+from fista_modifier.pruning.kept_weights import WATCHED_SHARE
+from fista_modifier.pruning.reconstruction import MEASURED_EVERY
 from fista_modifier.solver.blocks import COMPUTED
 
 __all__ = ["Cost", "layer_cost"]

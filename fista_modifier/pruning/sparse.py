@@ -18,7 +18,7 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.corrected import CorrectedProcedure
 from fista_modifier.pruning.orders import best_order
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
-from fista_modifier.pruning.reconstruction import reconstructed
+from fista_modifier.pruning.reconstruction import reconstruct_on_first_rank
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import (
     PAPER,
@@ -105,7 +105,9 @@ class SparseProcedure(CorrectedProcedure):
         pruned, results, orders = self._solved(task)
         outcome = None
         if self.trains(task.layer):
-            pruned, outcome = reconstructed(pruned, task, self.reconstruction)
+            pruned, outcome = reconstruct_on_first_rank(
+                pruned, task, self.reconstruction
+            )
             trained, errors = _by_name(pruned), outcome.operator_errors
             results = [
                 replace(

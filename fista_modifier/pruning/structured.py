@@ -19,7 +19,7 @@ from fista_modifier.pruning.alternating import Alternated, alternated
 from fista_modifier.pruning.channels import ChannelPlan, GroupPlan
 from fista_modifier.pruning.corrected import CorrectedProcedure
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
-from fista_modifier.pruning.reconstruction import reconstructed
+from fista_modifier.pruning.reconstruction import reconstruct_on_first_rank
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import GramStatistics
 from fista_modifier.structured import (
@@ -151,7 +151,7 @@ class StructuredProcedure(CorrectedProcedure):
         errors: dict[str, float] = {}
         if self.trains(task.layer):
             everything = {one: weights.get(one, one.weight) for one in task.operators}
-            weights, outcome = reconstructed(
+            weights, outcome = reconstruct_on_first_rank(
                 everything, task, self.reconstruction, biases
             )
             errors = outcome.operator_errors

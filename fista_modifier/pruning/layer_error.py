@@ -1,0 +1,188 @@
+"""The error of a pruned layer: of its output, and of its operators'."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from fista_modifier.calibration.recording import Recording
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    RealTokens,
+    real_rows,
+)
+from fista_modifier.models.operators import Operator, replaced_weights
+
+__all__ = ["LayerError"]
+
+SMALLEST = 1e-12
+"""
+The least norm by which an error is divided. It matters where an output is zero.
+"""
+LEAST_SHARE = 1e-6
+"""
+The least share of a feature in the output, beside the mean share of all. It matters for
+features that are always zero.
+"""
+
+
+class LayerError:
+    """
+    The error of a pruned layer, relative to each token and each feature of the dense
+    layer's output: see :func:`fista_modifier.pruning.reconstruction.reconstruct`.
+
+    :param recording: the recording of the dense layer, with its outputs
+    :param inputs: what the pruned layer is called with
+    :param biases: biases of operators that have got another bias
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        inputs: LayerInputs,
+        biases: Mapping[Operator, Tensor],
+    ) -> None:
+        self.layer = inputs.layer
+        self.biases = biases
+        self._recording = recording
+        self._inputs = inputs
+        self._scales = _feature_scales(recording)
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._inputs)
+
+    def of_tokens(self, batch: int) -> Tensor:
+        """
+        Run the layer on a batch, with the weights and biases that it has now.
+
+        :param batch: the number of the batch
+        :return: ‖o* − o‖² / ‖o‖² of each real token, in float32
+        """
+        return self._of_output(self._inputs[batch].run(), batch)
+
+    def root_mean(self, batches: Iterable[int]) -> float:
+        """
+        Return the error of the layer, with the weights and biases that it has now.
+
+        :param batches: the numbers of the batches to measure
+        :return: the root mean square over their real tokens
+        """
+        return _root_mean(map(self.of_tokens, batches))
+
+    def features(self, batch: int) -> int:
+        """Return the number of features of a batch's output."""
+        return self._recording.outputs[batch].shape[-1]
+
+    def with_operators(
+        self, weights: Mapping[Operator, Tensor], batches: Iterable[int]
+    ) -> tuple[float, dict[str, float]]:
+        """
+        Return the error of the layer, and the relative error of each operator.
+
+        :param weights: out×in weight of each operator
+        :param batches: the numbers of the batches to measure
+        :return: the root mean square over the layer's real tokens; and
+            ‖W* X* − W X‖_F / ‖W X‖_F by the operators' names, without operators that
+            not all tokens reach exactly once
+        """
+        of_layer: list[Tensor] = []
+        squared: defaultdict[str, float] = defaultdict(float)
+        power: defaultdict[str, float] = defaultdict(float)
+        for batch in batches:
+            real = self._recording.real_tokens[batch]
+            dense, _ = _outputs(weights, self._recording.inputs[batch], real)
+            with replaced_weights(weights, self.biases):
+                pruned, output = _outputs(weights, self._inputs[batch], real)
+            of_layer.append(self._of_output(output, batch))
+            for operator, output in dense.items():
+                other = pruned.get(operator)
+                if other is not None and len(other) == len(output):
+                    squared[operator.name] += float((other - output).square().sum())
+                    if operator.module.bias is not None:
+                        output = output - operator.module.bias
+                    power[operator.name] += float(output.square().sum())
+        return _root_mean(of_layer), {
+            name: math.sqrt(error / power[name]) if power[name] else 0.0
+            for name, error in squared.items()
+        }
+
+    def _of_output(self, output: Tensor, batch: int) -> Tensor:
+        real, target = (
+            self._recording.real_tokens[batch],
+            self._recording.outputs[batch],
+        )
+        return _token_errors(output, target, real.own, self._scales)
+
+
+def _feature_scales(recording: Recording) -> Tensor:
+    """
+    Return 1 / √s_d of each feature d, in float32. s_d is its share in the sum of
+    squares of a real token's output, as a mean over the tokens of all batches.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for output, real in zip(recording.outputs, recording.real_tokens, strict=True):
+        squares = real_rows(output, real.own).float().square()
+        of_tokens = squares / squares.sum(-1, keepdim=True).clamp_min(SMALLEST)
+        total = total.to(of_tokens.device) + of_tokens.sum(0, dtype=torch.float64)
+    shares = total / total.sum().clamp_min(SMALLEST)
+    return shares.clamp_min(LEAST_SHARE / len(shares)).rsqrt().float()
+
+
+def _token_errors(
+    output: Tensor, target: Tensor, real: Tensor | None, scales: Tensor
+) -> Tensor:
+    """Return ‖o* − o‖² / ‖o‖² of each real token of a batch, with scaled features."""
+    scales = scales.to(output.device)
+    target = target.to(output.device, torch.float32) * scales
+    norms = target.square().sum(-1).clamp_min(SMALLEST)
+    errors = (output.float() * scales - target).square().sum(-1) / norms
+    if real is None:
+        return errors.flatten()
+    # Some layers have their tokens in one row, and some several outputs for each token.
+    real = real.to(errors.device)
+    where = real if errors.shape[-2:] == real.shape else real.flatten()
+    return errors[..., where].flatten()
+
+
+def _root_mean(squares: Iterable[Tensor]) -> float:
+    return float(torch.cat(list(squares)).mean(dtype=torch.float64).sqrt())
+
+
+def _outputs(
+    operators: Iterable[Operator], call: LayerCall, real: RealTokens
+) -> tuple[dict[Operator, Tensor], Tensor]:
+    """
+    Run a layer and return the outputs of each operator that all tokens reach exactly
+    once (real tokens × out features, float32), and the output of the layer.
+    """
+    outputs: defaultdict[Operator, list[Tensor]] = defaultdict(list)
+    partly: set[Operator] = set()
+
+    def record(operator: Operator) -> RemovableHandle:
+        def hook(_module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            tokens = args[0].shape[:-1].numel()
+            if tokens != call.tokens and not call.is_context(args[0]):
+                partly.add(operator)  # It is an expert.
+            outputs[operator].append(real.rows(output, call, args[0]).float())
+
+        return operator.module.register_forward_hook(hook)
+
+    with ExitStack() as hooks:
+        for operator in operators:
+            hooks.enter_context(record(operator))
+        output = call.run()
+    whole = {
+        operator: seen[0]
+        for operator, seen in outputs.items()
+        if len(seen) == 1 and operator not in partly
+    }
+    return whole, output
