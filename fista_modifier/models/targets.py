@@ -68,23 +68,7 @@ def find_operators(
         "merge them first, model = model.merge_and_unload(), and prune what that "
         "returns",
     )
-    asked, targets = set(targets), expand_special_targets(targets)
-    if "Linear" in targets:
-        targets = [*targets, "Conv1D"]
-    # one word may stand for several classes, and not every model has each
-    optional = {"Conv1D", *targets} - (asked - {"Conv1D"})
-    found: dict[str, torch.nn.Linear | Conv1D] = {}
-    for target in targets:
-        matches = list(match_named_modules(model, [target]))
-        if not matches and target not in optional | {"Linear"}:
-            raise ValueError(
-                f"target '{target}' matches no module of {type(model).__name__}; use a "
-                "class name ('Linear'), a module name, or 're:' and a pattern"
-            )
-        for name, module in matches:
-            for inner, child in module.named_modules(prefix=name):
-                if isinstance(child, torch.nn.Linear | Conv1D):
-                    found[inner] = child
+    found = _matched(model, targets)
 
     def is_named(name: str) -> bool:
         return any(match_name(name, target) for target in targets)
@@ -92,9 +76,7 @@ def find_operators(
     ignored = names_matched(model, ignore, found)
     embedding, head = get_embeddings(model)
     operators = []
-    order = [name for name, _ in model.named_modules() if name in found]
-    for name in order:
-        module = found[name]
+    for name, module in found.items():
         if name in ignored or (_is_router(model, name) and not is_named(name)):
             continue
         if module is head:
@@ -119,6 +101,36 @@ def find_operators(
             f"{type(model).__name__} to prune"
         )
     return operators
+
+
+def _matched(
+    model: PreTrainedModel, targets: list[str]
+) -> dict[str, torch.nn.Linear | Conv1D]:
+    """
+    Find the linear operators that targets match, or that are inside what they match.
+
+    :return: the operators by their names, in the order of the model
+    :raises ValueError: if a target matches nothing
+    """
+    asked, targets = set(targets), expand_special_targets(targets)
+    if "Linear" in targets:
+        targets = [*targets, "Conv1D"]
+    # one word may stand for several classes, and not every model has each
+    optional = {"Linear", "Conv1D", *targets} - (asked - {"Linear", "Conv1D"})
+    found: dict[str, torch.nn.Linear | Conv1D] = {}
+    for target in targets:
+        matches = list(match_named_modules(model, [target]))
+        if not matches and target not in optional:
+            raise ValueError(
+                f"target '{target}' matches no module of {type(model).__name__}; use a "
+                "class name ('Linear'), a module name, or 're:' and a pattern"
+            )
+        for name, module in matches:
+            for inner, child in module.named_modules(prefix=name):
+                if isinstance(child, torch.nn.Linear | Conv1D):
+                    found[inner] = child
+    order = [name for name, _ in model.named_modules() if name in found]
+    return {name: found[name] for name in order}
 
 
 def names_matched(
