@@ -18,6 +18,7 @@ ORDER = [
     ["solver", "data"],
     ["models", "structured"],
     ["calibration"],
+    ["channels"],
     ["pruning"],
     ["checkpoint", "cost", "report"],
     ["modifiers", "serving"],

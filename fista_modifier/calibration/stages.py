@@ -33,7 +33,7 @@ class Stage:
         one more than the highest wave of the operators whose output it depends on
     :param follows: names of the operators whose output their input depends on, also
         through others; the producers whose channels it is made of directly are those of
-        the channel groups (``calibration/groups.py``)
+        the channel groups (``channels/groups.py``)
     :param routed: whether they are given only some of the tokens, as an expert is
     :param returned: whether there is one operator, called once, whose output is what
         its block (a child of the layer, such as the MLP) returns

@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from fista_modifier.calibration.groups import Members
+from fista_modifier.channels.groups import Members
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
 from fista_modifier.cost import (
     KEPT,

@@ -9,8 +9,8 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.mlps import MLPTokens
 from fista_modifier.calibration.replays import Replays
+from fista_modifier.channels.mlps import MLPTokens
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.channels import GroupPlan
 from fista_modifier.pruning.procedures import LayerTask

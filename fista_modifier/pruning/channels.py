@@ -13,13 +13,13 @@ from loguru import logger
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.cuts import check_cut
-from fista_modifier.calibration.groups import ChannelGroup, Members
 from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.channels.cuts import check_cut
+from fista_modifier.channels.groups import ChannelGroup, Members
+from fista_modifier.channels.layers import ProbedLayer, probed_layers
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.resizing import ConfigChange, changes_for
-from fista_modifier.pruning.probes import ProbedLayer, probed_layers
 
 __all__ = ["ChannelPlan", "GroupPlan", "Structure", "plan_channels"]
 

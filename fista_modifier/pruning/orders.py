@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.orders import (
+from fista_modifier.channels.layers import ProbedLayer, probed_layers
+from fista_modifier.channels.orders import (
     Interchangeable,
     check_order,
     interchangeable,
 )
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
-from fista_modifier.pruning.probes import ProbedLayer, probed_layers
 from fista_modifier.solver import GramStatistics, NofM, SparsityPattern
 from fista_modifier.solver.orders import regrouped
 

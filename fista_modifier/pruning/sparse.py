@@ -11,8 +11,8 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.orders import Interchangeable, reordered
 from fista_modifier.calibration.stages import Stage, used_without_a_call
+from fista_modifier.channels.orders import Interchangeable, reordered
 from fista_modifier.distributed import Ranks, shared_out
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.corrected import CorrectedProcedure

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.cuts import leaving, without_channels
 from fista_modifier.calibration.recording import Recorded
 from fista_modifier.calibration.replays import Replays
+from fista_modifier.channels.cuts import leaving, without_channels
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning.alternating import Alternated, alternated

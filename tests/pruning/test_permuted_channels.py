@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fista_modifier import FISTAPruningModifier
-from fista_modifier.calibration.groups import ChannelGroup, Members
-from fista_modifier.calibration.orders import Interchangeable
+from fista_modifier.channels.groups import ChannelGroup, Members
+from fista_modifier.channels.orders import Interchangeable
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models.operators import Operator
 from fista_modifier.pruning import orders

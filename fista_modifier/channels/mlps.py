@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
-from fista_modifier.calibration.groups import ChannelGroup
 from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,
@@ -18,6 +17,7 @@ from fista_modifier.calibration.replay import (
     real_rows,
 )
 from fista_modifier.calibration.replays import Replays
+from fista_modifier.channels.groups import ChannelGroup
 from fista_modifier.models.operators import Operator, replaced_weights
 
 __all__ = ["MLPTokens"]

@@ -13,14 +13,14 @@ from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.channels import find_groups
-from fista_modifier.calibration.groups import LayerGroups
 from fista_modifier.calibration.replay import (
     EndOfRun,
     LayerCall,
     LayerInputs,
     calibration_runs,
 )
+from fista_modifier.channels.finding import find_groups
+from fista_modifier.channels.groups import LayerGroups
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator, operators_in
 

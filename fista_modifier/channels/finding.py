@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.groups import (
+from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.channels.groups import (
     ChannelGroup,
     Kind,
     LayerGroups,
     Members,
 )
-from fista_modifier.calibration.probing import Codes, Probe, shortened
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.channels.probing import Codes, Probe, shortened
 from fista_modifier.models.operators import Operator
 
 __all__ = ["find_groups"]

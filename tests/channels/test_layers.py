@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from families import tiny_model
 
+from fista_modifier.channels.layers import ProbedLayer, probed_layers
 from fista_modifier.models.layers import group_by_layer, layer_targets
 from fista_modifier.models.targets import find_operators
-from fista_modifier.pruning.probes import ProbedLayer, probed_layers
 
 
 def test_each_kind_of_layer_is_called_with_every_batch() -> None:

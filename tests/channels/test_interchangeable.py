@@ -9,17 +9,17 @@ import torch
 from compressed_tensors.quantization import enable_quantization
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from runs import samples
-from test_channels import EACH, HEADS, KEYS, MLP, SIZE, model_of, search
+from test_finding import EACH, HEADS, KEYS, MLP, SIZE, model_of, search
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.orders import (
+from fista_modifier.calibration.replay import LayerInputs, calibration_runs
+from fista_modifier.channels.orders import (
     Interchangeable,
     check_order,
     interchangeable,
     reordered,
 )
-from fista_modifier.calibration.replay import LayerInputs, calibration_runs
 
 FAMILIES = ["llama", "gemma2", "opt", "gpt2", "phi3", "qwen2", "mixtral", "gpt_neox"]
 MIXTURES = {"mixtral": 4}

@@ -13,12 +13,12 @@ from runs import samples
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fista_modifier.calibration.channels import find_groups
-from fista_modifier.calibration.cuts import check_cut
-from fista_modifier.calibration.groups import ChannelGroup, LayerGroups
-from fista_modifier.calibration.probing import Codes
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerCall, LayerInputs, calibration_runs
+from fista_modifier.channels.cuts import check_cut
+from fista_modifier.channels.finding import find_groups
+from fista_modifier.channels.groups import ChannelGroup, LayerGroups
+from fista_modifier.channels.probing import Codes
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.layers import (
     DecoderLayer,
