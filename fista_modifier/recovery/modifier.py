@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.dispatch import remove_dispatch
 from datasets import Dataset
 from llmcompressor.core import Event, State
@@ -124,8 +125,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         :raises ValueError: if there are no calibration data or they are not texts of
             one length, nothing is pruned before this step or something is quantised,
             the teacher is another model, the model has changed since it was loaded and
-            no teacher is named, there are several processes, or the settings would
-            train nothing
+            no teacher is named, there are several processes, weights are on a disk, or
+            the settings would train nothing
         """
         self._training = Training(
             self.epochs,
@@ -139,6 +140,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 "RecoveryModifier needs a single process: prune with several, and run "
                 "'torchrun … -m fista_modifier.cli recover' afterwards"
             )
+        _check_in_memory(state.model)
         _check_data(state)
         self._pruners = _pruners(self)
         if not self.teacher:
@@ -234,6 +236,22 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
             "or SPAPPruningModifier"
         )
     return pruners
+
+
+def _check_in_memory(model: PreTrainedModel) -> None:
+    """
+    Refuse a model of which weights are on a disk.
+
+    :raises ValueError: if there are such weights
+    """
+    with disable_onloading():
+        on_disk = any(one.device.type == "meta" for one in model.parameters())
+    if on_disk:
+        raise ValueError(
+            "RecoveryModifier trains the whole model, and some of its weights are on a "
+            "disk (--offload, device_map): take the step out of the recipe, and run "
+            "'fista-prune recover' where there is room for the model"
+        )
 
 
 def _check_data(state: State) -> None:

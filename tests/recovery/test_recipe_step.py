@@ -21,6 +21,7 @@ from fista_modifier import (
 )
 from fista_modifier.checkpoint.on_save import report_of
 from fista_modifier.checkpoint.verification import verify
+from fista_modifier.models import loading
 from fista_modifier.models.loading import load_model
 from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.recovery.recover import Training, recover
@@ -185,6 +186,15 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_the_run(
     with pytest.raises(ValueError, match="has a vocabulary of"):
         run(model, [PRUNERS["sparse"](), step], **DATA)
     assert all(torch.equal(weights(model)[name], before[name]) for name in before)
+
+
+def test_weights_on_disk_are_refused(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "get_max_memory", lambda: {"cpu": 20_000})
+    model = loading.load_to_prune(str(dense), offload_folder=tmp_path)
+    with pytest.raises(ValueError, match="weights are on a disk"):
+        run(model, [PRUNERS["sparse"](), RecoveryModifier()], **DATA)
 
 
 def test_sequences_of_different_lengths_are_refused(dense: Path) -> None:
