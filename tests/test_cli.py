@@ -325,6 +325,23 @@ def test_channels_cannot_leave_after_zeros_were_made(
     assert not output.exists()
 
 
+def test_a_disk_that_is_almost_full_is_told_of_before_the_run(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    options = ("--pattern", "2:4", "--resume", tmp_path / "layers")
+    assert prune(model, text, tmp_path / "out", *options).exit_code == 0
+    told = [one for one in warnings if "a full disk ends the run" in one]
+    assert len(told) == 2
+    assert f"{tmp_path / 'out'} has 0.0 GB free" in told[0]
+    assert f"{tmp_path / 'layers'} has 0.0 GB free" in told[1]
+
+
 @pytest.mark.parametrize("option", ["--resume", "--activations", "--offload"])
 def test_a_folder_that_would_be_replaced_is_refused(
     option: str, model: Path, text: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,7 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from compressed_tensors.offload import disable_onloading
 from llmcompressor.modifiers import Modifier
+from loguru import logger
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -143,6 +146,7 @@ def prune(
         weights = until_saved.enter_context(weights_on_disk(offload, ranks))
         dense = load_to_prune(model, dtype, weights)
         check_length(dense, length)
+        warn_of_little_space(dense, [output, *([resume] if resume else [])])
         check_packable(storage_format, modifiers, dense, length)
         run = pipeline.prune(
             dense, tokenizer, calibration, wanted, batch_size=batch_size
@@ -178,6 +182,27 @@ def weights_on_disk(folder: Path | None, ranks: Ranks) -> Iterator[Path | None]:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="weights-", dir=folder) as weights:
         yield Path(weights)
+
+
+def warn_of_little_space(model: PreTrainedModel, folders: Iterable[Path]) -> None:
+    """
+    Warn of folders that the weights of a model may not fit into.
+
+    :param model: the dense model
+    :param folders: folders that its pruned weights are written to
+    """
+    with disable_onloading():
+        size = sum(one.numel() * one.element_size() for one in model.parameters())
+    for folder in folders:
+        there = next(
+            one for one in (folder, *folder.absolute().parents) if one.exists()
+        )
+        free = shutil.disk_usage(there).free
+        if free < size:
+            logger.warning(
+                f"{folder} has {free / 1e9:.1f} GB free, and the model's weights take "
+                f"up to {size / 1e9:.1f} GB there: a full disk ends the run"
+            )
 
 
 def check_format(storage_format: StorageFormat, modifiers: Iterable[Modifier]) -> None:
