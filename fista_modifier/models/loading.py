@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from transformers import (
 )
 
 from fista_modifier.distributed import current_ranks
-from fista_modifier.models.classes import model_class
+from fista_modifier.models.classes import model_class, weightless_model
 
 __all__ = ["load_config", "load_model", "load_to_prune", "load_tokenizer"]
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps memory that processes share."""
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -93,7 +97,8 @@ def load_to_prune(
         free main memory has no room for. The model needs it as long as it is in use
     :return: the model, of the class that its config.json names
     :raises FileNotFoundError: if there is no such model
-    :raises ValueError: if transformers has no class for it
+    :raises ValueError: if transformers has no class for it, or the ranks have too
+        little shared memory
     """
     if current_ranks().size == 1 and offload_folder is None:
         return load_model(model, dtype)
@@ -104,8 +109,33 @@ def load_to_prune(
         limit = {"cpu": get_max_memory()["cpu"] // 2}  # activations need room, too
         place = {"device_map": "auto_offload", "max_memory": limit}
         place["offload_folder"] = offload_folder
+    else:
+        _check_shared_memory(config, dtype)
     with load_offloaded_model(cls):
         return cls.from_pretrained(model, dtype=dtype, **place, **_attention(config))
+
+
+def _check_shared_memory(config: PretrainedConfig, dtype: str | torch.dtype) -> None:
+    """
+    Refuse a model that does not fit into the memory that processes share. Containers
+    often have little of it, and a process that needs more is killed without a word.
+
+    :raises ValueError: if the model does not fit
+    """
+    if not SHARED_MEMORY.exists():
+        return
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    size = sum(
+        one.numel() * (named or one.dtype).itemsize  # "auto" names none
+        for one in weightless_model(config).parameters()
+    )
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < size:
+        raise ValueError(
+            f"the processes share the model in {SHARED_MEMORY}, which has "
+            f"{free / 1e9:.1f} GB free, and its weights take {size / 1e9:.1f} GB: give "
+            "the container more (docker run --shm-size), or start a single process"
+        )
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from families import tiny_model
 from runs import prune, samples
 from transformers import GenerationConfig
 
+from fista_modifier.models import loading
 from fista_modifier.models.generation import make_generation_config_storable
 from fista_modifier.models.loading import load_model
 
@@ -31,6 +33,28 @@ def test_soft_caps_of_attention_are_applied(tmp_path: Path) -> None:
 def test_other_models_have_the_attention_of_transformers(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).config._attn_implementation == "sdpa"
+
+
+def test_processes_need_room_for_the_model_that_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    config = loading.load_config(str(tmp_path))
+    size = sum(one.numel() for one in model.parameters())
+    usage = shutil.disk_usage(tmp_path)
+
+    def check(dtype: str, free: int) -> None:
+        found = usage._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _folder: found)
+        monkeypatch.setattr(loading, "SHARED_MEMORY", tmp_path)
+        loading._check_shared_memory(config, dtype)
+
+    check("auto", 4 * size)
+    check("bfloat16", 2 * size)
+    for dtype in ("auto", "float32"):
+        with pytest.raises(ValueError, match="--shm-size"):
+            check(dtype, 4 * size - 1)
 
 
 def test_settings_for_sampling_do_not_cost_the_run(
