@@ -18,6 +18,7 @@ from fista_modifier.modifiers.structured import (
     FASPPruningModifier,
     SPAPPruningModifier,
     StructuredModifier,
+    StructuredPreset,
 )
 from fista_modifier.pruning.channels import Structure
 from fista_modifier.solver import pattern_of
@@ -29,7 +30,6 @@ STRUCTURED: dict[Method, type[StructuredModifier]] = {
     "fasp": FASPPruningModifier,
     "spap": SPAPPruningModifier,
 }
-STRUCTURED_PRESETS = ("default", "paper")
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class Request:
                 f"--sparsity {self.sparsity:g} is no share between 0 and 1, such as 0.2"
             )
         preset = self.fields.get("preset", "default")
-        if preset not in STRUCTURED_PRESETS:
+        if preset not in get_args(StructuredPreset):
             raise ValueError(
                 f"--preset {preset} is one of FISTAPruner's: with {option} it can be "
-                f"{' or '.join(STRUCTURED_PRESETS)}"
+                f"{' or '.join(get_args(StructuredPreset))}"
             )
         if "warm_start" in self.fields:
             raise ValueError(

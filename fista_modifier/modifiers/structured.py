@@ -45,8 +45,10 @@ __all__ = [
     "FASPPruningModifier",
     "SPAPPruningModifier",
     "StructuredModifier",
+    "StructuredPreset",
 ]
 
+StructuredPreset = Literal["default", "paper"]
 SelectorName = Literal["fasp", "spap", "greedy", "local", "flap", "magnitude"]
 RestorerName = Literal["least_squares", "alternating", "bias", "none"]
 RECONSTRUCTION = {"default": Reconstruction(), "paper": Reconstruction(epochs=0)}
@@ -91,7 +93,7 @@ class StructuredModifier(LayerwiseModifier):
             "GPU kernels and for tensor parallelism"
         ),
     )
-    preset: Literal["default", "paper"] = Field(
+    preset: StructuredPreset = Field(
         default="default",
         description=(
             'values of the fields below that the recipe leaves out. "default" trains '
