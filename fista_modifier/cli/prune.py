@@ -42,6 +42,7 @@ from fista_modifier.cli.options import (
 )
 from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import Ranks, join_ranks
+from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_to_prune, load_tokenizer
 from fista_modifier.models.targets import find_operators
@@ -140,14 +141,16 @@ def prune(
         modifiers = wanted.modifiers
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
-        length = seq_len or max_sequence_length(load_config(model))
+        config = load_config(model)
+        length = seq_len or max_sequence_length(config)
+        skeleton = weightless_model(config)
+        check_length(skeleton, length)
+        check_packable(storage_format, modifiers, skeleton, length)
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
         weights = until_saved.enter_context(weights_on_disk(offload, ranks))
         dense = load_to_prune(model, dtype, weights)
-        check_length(dense, length)
         warn_of_little_space(dense, [output, *([resume] if resume else [])])
-        check_packable(storage_format, modifiers, dense, length)
         run = pipeline.prune(
             dense, tokenizer, calibration, wanted, batch_size=batch_size
         )
@@ -234,7 +237,7 @@ def check_packable(
 
     :param storage_format: the format of the pruned weights
     :param modifiers: what is to be done to the model
-    :param model: the model that is to be pruned
+    :param model: the model that is to be pruned, maybe on the meta device
     :param length: tokens of a calibration sequence
     :raises ValueError: if the format cannot store the model's operators
     """

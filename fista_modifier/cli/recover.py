@@ -22,6 +22,7 @@ from fista_modifier.cli.options import (
 from fista_modifier.cli.verify import check
 from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import current_ranks, leave_ranks
+from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.pruning.results import Calibration, RecoveryResult
@@ -96,11 +97,12 @@ def recover(
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))
-        length = seq_len or max_sequence_length(load_config(str(checkpoint)))
+        config = load_config(str(checkpoint))
+        length = seq_len or max_sequence_length(config)
+        check_length(weightless_model(config), length)
         data = Calibration(dataset, samples, length, seed, text_column)
         tokens = pipeline.calibration_tokens(data, tokenizer)
         model = load_model(str(checkpoint))
-        check_length(model, length)
         report = train(
             model,
             load_model(teacher),
