@@ -143,15 +143,19 @@ def join_ranks() -> Ranks:
     return current_ranks()
 
 
-def leave_ranks() -> None:
+def leave_ranks() -> Ranks:
     """
     End the run of several processes, once all have come here. After that each goes on
     alone: what one of them does, such as loading a model, waits for no other.
+
+    :return: the processes of the run that has ended
     """
+    ranks = current_ranks()
     if is_distributed():
         dist.barrier()
         dist.destroy_process_group()
         _objects.cache_clear()
+    return ranks
 
 
 def current_ranks() -> Ranks:

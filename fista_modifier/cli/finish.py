@@ -19,7 +19,7 @@ from fista_modifier.cli.tables import (
     removal_table,
 )
 from fista_modifier.cli.verify import check
-from fista_modifier.distributed import current_ranks, leave_ranks
+from fista_modifier.distributed import leave_ranks
 from fista_modifier.pruning.results import Calibration
 
 __all__ = ["finish"]
@@ -46,9 +46,7 @@ def finish(
     """
     report = run.report and replace(run.report, model=model, calibration=data)
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
-    rank = current_ranks().rank
-    leave_ranks()
-    if rank:
+    if leave_ranks().rank:
         return
     wrote = f"Wrote [bold]{escape(str(folder))}[/]"
     if report is None:

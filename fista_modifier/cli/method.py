@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,7 +45,8 @@ class Request:
     :param structures: what leaves; None for the default
     :param multiple_of: the number of channels stays a multiple of this; None for the
         default
-    :param fields: the modifier's fields that other options give
+    :param options: the modifier's fields that other options give; None for those that
+        are left out
     """
 
     method: Method = "fista"
@@ -54,7 +55,14 @@ class Request:
     sparsity: float | None = None
     structures: Sequence[str] | None = None
     multiple_of: int | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The modifier's fields that options give."""
+        return {
+            name: value for name, value in self.options.items() if value is not None
+        }
 
     @property
     def is_open(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -33,12 +32,9 @@ from fista_modifier.cost import DEVICES, shape_of
 from fista_modifier.data import max_sequence_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
-from fista_modifier.pruning.corrected import ErrorCorrection
-from fista_modifier.pruning.presets import PRESETS, Preset
-from fista_modifier.pruning.sparse import SparseProcedure
 from fista_modifier.recovery.modifier import RecoveryModifier
-from fista_modifier.solver import WarmStart
 
 __all__ = ["plan"]
 
@@ -79,7 +75,6 @@ def plan(
             "error_correction": error_correction,
             "warm_start": warm_start,
         }
-        fields = {name: value for name, value in fields.items() if value is not None}
         request = Request(
             method, pattern, recipe, sparsity, structure, multiple_of, fields
         )
@@ -88,7 +83,8 @@ def plan(
         chosen = DEVICES[device]
         if request.is_open:
             shape = shape_of(config, length)
-            procedure = named_procedure(preset, error_correction, warm_start)
+            fista = FISTAPruningModifier(sparsity=0.5, **request.fields)
+            procedure = fista.without_patterns
             console.print(cost_table(shape, samples, procedure, chosen, devices))
             console.print(memory_sentence(shape, samples, procedure, chosen))
             return
@@ -113,22 +109,3 @@ def plan(
             if not isinstance(one, LayerwiseModifier | RecoveryModifier)
         ]:
             console.print(f"What {', '.join(others)} will take is not predicted.")
-
-
-def named_procedure(
-    preset: Preset | None,
-    error_correction: ErrorCorrection | None,
-    warm_start: WarmStart | None,
-) -> SparseProcedure:
-    """
-    Return the procedure that options name.
-
-    :param preset: the preset; None for the default
-    :param error_correction: in place of the preset's, or None
-    :param warm_start: in place of the preset's, or None
-    :return: the procedure
-    """
-    named = PRESETS[preset or "default"]
-    solver = replace(named.options, start=warm_start or named.options.start)
-    correction = error_correction or named.error_correction
-    return replace(named, solver=solver, error_correction=correction)

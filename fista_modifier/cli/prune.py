@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from compressed_tensors.offload import disable_onloading
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from transformers import PreTrainedModel
@@ -44,7 +43,12 @@ from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import Ranks, join_ranks
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.limits import check_length
-from fista_modifier.models.loading import load_config, load_to_prune, load_tokenizer
+from fista_modifier.models.loading import (
+    load_config,
+    load_to_prune,
+    load_tokenizer,
+    weight_bytes,
+)
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
@@ -126,6 +130,7 @@ def prune(
     with errors_as_messages(), ExitStack() as until_saved:
         ranks = join_ranks()
         pipeline.check_output(output, overwrite, (resume, activations, offload))
+        weights = until_saved.enter_context(weights_on_disk(offload, ranks))
         fields = {
             "preset": preset,
             "error_correction": error_correction,
@@ -134,7 +139,6 @@ def prune(
             "layers": layers,
             "activations_dir": activations and str(activations),
         }
-        fields = {name: value for name, value in fields.items() if value is not None}
         wanted = Request(
             method, pattern, recipe, sparsity, structure, multiple_of, fields
         ).read()
@@ -146,11 +150,11 @@ def prune(
         skeleton = weightless_model(config)
         check_length(skeleton, length)
         check_packable(storage_format, modifiers, skeleton, length)
+        written_to = [output] if resume is None else [output, resume]
+        warn_of_little_space(weight_bytes(skeleton, dtype), written_to)
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
-        weights = until_saved.enter_context(weights_on_disk(offload, ranks))
         dense = load_to_prune(model, dtype, weights)
-        warn_of_little_space(dense, [output, *([resume] if resume else [])])
         run = pipeline.prune(
             dense, tokenizer, calibration, wanted, batch_size=batch_size
         )
@@ -187,15 +191,13 @@ def weights_on_disk(folder: Path | None, ranks: Ranks) -> Iterator[Path | None]:
         yield Path(weights)
 
 
-def warn_of_little_space(model: PreTrainedModel, folders: Iterable[Path]) -> None:
+def warn_of_little_space(size: int, folders: Iterable[Path]) -> None:
     """
     Warn of folders that the weights of a model may not fit into.
 
-    :param model: the dense model
+    :param size: bytes of the dense model's weights
     :param folders: folders that its pruned weights are written to
     """
-    with disable_onloading():
-        size = sum(one.numel() * one.element_size() for one in model.parameters())
     for folder in folders:
         there = next(
             one for one in (folder, *folder.absolute().parents) if one.exists()

@@ -21,7 +21,7 @@ from fista_modifier.cli.options import (
 )
 from fista_modifier.cli.verify import check
 from fista_modifier.data import max_sequence_length
-from fista_modifier.distributed import current_ranks, leave_ranks
+from fista_modifier.distributed import leave_ranks
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
@@ -113,9 +113,7 @@ def recover(
             resume=resume,
             teacher_name=teacher,
         )
-        rank = current_ranks().rank
-        leave_ranks()
-        if rank:
+        if leave_ranks().rank:
             return  # the first rank has the same weights, and writes them
         model.to("cpu")
         pipeline.save(model, tokenizer, output, report)

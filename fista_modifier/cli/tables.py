@@ -43,7 +43,6 @@ __all__ = [
     "cost_table",
     "layer_table",
     "memory_sentence",
-    "recovery_sentence",
     "operator_table",
     "pattern_table",
     "perplexity_table",

@@ -20,7 +20,13 @@ from transformers import (
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.classes import model_class, weightless_model
 
-__all__ = ["load_config", "load_model", "load_to_prune", "load_tokenizer"]
+__all__ = [
+    "load_config",
+    "load_model",
+    "load_to_prune",
+    "load_tokenizer",
+    "weight_bytes",
+]
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share."""
@@ -104,15 +110,33 @@ def load_to_prune(
         return load_model(model, dtype)
     config = load_config(model)
     cls = model_class(config)
-    place: dict[str, Any] = {"device_map": {"": "cpu"}, "max_memory": {}}
-    if offload_folder is not None:
-        limit = {"cpu": get_max_memory()["cpu"] // 2}  # activations need room, too
-        place = {"device_map": "auto_offload", "max_memory": limit}
-        place["offload_folder"] = offload_folder
-    else:
+    place: dict[str, Any]
+    if offload_folder is None:
         _check_shared_memory(config, dtype)
+        place = {"device_map": {"": "cpu"}, "max_memory": {}}
+    else:
+        place = {
+            "device_map": "auto_offload",
+            "max_memory": {"cpu": get_max_memory()["cpu"] // 2},  # for activations, too
+            "offload_folder": offload_folder,
+        }
     with load_offloaded_model(cls):
         return cls.from_pretrained(model, dtype=dtype, **place, **_attention(config))
+
+
+def weight_bytes(model: PreTrainedModel, dtype: str | torch.dtype) -> int:
+    """
+    Return the size of a model's weights.
+
+    :param model: the model, maybe on the meta device
+    :param dtype: dtype that they are loaded in; "auto" is the model's own
+    :return: bytes
+    """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return sum(
+        one.numel() * (named or one.dtype).itemsize  # "auto" names none
+        for one in model.parameters()
+    )
 
 
 def _check_shared_memory(config: PretrainedConfig, dtype: str | torch.dtype) -> None:
@@ -124,11 +148,7 @@ def _check_shared_memory(config: PretrainedConfig, dtype: str | torch.dtype) -> 
     """
     if not SHARED_MEMORY.exists():
         return
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    size = sum(
-        one.numel() * (named or one.dtype).itemsize  # "auto" names none
-        for one in weightless_model(config).parameters()
-    )
+    size = weight_bytes(weightless_model(config), dtype)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < size:
         raise ValueError(

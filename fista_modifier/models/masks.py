@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fista_modifier.models.operators import Operator, operators_in
 from fista_modifier.models.targets import ZEROS, check_no_adapters
 
-__all__ = ["apply_masks_", "fused_experts", "masks_of", "missing_operator"]
+__all__ = ["apply_masks_", "fused_experts", "masked", "masks_of"]
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -23,8 +23,8 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     :param model: a model with pruned linear operators
     :return: bool out×in of each linear operator of which more than 5 % are zeros, also
         of an output embedding, by its name: True where an entry is not zero. For a
-        mixture whose experts transformers has
-        fused, also experts×…×… of each such weight, by the weight's name
+        mixture whose experts transformers has fused, also experts×…×… of each such
+        weight, by the weight's name
     :raises ValueError: if the model has no such operator or weight, or has adapters
     """
     check_no_adapters(model, "take the masks before they are added")
@@ -53,18 +53,38 @@ def apply_masks_(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     :param masks: the masks that :func:`masks_of` returned
     :raises ValueError: if an operator is missing or has another shape
     """
-    modules, experts = dict(model.named_modules()), fused_experts(model)
+    for found, mask in masked(model, masks):
+        with torch.no_grad():
+            if isinstance(found, Operator):
+                found.save(found.weight * mask.to(found.weight.device))
+            else:
+                found.mul_(mask.to(found.device))
+
+
+def masked(
+    model: PreTrainedModel, masks: Mapping[str, Tensor]
+) -> Iterator[tuple[Operator | torch.nn.Parameter, Tensor]]:
+    """
+    Find what masks belong to.
+
+    :param model: a model
+    :param masks: masks as :func:`masks_of` returns them
+    :return: each operator, or weight of a layer's fused experts, and its mask
+    :raises ValueError: if the model does not have one of them
+    """
+    experts, modules = fused_experts(model), dict(model.named_modules())
     for name, mask in masks.items():
         if name in experts and experts[name].shape == mask.shape:
-            with torch.no_grad():
-                experts[name].mul_(mask.to(experts[name].device))
+            yield experts[name], mask
             continue
         module = modules.get(name)
         operator = Operator(name, module) if module is not None else None
         if operator is None or operator.weight.shape != mask.shape:
-            raise missing_operator(name, mask)
-        with torch.no_grad():
-            operator.save(operator.weight * mask.to(operator.weight.device))
+            raise ValueError(
+                f"the masks have a {tuple(mask.shape)} operator '{name}', and the "
+                "model does not: merge its adapters first, or take other masks"
+            )
+        yield operator, mask
 
 
 def fused_experts(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
@@ -80,17 +100,3 @@ def fused_experts(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
         for inner, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3
     }
-
-
-def missing_operator(name: str, mask: Tensor) -> ValueError:
-    """
-    Return the error for an operator that masks have and a model has not.
-
-    :param name: name of the operator
-    :param mask: mask of its weight
-    :return: the error
-    """
-    return ValueError(
-        f"the masks have a {tuple(mask.shape)} operator '{name}', and the model does "
-        "not: merge its adapters first, or take other masks"
-    )

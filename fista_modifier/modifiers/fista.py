@@ -321,7 +321,7 @@ class FISTAPruningModifier(LayerwiseModifier):
                 f"lambda_init ({options.lambda_init}) must be below lambda_max "
                 f"({options.lambda_max}): the search for λ runs between them"
             )
-        self._check_sharing(self._without_patterns.chains_layers)
+        self._check_sharing(self.without_patterns.chains_layers)
         self._check_order()
         return self
 
@@ -390,7 +390,8 @@ class FISTAPruningModifier(LayerwiseModifier):
         return not (expects_given_order or self.preserve_sparsity_mask)
 
     @property
-    def _without_patterns(self) -> SparseProcedure:
+    def without_patterns(self) -> SparseProcedure:
+        """What is done to a layer, apart from the patterns of its operators."""
         preset = PRESETS[self.preset]
         return SparseProcedure(
             solver=self._solver or self._solver_options,
@@ -486,7 +487,7 @@ class FISTAPruningModifier(LayerwiseModifier):
             layer.operators = [one for one in layer.operators if one.name in patterns]
             for operator in layer.operators:
                 check_prunable(operator, patterns[operator.name])
-        return replace(self._without_patterns, patterns=patterns)
+        return replace(self.without_patterns, patterns=patterns)
 
     def _of_report(self) -> dict[str, Any]:
         return {"sparse_by": [FISTAPRUNER if self._solver is None else self._its_name]}

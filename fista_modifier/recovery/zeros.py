@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -11,9 +11,9 @@ from torch import Tensor, no_grad
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
-from fista_modifier.models.masks import fused_experts, masks_of, missing_operator
+from fista_modifier.models.masks import masked, masks_of
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import check_no_adapters
 
@@ -72,7 +72,10 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         _check_shapes(model)
         masks = masks_of(model) if self._given is None else self._given
         self._release()
-        for weight, mask in _masked(model, masks):
+        for found, mask in masked(model, masks):
+            weight: Any = found
+            if isinstance(found, Operator):
+                weight, mask = found.module.weight, found.oriented(mask)
             own = _like(mask, weight)
             self._kept.append((weight, own))
             if weight.requires_grad:
@@ -176,24 +179,3 @@ def _sharding(model: Module) -> str | None:
 def _is_tensor_of_all(parameter: Parameter) -> bool:
     """Say whether a parameter has its whole shape, and a part of its entries."""
     return isinstance(parameter, DTensor)
-
-
-def _masked(
-    model: PreTrainedModel, masks: Mapping[str, Tensor]
-) -> Iterator[tuple[Parameter, Tensor]]:
-    """
-    Find the weights that masks belong to.
-
-    :param masks: masks as :func:`masks_of` returns them
-    :return: each weight, and its mask in the weight's own layout
-    :raises ValueError: if the model does not have one of the weights
-    """
-    experts, modules = fused_experts(model), dict(model.named_modules())
-    for name, mask in masks.items():
-        if name in experts and experts[name].shape == mask.shape:
-            yield experts[name], mask
-            continue
-        module: Any = modules.get(name)
-        if module is None or Operator(name, module).weight.shape != mask.shape:
-            raise missing_operator(name, mask)
-        yield module.weight, Operator(name, module).oriented(mask)
