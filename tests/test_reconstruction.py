@@ -154,7 +154,7 @@ def test_training_that_does_not_pay_is_undone(dtype):
     pruned = {operator: layer.linear.weight.data * (normal(5, 8, seed=7) > 0)}
     before = pruned[operator].clone()
     trained, result = reconstruct(
-        recording, recording.inputs, pruned, Reconstruction(epochs=5, rate=100.0)
+        recording, recording.inputs, pruned, Reconstruction(epochs=5, rate=1e4)
     )
     assert torch.equal(trained[operator], before)
     assert result.steps == 0
@@ -185,11 +185,13 @@ def test_a_rate_that_is_too_high_is_halved_until_it_is_not():
     assert (result.rate, result.steps, steps) == (0.64, 64, 64)
     _, result, steps = trained(0.01, good)
     assert (result.rate, steps) == (0.01, 64)
-    _, result, steps = trained(0.64, good)
+    found, result, steps = trained(0.64, good)
     assert result.rate < 0.64 and result.error <= result.start_error
     halvings = round(math.log2(0.64 / result.rate))
     assert result.rate == 0.64 / 2**halvings
     assert 64 + 8 * halvings <= steps <= 64 + 32 * halvings
+    # each rate sees every batch, in the same order
+    assert torch.equal(found, trained(result.rate, good)[0])
 
 
 def test_small_steps_are_not_lost_in_a_coarse_dtype():

@@ -24,6 +24,7 @@ from transformers import Cache, PreTrainedModel
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
 from fista_modifier.distributed import Ranks
+from fista_modifier.models.experts import routing_real_tokens
 
 __all__ = [
     "EndOfRun",
@@ -35,6 +36,7 @@ __all__ = [
     "inputs_of",
     "outputs_of_parts",
     "plain_forward",
+    "real_inputs_of",
     "real_rows",
     "same_memory",
     "same_output",
@@ -366,6 +368,27 @@ def inputs_of(
         stack.enter_context(suppress(EndOfRun))
         call.run()
     return seen
+
+
+def real_inputs_of(
+    calls: Mapping[torch.nn.Module, int], call: LayerCall, real: RealTokens
+) -> dict[torch.nn.Module, list[Tensor]]:
+    """
+    Run a layer as :func:`inputs_of` does, with padding left out everywhere: experts are
+    not called with it, and it is in none of the inputs.
+
+    :param calls: the modules, which are the layer or inside it, and how often each is
+        called in one run of the layer
+    :param call: the call of the layer for one batch
+    :param real: what is not padding in the batch
+    :return: each module's input at each of its calls, real tokens × features
+    """
+    with routing_real_tokens(call.layer, real.own):
+        seen = inputs_of(calls, call)
+    return {
+        module: [real.rows(value, call) for value in values]
+        for module, values in seen.items()
+    }
 
 
 def outputs_of_parts(call: LayerCall) -> list[Tensor]:

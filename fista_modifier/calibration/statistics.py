@@ -12,14 +12,13 @@ from torch import Tensor
 from fista_modifier.calibration.replay import (
     LayerCall,
     RealTokens,
-    inputs_of,
+    real_inputs_of,
     real_rows,
 )
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.calibration.sums import check_finite, empty_statistics
 from fista_modifier.distributed import ALONE, Ranks
-from fista_modifier.models.experts import routing_real_tokens
 from fista_modifier.models.operators import replaced_weights
 from fista_modifier.solver.gram import GramStatistics
 
@@ -119,10 +118,9 @@ def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
 def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Tensor]:
     """Return the input of each stage in one batch, real tokens × features."""
     calls = {stage.operators[0].module: stage.calls for stage in wave}
-    with routing_real_tokens(call.layer, real.own):
-        seen = inputs_of(calls, call)
+    seen = real_inputs_of(calls, call, real)
     return [
-        torch.cat([real.rows(value, call) for value in values])
+        torch.cat(values)
         if (values := seen[stage.operators[0].module])
         else call.hidden_states.new_empty(0, stage.operators[0].weight.shape[1])
         for stage in wave

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from compressed_tensors.offload import disable_onloading, get_execution_device
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from llmcompressor.utils.helpers import calibration_forward_context
 from torch.nn import Module
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,
     calibration_runs,
+    plain_forward,
 )
 from fista_modifier.channels.finding import find_groups
 from fista_modifier.channels.groups import LayerGroups
@@ -91,9 +93,9 @@ def probed_layers(
     for layer, kind in kinds.items():
         first.setdefault(kind, layer)
     seen: dict[Any, tuple[list[Found], str]] = {}
-    with calibration_runs(model):
-        calls = _calls(model, list(first.values()), batches)
-        for kind, layer in first.items():
+    calls = _calls(model, list(first.values()), batches)
+    for kind, layer in first.items():
+        with calibration_runs(model):
             seen[kind] = look(_probed(layer, calls[layer]))
     found = {}
     for layer, kind in kinds.items():
@@ -125,7 +127,10 @@ def _calls(
     layers: Sequence[DecoderLayer],
     batches: Iterable[dict[str, Any]],
 ) -> dict[DecoderLayer, LayerInputs]:
-    """Run the first batches, as far as the last of the layers. Return their calls."""
+    """
+    Run the first batches, as far as the last of the layers. Return their calls. Weights
+    do not stay onloaded, since these are runs of the whole model.
+    """
     inputs = {layer: LayerInputs(layer.module) for layer in layers}
     waiting: set[Module] = set()
 
@@ -136,6 +141,8 @@ def _calls(
 
     device = get_execution_device(model)
     with ExitStack() as hooks:
+        hooks.enter_context(calibration_forward_context(model))
+        hooks.enter_context(plain_forward(model))
         for one in inputs.values():
             hooks.enter_context(
                 one.layer.register_forward_pre_hook(one.remember, with_kwargs=True)

@@ -13,11 +13,12 @@ from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,
     RealTokens,
-    inputs_of,
+    real_inputs_of,
     real_rows,
 )
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.channels.groups import ChannelGroup
+from fista_modifier.models.experts import routing_real_tokens
 from fista_modifier.models.operators import Operator, replaced_weights
 
 __all__ = ["MLPTokens"]
@@ -117,9 +118,10 @@ class MLPTokens:
         inputs = LayerInputs(module, self._storage)
         places: list[int | None] = []
         with replaced_weights(self._replays.weights, self._replays.biases):
-            for call in around:
+            for call, real in zip(around, self._real_tokens, strict=True):
                 before = len(inputs)
-                inputs.follow(call)
+                with routing_real_tokens(call.layer, real.own):
+                    inputs.follow(call)
                 places.append(before if len(inputs) > before else None)
         return inputs, places
 
@@ -132,11 +134,9 @@ class MLPTokens:
         modules[self._consumer.module] = self._calls
         hook = self._producer.module.register_forward_hook(self._put_out_ones)
         with hook, replaced_weights(self._replays.weights, self._replays.biases):
-            seen = inputs_of(modules, call)
+            seen = real_inputs_of(modules, call, real)
         inputs, activations = (
-            self._cat(
-                [real.rows(value, call) for value in seen[operator.module]], operator
-            )
+            self._cat(seen[operator.module], operator)
             for operator in (self._producer, self._consumer)
         )
         if self._producer.module.bias is not None:
@@ -160,8 +160,8 @@ class MLPTokens:
             found = real_rows(recorded[batch], real.own).to(weight)
             return found if bias is None else found - bias.float()
         call: LayerCall = self._replays.dense[batch]
-        seen = inputs_of({self._consumer.module: self._calls}, call)
-        rows = [real.rows(value, call) for value in seen[self._consumer.module]]
+        seen = real_inputs_of({self._consumer.module: self._calls}, call, real)
+        rows = seen[self._consumer.module]
         return self._cat(rows, self._consumer).float() @ weight.T
 
 

@@ -19,6 +19,7 @@ from fista_modifier.structured import (
     MLPBatch,
     PrunedChannels,
     mlp_error,
+    rounded_change,
 )
 
 __all__ = ["Alternated", "alternated"]
@@ -94,10 +95,11 @@ def alternated(
     found = alternation(batches, start, pruned.weight, pruned.bias, total)
     up = found.up.to(producer.weight.dtype)
     down = found.down.to(consumer.weight.dtype)
-    error = mlp_error(batches, up.float(), down.float(), found.bias, total)
+    bias = rounded_change(found.bias, consumer.module.bias)
+    error = mlp_error(batches, up.float(), down.float(), bias, total)
     if not error < found.errors[0]:
         return None
-    better = replace(pruned, weight=down, bias=found.bias, error=error)
+    better = replace(pruned, weight=down, bias=bias, error=error)
     return Alternated(better, producer, *_with_rows(producer, tokens.rows, up))
 
 

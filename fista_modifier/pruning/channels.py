@@ -190,10 +190,13 @@ def _keeps(
                 )
             keep = max(round(size * (1 - share)), 1)
             if keep == size:
-                logger.warning(
+                too_few = (
                     f"No {structure} leave: of {size}, {size * share:.2f} would have "
                     f"to. Raise sparsity, or leave {structure} out of structures"
                 )
+                if len(sizes) == 1:
+                    raise ValueError(f"sparsity: {too_few}")
+                logger.warning(too_few)
             keeps[structure, size] = keep
             to_remove -= costs[structure, size] * (size - keep)
     rest = sum(size for (structure, _), size in sizes.items() if structure == "mlp")

@@ -200,11 +200,13 @@ def _train(
         on_batch()
         return loss.detach()
 
-    order = _shuffled(range(len(layer)))
     for _ in range(MOST_RATES):
-        kept = KeptWeights(current, rate, steps)
+        order = _shuffled(range(len(layer)))
         watch = Watch(start_error_of, steps)
-        if kept.train(descend, islice(order, steps), watch):
+        # not bound to a name, so that only one training is in memory at a time
+        if KeptWeights(current, rate, steps).train(
+            descend, islice(order, steps), watch
+        ):
             break
         for operator, weight in pruned.items():
             current[operator].copy_(weight)

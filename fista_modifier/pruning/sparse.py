@@ -21,7 +21,6 @@ from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
 from fista_modifier.pruning.reconstruction import reconstruct_on_first_rank
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import (
-    PAPER,
     GramStatistics,
     PrunedWeight,
     Reordered,
@@ -29,18 +28,13 @@ from fista_modifier.solver import (
     SolverOptions,
     SparsityPattern,
     Within,
-    prune_weight,
+    project,
 )
 
 __all__ = ["SparseProcedure"]
 
 Ordered = tuple[Interchangeable, Tensor]
 """The channels that may change places, and the channel that comes to each place."""
-
-BY_MAGNITUDE = replace(PAPER, start="magnitude", patience=0)
-"""
-The options for an operator that no token reaches. It is pruned by magnitude alone.
-"""
 
 
 @dataclass(frozen=True)
@@ -136,8 +130,7 @@ class SparseProcedure(CorrectedProcedure):
         results: list[OperatorResult] = []
         orders: list[Ordered] = []
         for operator, solved in self._in_turn(task, pruned):
-            if solved.tokens:
-                _warn_of_no_error(operator, solved)
+            _warn_of_no_data(operator, solved)
             pruned[operator] = solved.solution.weight
             results.append(self._result(operator, solved))
             task.on_operator(results[-1])
@@ -175,16 +168,9 @@ class SparseProcedure(CorrectedProcedure):
                     "module, which does not call it, so that its inputs are not known"
                 )
                 continue
-            logger.warning(
-                f"No calibration token reaches {operator.name}: pruned by magnitude"
-            )
-            solution = prune_weight(
-                operator.weight,
-                GramStatistics.empty(operator.weight.shape[1]),
-                self._pattern(operator),
-                BY_MAGNITUDE,
-            )
-            yield operator, _Solved(solution)
+            weight = project(operator.weight, self._pattern(operator))
+            # after the addition no zero is negative
+            yield operator, _Solved(PrunedWeight(weight.add(0.0), 0.0, 0.0, 0.0))
 
     def _pattern(
         self, operator: Operator, orders: Sequence[Tensor] = ()
@@ -293,10 +279,17 @@ class SparseProcedure(CorrectedProcedure):
         )
 
 
-def _warn_of_no_error(operator: Operator, solved: _Solved) -> None:
-    """Warn of an operator whose inputs or weights are such that no error can show."""
+def _warn_of_no_data(operator: Operator, solved: _Solved) -> None:
+    """
+    Warn of an operator that no token reaches, or whose inputs or weights are such that
+    no error can show.
+    """
     solution = solved.solution
-    if not solution.output_norm:
+    if not solved.tokens:
+        logger.warning(
+            f"No calibration token reaches {operator.name}: pruned by magnitude"
+        )
+    elif not solution.output_norm:
         logger.warning(
             f"the output of {operator.name} is zero for all {solved.tokens} tokens: "
             "any weight has error 0, and what is pruned of it rests on no data"

@@ -8,10 +8,12 @@ import time
 from dataclasses import dataclass, field, replace
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from fista_modifier.calibration.recording import Recorded
 from fista_modifier.calibration.replays import Replays
+from fista_modifier.calibration.sums import empty_statistics
 from fista_modifier.channels.cuts import leaving, without_channels
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
@@ -204,8 +206,7 @@ class StructuredProcedure(CorrectedProcedure):
         for operator, plan in plans.items():
             # No token reaches the operator, as it is an expert.
             if operator not in weights:
-                none = GramStatistics.empty(operator.weight.shape[1])
-                problem = _problem(plan, none)
+                problem = _problem(plan, empty_statistics([operator], task.offload))
                 add(self._choice(plan, problem), problem)
         return chosen
 
@@ -215,7 +216,13 @@ class StructuredProcedure(CorrectedProcedure):
         tokens = problem.statistics.tokens
         selector = self.selector if tokens else Magnitude()
         restorer = self.restorer if tokens else KeptWeights()
-        pruned = prune_channels(problem, selector, restorer)
+        if not tokens:
+            logger.warning(
+                f"No calibration token reaches {plan.consumer.operator.name}: its "
+                "channels are chosen by magnitude"
+            )
+        own_bias = plan.consumer.operator.module.bias
+        pruned = prune_channels(problem, selector, restorer, own_bias)
         kept = KeptWeights()(problem, pruned.kept).weight
         start = problem.error(problem.widened(kept, pruned.kept))
         return _Chosen(

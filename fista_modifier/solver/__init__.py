@@ -15,6 +15,7 @@ from fista_modifier.solver.patterns import (
     Within,
     parse_pattern,
     pattern_of,
+    project,
     register,
 )
 from fista_modifier.solver.prune import (
@@ -45,6 +46,7 @@ __all__ = [
     "Within",
     "parse_pattern",
     "pattern_of",
+    "project",
     "prune_weight",
     "register",
 ]

@@ -24,8 +24,9 @@ class Quadratic:
     With damping δ, G stands for X* X*ᵀ + diag(δ): see :class:`LayerObjective`. The sum
     is never stored, as nothing in a layer is as large as X* X*ᵀ of a down projection.
 
-    Products with n×n matrices are those of :func:`~fista_modifier.solver.blocks.times`,
-    so that these may stay in main memory.
+    Products with n×n matrices are those of
+    :func:`~fista_modifier.solver.blocks.product`, so that these may stay in main
+    memory.
 
     :param statistics: Gram matrices of the shared input, each n×n
     :param damping: δ ≥ 0 of each feature, n, in the units of G; None is zero

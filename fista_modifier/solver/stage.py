@@ -195,10 +195,10 @@ class OperatorProblem:
         if weight is best.weight:
             return best
         filled = self.cast(weight)
-        # Few tokens may ask for values that half precision cannot hold.
-        if filled.error > max(best.error, RESOLUTION * self.objective.output_norm):
-            return best
-        return filled
+        # Few tokens may ask for values that half precision cannot hold; the error is
+        # NaN then.
+        limit = max(best.error, RESOLUTION * self.objective.output_norm)
+        return filled if filled.error <= limit else best
 
     def solution(
         self, best: Candidate, start_error: float, trials: list[Trial] | None = None

@@ -17,7 +17,11 @@ from fista_modifier.structured.alternating import (
 from fista_modifier.structured.means import FeatureMeans
 from fista_modifier.structured.penalty import PenaltyMethod
 from fista_modifier.structured.problem import ChannelProblem
-from fista_modifier.structured.prune import PrunedChannels, prune_channels
+from fista_modifier.structured.prune import (
+    PrunedChannels,
+    prune_channels,
+    rounded_change,
+)
 from fista_modifier.structured.restoration import (
     BiasCompensation,
     KeptWeights,
@@ -55,5 +59,6 @@ __all__ = [
     "down_given_up",
     "mlp_error",
     "prune_channels",
+    "rounded_change",
     "up_given_down",
 ]

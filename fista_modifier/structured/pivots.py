@@ -119,7 +119,7 @@ class PivotTable:
         """
         own = self._columns(channel.reshape(1))
         sign = torch.where(self.kept[channel], -1.0, 1.0)
-        pivot = torch.linalg.inv(self.table[own[:, None], own])
+        pivot = torch.linalg.inv_ex(self.table[own[:, None], own]).inverse
         row = self.table[own]
         column = self.table[:, own] @ pivot
         self.table.addmm_(column, row, alpha=-1)

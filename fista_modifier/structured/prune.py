@@ -10,7 +10,7 @@ from fista_modifier.structured.problem import ChannelProblem
 from fista_modifier.structured.restoration import Restorer
 from fista_modifier.structured.selection import Selector
 
-__all__ = ["PrunedChannels", "prune_channels"]
+__all__ = ["PrunedChannels", "prune_channels", "rounded_change"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,10 @@ class PrunedChannels:
 
 
 def prune_channels(
-    problem: ChannelProblem, selector: Selector, restorer: Restorer
+    problem: ChannelProblem,
+    selector: Selector,
+    restorer: Restorer,
+    own_bias: Tensor | None = None,
 ) -> PrunedChannels:
     """
     Choose the channels of a group that stay, and find the consumers' weights on them.
@@ -47,13 +50,28 @@ def prune_channels(
     :param problem: W, the sums over its inputs, and the number of channels to keep
     :param selector: chooses the channels
     :param restorer: finds the weights on them
+    :param own_bias: the consumers' bias, m, to whose dtype the new bias is rounded;
+        None leaves the change of the bias as it is
     :return: the smaller weight, cast to the dtype of W, and its error after the cast
     :raises ValueError: if the method needs means or a bias that the problem lacks
     """
     kept = selector(problem)
     restored = restorer(problem, kept)
     weight = restored.weight.to(problem.weight)
-    error = problem.error(problem.widened(weight, kept), restored.bias)
-    return PrunedChannels(
-        kept, weight, restored.bias, error, problem.objective.output_norm
-    )
+    bias = rounded_change(restored.bias, own_bias)
+    error = problem.error(problem.widened(weight, kept), bias)
+    return PrunedChannels(kept, weight, bias, error, problem.objective.output_norm)
+
+
+def rounded_change(change: Tensor | None, own_bias: Tensor | None) -> Tensor | None:
+    """
+    Return what a change of a bias comes to once the bias is stored.
+
+    :param change: what is to be added to the bias, float32 m; None is nothing
+    :param own_bias: the bias, m of any floating dtype; None if there is none
+    :return: the change after the rounding of the new bias, float32 m
+    """
+    if change is None or own_bias is None:
+        return change
+    own = own_bias.to(change.device)
+    return (own + change).to(own.dtype).float() - own.float()

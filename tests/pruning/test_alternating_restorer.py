@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from families import FAMILIES, tiny_model
 from ranks import outputs, start
-from runs import weights
+from runs import samples, weights
 from test_structured import (
     assert_same,
     check_loads,
@@ -223,6 +224,23 @@ def test_half_precision(family: str) -> None:
     assert all(value.dtype == torch.bfloat16 for value in one.parameters())
     for after, least in zip(found, before, strict=True):
         assert after.relative_error < 0.9 * least.relative_error
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_padding_counts_for_nothing(family: str) -> None:
+    tokens = samples()
+    longer = torch.cat([tokens, torch.zeros(len(tokens), 4, dtype=torch.long)], 1)
+    padded = Dataset.from_dict(
+        {"input_ids": longer.tolist(), "attention_mask": (longer > 0).int().tolist()}
+    )
+    plain, other = tiny_model(family), tiny_model(family)
+    expected = shrink(plain, "spap", **PAPER)
+    found = shrink(other, "spap", **PAPER, oneshot_arguments={"dataset": padded})
+    for one, before in zip(found.results, expected.results, strict=True):
+        assert one.tokens == before.tokens
+        assert one.relative_error == pytest.approx(before.relative_error, rel=1e-3)
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weights(other)[name], weight, rtol=1e-3, atol=1e-3)
 
 
 def test_training_goes_on_from_there() -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from families import FAMILIES, MIXTURES, checkpoint, tiny_model
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from logs import logged
 from ranks import outputs, start
 from runs import calibration as data
 from runs import run, samples, weights
@@ -341,11 +342,15 @@ def test_an_expert_without_tokens_is_as_small_as_the_others(
     dense, small = tiny_model(family), tiny_model(family)
     linearize(dense)
     tokens = torch.full((2, 3), 5)
-    modifier = shrink(small, **fields, oneshot_arguments={"dataset": data(tokens)})
+    with logged() as messages:
+        modifier = shrink(small, **fields, oneshot_arguments={"dataset": data(tokens)})
     _, kept = SIZES.get(family, (48, 32))
     assert len(modifier.results) == 8
     without = [result for result in modifier.results if not result.tokens]
     assert 0 < len(without) < 8
+    for result in without:
+        told = f"No calibration token reaches {result.name}"
+        assert any(told in text for text in messages)
     for layer in small.model.layers:
         for expert in range(4):
             one = layer.mlp.experts[expert]
@@ -561,6 +566,7 @@ def check_refused(model: PreTrainedModel, message: str, **fields: Any) -> None:
         ("llama", {"sparsity": 0.58}, "less than one multiple of 4"),
         ("llama", {"sparsity": 0.9}, "less than one multiple of 4"),
         ("llama", {"sparsity": 0.01}, "less than half a multiple of 4"),
+        ("llama", {"sparsity": 0.01, "structures": ["heads"]}, "No heads leave"),
         ("opt", {"structures": ["heads"]}, "no configuration|heads channels"),
         ("gpt2", {"structures": ["heads"]}, "no configuration|heads channels"),
         ("phi3", {"structures": ["heads"]}, "no configuration|heads channels"),

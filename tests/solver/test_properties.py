@@ -184,3 +184,17 @@ def test_values_that_half_precision_cannot_hold_are_left_out() -> None:
     result = prune_weight(weight, gram_statistics(pruned), NofM(2, 4), PAPER)
     assert bool(result.weight.isfinite().all())
     assert result.error <= result.start_error
+
+
+def test_infinite_values_are_not_stored() -> None:
+    """What one token asks of half precision may overflow; the error is NaN then."""
+    options = replace(PAPER, start="dense")
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = 10 ** torch.linspace(-4, 2, 8)
+        order = torch.randperm(8, generator=generator)
+        pruned = sizes[order] * torch.randn(1, 8, generator=generator)
+        weight = torch.randn(4, 8, generator=generator).half()
+        result = prune_weight(weight, gram_statistics(pruned), NofM(2, 4), options)
+        assert bool(result.weight.isfinite().all())
+        assert result.error <= result.start_error

@@ -3,7 +3,13 @@ import torch
 from channel_problems import channel_problem, damped_fit
 from problems import inputs, normal
 
-from fista_modifier.structured import BiasCompensation, KeptWeights, LeastSquares
+from fista_modifier.structured import (
+    BiasCompensation,
+    FASPScore,
+    KeptWeights,
+    LeastSquares,
+    prune_channels,
+)
 
 TOKENS, FEATURES, ROWS = 64, 12, 5
 KEPT = [0, 2, 3, 5]
@@ -104,3 +110,16 @@ def test_kept_weights_are_the_dense_ones():
     restored = KeptWeights()(problem, torch.tensor(KEPT))
     assert torch.equal(restored.weight, problem.weight[:, [0, 2, 3, 5, 6, 8, 9, 11]])
     assert restored.bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_is_that_of_the_bias_as_it_is_stored(dtype: torch.dtype) -> None:
+    weight, pruned = normal(5, 12, seed=1), normal(40, 12, seed=2) + 1
+    own = (100 * normal(5, seed=3)).to(dtype)
+    problem = channel_problem(weight, pruned, 6, intercept=True)
+    found = prune_channels(problem, FASPScore(), LeastSquares(), own)
+    assert found.bias is not None
+    stored = (own + found.bias).to(dtype).double()
+    outputs = pruned[:, found.kept].double() @ found.weight.double().T + stored
+    wanted = pruned.double() @ weight.double().T + own.double()
+    assert found.error == pytest.approx(float((outputs - wanted).norm()), rel=1e-5)
