@@ -152,7 +152,8 @@ def leave_ranks() -> Ranks:
     """
     ranks = current_ranks()
     if is_distributed():
-        dist.barrier()
+        # the toolkit's own group would wait for minutes, and the first rank packs
+        ranks.all(None)
         dist.destroy_process_group()
         _objects.cache_clear()
     return ranks

@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["whole", "write_whole"]
+from filelock import FileLock, Timeout
+
+__all__ = ["scratch", "whole", "write_whole"]
+
+LOCK = ".in-use"
+"""The file in a scratch folder that is locked as long as its process lives."""
+BEFORE = ".before"
+"""
+The name of what a new folder replaces, until it is deleted. A process that was killed
+as one took the place of the other has left both, and both are whole.
+"""
+NEW = 60
+"""The seconds in which a scratch folder may not be locked yet."""
+
+
+@contextmanager
+def scratch(parent: Path, prefix: str) -> Iterator[Path]:
+    """
+    Make an empty folder inside another one, and delete it in the end. Those that killed
+    processes have left there are deleted first, as they may be as large as a model.
+
+    :param parent: the folder around it, which exists
+    :param prefix: what its name begins with
+    :return: the new folder
+    """
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        _delete_if_left(left)
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=parent, ignore_cleanup_errors=True
+    ) as folder:
+        with FileLock(Path(folder) / LOCK):
+            yield Path(folder)
+
+
+def _delete_if_left(folder: Path) -> None:
+    """
+    Delete a scratch folder that no process uses any more, unless it holds both what was
+    to be replaced and what was to replace it.
+    """
+    lock = folder / LOCK
+    with suppress(OSError, Timeout):  # another process may delete it at this moment
+        is_new = time.time() - lock.stat().st_mtime < NEW
+        inside = {one.name for one in folder.iterdir()} - {LOCK}
+        if is_new or (BEFORE in inside and len(inside) > 1):
+            return
+        with FileLock(lock, blocking=False):
+            shutil.rmtree(folder)
 
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """
     Write a file or a folder completely or not at all, even if the process is killed.
-    The new content is written beside the target and takes its place in the end. A file
-    does so only once the disk has it.
+    The new content is written beside the target and takes its place in the end, once
+    the disk has it.
 
     :param target: replaced if it exists; its folder is made. A link stays, and what it
         leads to is replaced
@@ -24,21 +73,20 @@ def whole(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        unfinished = Path(temporary) / target.name
+    with scratch(target.parent, f".{target.name}-") as temporary:
+        unfinished = temporary / target.name
         yield unfinished
-        if unfinished.is_file():
-            with unfinished.open("rb+") as written:
-                os.fsync(written.fileno())
-        elif target.exists():
+        for file in (unfinished, *unfinished.rglob("*")):
+            if file.is_file():
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
+        if unfinished.is_dir() and target.exists():
             # deleting a folder takes long, and a kill would leave half of it
-            before = unfinished.with_name(f"{target.name}-before")
+            before = unfinished.with_name(BEFORE)
             os.replace(target, before)
             try:
                 os.replace(unfinished, target)
-            except OSError:
+            except BaseException:
                 os.replace(before, target)
                 raise
             return

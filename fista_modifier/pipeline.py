@@ -14,7 +14,7 @@ from llmcompressor.recipe import Recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier.checkpoint.model_card import write_model_card
-from fista_modifier.checkpoint.on_save import report_of, without_report
+from fista_modifier.checkpoint.on_save import report_of, saved_by_caller
 from fista_modifier.checkpoint.processors import copy_processors
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.data import calibration_dataset
@@ -211,9 +211,9 @@ def save(
         return
     refused: ValueError | None = None
     report = report or report_of(model)
-    with whole(folder) as unfinished:
+    with saved_by_caller(model), whole(folder) as unfinished:
         try:
-            with native_experts(model), without_report(model):
+            with native_experts(model):
                 model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             copy_processors(model.name_or_path, unfinished)

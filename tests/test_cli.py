@@ -23,6 +23,11 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 from fista_modifier import cli
+from fista_modifier.checkpoint.model_card import (
+    StatedPerplexity,
+    stated_perplexities,
+    write_model_card,
+)
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.models import loading
@@ -111,9 +116,12 @@ def test_a_packed_checkpoint_unpacks_to_the_dense_one(
     assert report.storage_format == storage
     assert 0.5 < report.stored_share < 0.8  # float32, and very small matrices
     assert run("verify", packed).exit_code == 0
+    stated = {"news": StatedPerplexity(12.5, 64, 17)}
+    write_model_card(packed, report, stated)
     assert run("unpack", packed, "-o", again).exit_code == 0
     assert "fista-prune unpack" in (packed / "README.md").read_text()
     assert "vllm serve again" in (again / "README.md").read_text()
+    assert stated_perplexities(again) == stated
     assert PruningReport.load(again).storage_format == "dense"
     one = AutoModelForCausalLM.from_pretrained(dense).state_dict()
     other = AutoModelForCausalLM.from_pretrained(again).state_dict()
@@ -159,6 +167,22 @@ def test_a_format_that_does_not_suit_the_pattern_is_refused_at_once(
     assert result.exit_code == 1
     assert "use --format sparse-bitmask" in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_may_be_packed(
+    text: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, recipe = tmp_path / "model", tmp_path / "recipe.yaml"
+    shutil.copytree(checkpoint("mixtral", vocab_size=len(tiny_tokenizer)), model)
+    tiny_tokenizer.save_pretrained(model)
+    recipe.write_text(
+        "pruning_stage:\n  pruning_modifiers:\n    FISTAPruningModifier:\n"
+        '      preset: fast\n      mask_structure: "2:4"\n'
+        '      targets: ["re:.*experts.0.*"]\n'
+    )
+    packed = ["--format", "sparse-24-bitmask"]
+    result = prune(model, text, tmp_path / "out", "--recipe", recipe, *packed)
+    assert "no linear operator" not in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

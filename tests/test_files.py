@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from fista_modifier.files import whole, write_whole
+from fista_modifier import files
+from fista_modifier.files import BEFORE, LOCK, scratch, whole, write_whole
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -48,3 +55,60 @@ def test_what_was_there_stays_if_it_cannot_be_replaced(
     with pytest.raises(OSError, match="no"), whole(folder) as unfinished:
         unfinished.mkdir()
     assert [file.name for file in folder.iterdir()] == ["old"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fista_modifier.files import scratch
+with scratch(Path(sys.argv[1]), ".model-") as folder:
+    (folder / "weights").write_text("much")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def process_with_scratch(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    command = [sys.executable, "-c", HOLD, str(parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("held"))
+        (folder,) = parent.glob(".model-*")
+        yield process, folder
+        process.kill()
+
+
+def make_old(folder: Path) -> None:
+    before = time.time() - 2 * files.NEW
+    os.utime(folder / LOCK, (before, before))
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    other = tmp_path / ".models-of-somebody"
+    other.mkdir()
+    with process_with_scratch(tmp_path) as (process, folder):
+        make_old(folder)
+        with scratch(tmp_path, ".model-"):
+            assert (folder / "weights").exists(), "its process lives"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (folder / "weights").exists()
+        with scratch(tmp_path, ".model-") as own:
+            assert {*tmp_path.iterdir()} == {own, other}
+    assert [*tmp_path.iterdir()] == [other]
+
+
+def test_what_a_kill_between_two_moves_left_is_kept(tmp_path: Path) -> None:
+    with process_with_scratch(tmp_path) as (process, folder):
+        (folder / BEFORE).mkdir()
+        make_old(folder)
+        process.kill()
+        process.wait()
+        with scratch(tmp_path, ".model-"):
+            pass
+        assert (folder / "weights").exists() and (folder / BEFORE).exists()
+        (folder / "weights").unlink()  # the new one has taken its place
+        with scratch(tmp_path, ".model-"):
+            pass
+        assert not folder.exists()

@@ -24,7 +24,12 @@ from transformers import (
 )
 
 from fista_modifier import FISTAPruningModifier, pipeline
-from fista_modifier.models.limits import check_calibration, check_length, check_tokens
+from fista_modifier.models.limits import (
+    check_calibration,
+    check_length,
+    check_tokens,
+    longest_sequence,
+)
 
 SMALL = {
     "hidden_size": 8,
@@ -61,6 +66,7 @@ def gptj() -> PreTrainedModel:
 def test_positions_end_where_the_model_fails(build, longest: int) -> None:
     model = build()
     check_length(model, longest)
+    assert longest_sequence(model.config) == longest
     model(input_ids=torch.full((1, longest), 2))
     with pytest.raises(ValueError, match=f"{longest} positions: use --seq-len"):
         check_length(model, longest + 1)
@@ -69,7 +75,9 @@ def test_positions_end_where_the_model_fails(build, longest: int) -> None:
 
 
 def test_computed_positions_do_not_end() -> None:
-    check_length(tiny_model("llama"), 65)
+    model = tiny_model("llama")
+    check_length(model, 65)
+    assert longest_sequence(model.config) == model.config.max_position_embeddings
     bloom = BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=10)
     check_length(BloomForCausalLM(bloom), 10_000)
 

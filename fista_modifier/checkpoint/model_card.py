@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from operator import attrgetter
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
 from fista_modifier.data.records import is_local
 from fista_modifier.pruning.results import (
-    FISTAPRUNER,
     REPORT_NAME,
     SHOWN,
-    OperatorResult,
     PruningReport,
     RecoveryResult,
     mean_error,
@@ -40,6 +41,8 @@ The bytes that each model card of this package contains. A card without them is 
 else's.
 """
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""The classes that ``AutoModelForCausalLM`` loads."""
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 
@@ -72,15 +75,20 @@ def has_foreign_card(folder: Path) -> bool:
     return card.exists() and MARK not in card.read_bytes()
 
 
-def update_model_card(folder: Path, report: PruningReport) -> None:
+def update_model_card(
+    folder: Path,
+    report: PruningReport,
+    perplexities: Mapping[str, StatedPerplexity] | None = None,
+) -> None:
     """
     Write the model card of a checkpoint, unless somebody else's card is there.
 
     :param folder: the checkpoint's folder
     :param report: what was done to the model
+    :param perplexities: perplexities of the checkpoint, by the names of the texts
     """
     if not has_foreign_card(folder):
-        write_model_card(folder, report)
+        write_model_card(folder, report, perplexities)
 
 
 def write_model_card(
@@ -95,7 +103,7 @@ def write_model_card(
     :param report: what was done to the model
     :param perplexities: perplexities of the checkpoint, by the names of the texts
     """
-    card = model_card(folder.name, report, perplexities or {})
+    card = model_card(folder.name, report, perplexities or {}, _class_name(folder))
     (folder / CARD_NAME).write_text(f"{card}\n", encoding="utf-8")
 
 
@@ -118,7 +126,10 @@ def stated_perplexities(folder: Path) -> dict[str, StatedPerplexity]:
 
 
 def model_card(
-    name: str, report: PruningReport, perplexities: Mapping[str, StatedPerplexity]
+    name: str,
+    report: PruningReport,
+    perplexities: Mapping[str, StatedPerplexity],
+    class_name: str | None = None,
 ) -> ModelCard:
     """
     Return the model card of a checkpoint. It names local files without their folders,
@@ -127,8 +138,10 @@ def model_card(
     :param name: the checkpoint's name
     :param report: what was done to the model
     :param perplexities: perplexities of the checkpoint, by the names of the texts
+    :param class_name: the model's class; None stands for a causal language model
     :return: the card
     """
+    generates = class_name is None or class_name in CAUSAL
     sparse = replace(report, operators=report.sparse)
     sparsity = round(sparse.sparsity, 4)
     weights = sum(one.shape[0] * one.shape[1] for one in sparse.operators)
@@ -138,7 +151,7 @@ def model_card(
         base_model=_hub_id(report.model),
         datasets=on_hub,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if generates else None,
         tags=["llm-compressor", *_tags(report)],
         model_name=name,
         eval_results=[_result(*item) for item in perplexities.items()] or None,
@@ -151,19 +164,31 @@ def model_card(
         base=_shown(report.model),
         dataset=dataset if on_hub else Path(dataset).name,
         names=[_short(method) for method in report.smaller_by],
-        sparse_by=_solvers(report),
-        solvers=[_short(method) for method in _solvers(report)],
+        sparse_by=report.solvers,
+        solvers=[_short(method) for method in report.solvers],
         patterns=_patterns(sparse),
         sparse=sparse,
         weights=weights,
-        error=mean_error(_as_stored(report), attrgetter("stored_error")),
+        error=mean_error(report.stored, attrgetter("stored_error")),
         recovery=[_told(one) for one in report.recovery],
         perplexities=perplexities,
         report=report,
         report_name=REPORT_NAME,
+        generates=generates,
+        loader="AutoModelForCausalLM" if generates else class_name,
         load_format=LOAD_FORMAT,
     )
     return card
+
+
+def _class_name(folder: Path) -> str | None:
+    """Return the class that a checkpoint's configuration names; None if it does not."""
+    file = folder / CONFIG_NAME
+    if not file.exists():
+        return None
+    names = json.loads(file.read_bytes()).get("architectures") or [None]
+    name: str | None = names[0]
+    return name
 
 
 def _hub_id(source: str) -> str | None:
@@ -204,29 +229,18 @@ def _patterns(report: PruningReport) -> list[str]:
     ]
 
 
-def _as_stored(report: PruningReport) -> Sequence[OperatorResult]:
-    """Return the last result of each operator; a chain may prune an operator twice."""
-    return list({operator.name: operator for operator in report.operators}.values())
-
-
 def _short(method: str) -> str:
     """Return the name of a method, without its reference."""
     return method.partition(" ")[0]
 
 
-def _solvers(report: PruningReport) -> Sequence[str]:
-    """Return the methods that found the zeros."""
-    return report.sparse_by or [FISTAPRUNER]
-
-
 def _tags(report: PruningReport) -> list[str]:
     if not report.operators:
         return []
-    solvers = [_short(one).lower() for one in _solvers(report)]
-    ours = solvers if report.sparse else []
+    solvers = [_short(one).lower() for one in report.solvers]
     structured = [_short(one).lower() for one in report.smaller_by]
     kinds = (reported_pattern(name).tag for name in report.patterns)
-    return [*ours, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
+    return [*solvers, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
 
 
 def _result(text: str, perplexity: StatedPerplexity) -> EvalResult:

@@ -18,7 +18,13 @@ from fista_modifier.checkpoint.sparsity_config import write_sizes, write_sparsit
 from fista_modifier.models.experts import native_experts
 from fista_modifier.pruning.results import PruningReport
 
-__all__ = ["describe_on_save", "report_of", "revise_report", "without_report"]
+__all__ = [
+    "describe_on_save",
+    "report_of",
+    "revise_report",
+    "saved_by_caller",
+    "when_saved",
+]
 
 
 def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
@@ -40,6 +46,8 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     state = _state(model)
     assert state is not None
     state.reports.append(report)
+    # counted now, because quantised weights are packed when the model is saved
+    state.entries = sum(parameter.numel() for parameter in model.parameters())
 
 
 def revise_report(
@@ -67,16 +75,32 @@ def report_of(model: PreTrainedModel) -> PruningReport | None:
     return state.report if state else None
 
 
+def when_saved(model: PreTrainedModel, action: Callable[[], object]) -> None:
+    """
+    Do something as soon as the model is saved, such as to delete what it could be made
+    from once more.
+
+    :param model: a model that was pruned in this process
+    :param action: called once, in the process that writes
+    """
+    state = _state(model)
+    assert state is not None, "pruned before"
+    state.when_saved.append(action)
+
+
 @contextmanager
-def without_report(model: PreTrainedModel) -> Iterator[None]:
+def saved_by_caller(model: PreTrainedModel) -> Iterator[None]:
     """
     Keep ``save_pretrained`` from writing the report and the model card, which the
-    caller writes.
+    caller writes. The model counts as saved once this context has ended without an
+    error.
 
     :param model: any model
     """
-    with patch_attr(_state(model) or _OnSave(), "writes_report", False):
+    state = _state(model) or _OnSave()
+    with patch_attr(state, "by_caller", True):
         yield
+    state.saved()
 
 
 @dataclass
@@ -85,16 +109,25 @@ class _OnSave:
     The state of a model's ``save_pretrained``: what it writes beside the weights.
 
     :param reports: the report of each run on the model, in the order of the runs
-    :param writes_report: whether ``save_pretrained`` writes the report and the card
+    :param entries: number of entries of the model's parameters after the last run
+    :param by_caller: whether the caller writes the report and the card
+    :param when_saved: what is to be done once the model is saved
     """
 
     reports: list[PruningReport] = field(default_factory=list)
-    writes_report: bool = True
+    entries: int = 0
+    by_caller: bool = False
+    when_saved: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def report(self) -> PruningReport:
         """The report of all runs together."""
         return reduce(PruningReport.followed_by, self.reports)
+
+    def saved(self) -> None:
+        """Do what was to be done once the model is saved."""
+        while self.when_saved:
+            self.when_saved.pop(0)()
 
 
 def _state(model: PreTrainedModel) -> _OnSave | None:
@@ -108,8 +141,6 @@ def _state(model: PreTrainedModel) -> _OnSave | None:
 def _write_on_save(model: PreTrainedModel) -> None:
     save = model.save_pretrained
     state = _OnSave()
-    # counted now, because quantised weights are packed when the model is saved
-    entries = sum(parameter.numel() for parameter in model.parameters())
 
     @wraps(save)
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -120,10 +151,13 @@ def _write_on_save(model: PreTrainedModel) -> None:
             report = state.report
             write_sizes(folder, report.sizes)
             if report.sparsity:
-                write_sparsity(folder, report.sparse, entries, report.share_of_layers)
-            if state.writes_report:
+                write_sparsity(
+                    folder, report.sparse, state.entries, report.share_of_layers
+                )
+            if not state.by_caller:
                 report.save(folder)
                 update_model_card(folder, report)
+                state.saved()
 
     save_pretrained.on_save = state  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained

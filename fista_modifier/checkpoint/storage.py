@@ -12,7 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from fista_modifier.checkpoint.model_card import update_model_card
+from fista_modifier.checkpoint.model_card import (
+    stated_perplexities,
+    update_model_card,
+)
 from fista_modifier.checkpoint.packing import (
     PackedFormat,
     pack,
@@ -127,7 +130,7 @@ def unpack_checkpoint(folder: Path, output: Path) -> int:
             report = PruningReport.load(unfinished)
             report = replace(report, storage_format="dense", stored_share=1.0)
             report.save(unfinished)
-            update_model_card(unfinished, report)
+            update_model_card(unfinished, report, stated_perplexities(folder))
         rewrite(read(files, problems), unfinished)
         _check(folder, problems)
     return len(operators)

@@ -20,7 +20,6 @@ from fista_modifier.cli.options import (
     TokenLimit,
     comma_separated,
 )
-from fista_modifier.data import max_sequence_length
 from fista_modifier.evaluation.comparison import (
     Comparison,
     Measurement,
@@ -28,6 +27,7 @@ from fista_modifier.evaluation.comparison import (
 )
 from fista_modifier.evaluation.methods import METHODS
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
+from fista_modifier.models.limits import longest_sequence
 from fista_modifier.models.loading import load_config, load_tokenizer
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.solver import pattern_of
@@ -76,7 +76,7 @@ def compare(
         patterns = {name: pattern_of(name) for name in pattern}
         # a missing model fails here, before anything is downloaded
         load_tokenizer(model)
-        length = seq_len or max_sequence_length(load_config(model))
+        length = seq_len or longest_sequence(load_config(model))
         measurement = Measurement(
             model,
             load_texts(text or list(PAPER_TEXTS)),

@@ -19,6 +19,7 @@ from fista_modifier.cli.tables import (
     removal_table,
 )
 from fista_modifier.cli.verify import check
+from fista_modifier.data.records import recorded_name
 from fista_modifier.distributed import leave_ranks
 from fista_modifier.pruning.results import Calibration
 
@@ -44,7 +45,10 @@ def finish(
     :param storage_format: the format of the pruned weights
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
-    report = run.report and replace(run.report, model=model, calibration=data)
+    named = replace(data, dataset=recorded_name(data.dataset))
+    report = run.report and replace(
+        run.report, model=recorded_name(model), calibration=named
+    )
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
     if leave_ranks().rank:
         return

@@ -29,7 +29,7 @@ from fista_modifier.cli.tables import (
     recovery_sentence,
 )
 from fista_modifier.cost import DEVICES, shape_of
-from fista_modifier.data import max_sequence_length
+from fista_modifier.models.limits import longest_sequence
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.fista import FISTAPruningModifier
@@ -79,7 +79,7 @@ def plan(
             method, pattern, recipe, sparsity, structure, multiple_of, fields
         )
         config = load_config(model)
-        length = seq_len or max_sequence_length(config)
+        length = seq_len or longest_sequence(config)
         chosen = DEVICES[device]
         if request.is_open:
             shape = shape_of(config, length)

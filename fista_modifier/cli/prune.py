@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -39,10 +38,11 @@ from fista_modifier.cli.options import (
     TextColumn,
     WarmStartName,
 )
-from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import Ranks, join_ranks
+from fista_modifier.files import scratch
 from fista_modifier.models.classes import weightless_model
-from fista_modifier.models.limits import check_length
+from fista_modifier.models.experts import linearize_weightless
+from fista_modifier.models.limits import check_length, longest_sequence
 from fista_modifier.models.loading import (
     load_config,
     load_to_prune,
@@ -146,7 +146,7 @@ def prune(
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
         config = load_config(model)
-        length = seq_len or max_sequence_length(config)
+        length = seq_len or longest_sequence(config)
         skeleton = weightless_model(config)
         check_length(skeleton, length)
         check_packable(storage_format, modifiers, skeleton, length)
@@ -187,8 +187,8 @@ def weights_on_disk(folder: Path | None, ranks: Ranks) -> Iterator[Path | None]:
             "model in main memory"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="weights-", dir=folder) as weights:
-        yield Path(weights)
+    with scratch(folder, "weights-") as weights:
+        yield weights
 
 
 def warn_of_little_space(size: int, folders: Iterable[Path]) -> None:
@@ -239,12 +239,14 @@ def check_packable(
 
     :param storage_format: the format of the pruned weights
     :param modifiers: what is to be done to the model
-    :param model: the model that is to be pruned, maybe on the meta device
+    :param model: the model that is to be pruned, on the meta device; its experts become
+        linear operators
     :param length: tokens of a calibration sequence
     :raises ValueError: if the format cannot store the model's operators
     """
     if storage_format != "sparse-24-bitmask":
         return
+    linearize_weightless(model)  # a recipe may name experts, which are fused so far
     for forecast in forecasts(modifiers, model.config, length, lambda: model):
         for planned in forecast.patterns:
             if reported_pattern(planned.name).group != (2, 4):

@@ -20,10 +20,9 @@ from fista_modifier.cli.options import (
     TextColumn,
 )
 from fista_modifier.cli.verify import check
-from fista_modifier.data import max_sequence_length
 from fista_modifier.distributed import leave_ranks
 from fista_modifier.models.classes import weightless_model
-from fista_modifier.models.limits import check_length
+from fista_modifier.models.limits import check_length, longest_sequence
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.pruning.results import Calibration, RecoveryResult
 from fista_modifier.recovery.checks import check_pruned, check_teacher
@@ -98,7 +97,7 @@ def recover(
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))
         config = load_config(str(checkpoint))
-        length = seq_len or max_sequence_length(config)
+        length = seq_len or longest_sequence(config)
         check_length(weightless_model(config), length)
         data = Calibration(dataset, samples, length, seed, text_column)
         tokens = pipeline.calibration_tokens(data, tokenizer)

@@ -64,6 +64,20 @@ def is_local(source: str) -> bool:
     return ending == PLAIN or ending in BUILDERS or path.is_file() or _is_saved(path)
 
 
+def recorded_name(source: str) -> str:
+    """
+    Return the name of a source for the records. A local folder such as ``org/name``
+    would be taken for an id on the hub where it does not exist.
+
+    :param source: what a user named, a local source or an id on the hub
+    :return: the same, with a leading ``./`` if it is a relative path
+    """
+    path = Path(source)
+    if not source or path.is_absolute() or not path.exists():
+        return source
+    return f"./{path.as_posix()}"
+
+
 def is_plain_text(source: str) -> bool:
     """
     Say whether a local source is plain text.

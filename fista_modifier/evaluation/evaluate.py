@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from fista_modifier.checkpoint.model_card import StatedPerplexity
-from fista_modifier.data import max_sequence_length
 from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE
 from fista_modifier.evaluation.engines import (
     Backend,
@@ -36,6 +35,7 @@ from fista_modifier.evaluation.tasks import TaskSuite
 from fista_modifier.evaluation.texts import Text
 from fista_modifier.host import package_versions
 from fista_modifier.models.classes import check_predicts_text
+from fista_modifier.models.limits import longest_sequence
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.models.vocabulary import check_same_vocabulary
 
@@ -151,7 +151,7 @@ class Evaluation:
         tokenizer = load_tokenizer(model)
         seq_len = self.seq_len
         if seq_len is None:
-            seq_len = max_sequence_length(config)
+            seq_len = longest_sequence(config)
         return {
             text.name: text.blocks(tokenizer, seq_len, self.max_tokens, bos=self.bos)
             for text in self.texts
@@ -160,10 +160,12 @@ class Evaluation:
     def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
         checkpoint = state_of_checkpoint(model)
         samples = {name: digest(tokens.tolist()) for name, tokens in blocks.items()}
+        definitions = self.suite.state if self.suite else None
         results.rows = [
             row
             for row in results.rows
-            if row["model"] != model or _is_current(row, checkpoint, samples)
+            if row["model"] != model
+            or _is_current(row, checkpoint, samples, definitions)
         ]
         texts = [name for name in blocks if not results.find(model=model, text=name)]
         suite = self.suite.names if self.suite else []
@@ -189,7 +191,8 @@ class Evaluation:
             scores = self.suite.score(engine.harness_model, name)
             results.add(
                 origin
-                | {"task": name, "versions": package_versions("lm-eval")}
+                | {"task": name, "definitions": definitions}
+                | {"versions": package_versions("lm-eval")}
                 | scores
             )
 
@@ -205,10 +208,18 @@ class Evaluation:
         return {SHARE: agreement.share, DIVERGENCE: agreement.divergence}
 
 
-def _is_current(row: Row, checkpoint: str, samples: dict[str, str]) -> bool:
-    """Say whether the checkpoint and the text are still those that a row measured."""
-    own = row.get("tokens_digest")
-    asked = samples.get(row.get("text", ""), own)
+def _is_current(
+    row: Row, checkpoint: str, samples: dict[str, str], definitions: str | None
+) -> bool:
+    """
+    Say whether the checkpoint, and the text or the definitions of tasks, are still
+    those that a row measured.
+    """
+    if "task" in row:
+        own, asked = row.get("definitions"), definitions or row.get("definitions")
+    else:
+        own = row.get("tokens_digest")
+        asked = samples.get(row.get("text", ""), own)
     return bool(row["checkpoint"] == checkpoint and own == asked)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from fista_modifier.evaluation.results import digest
+from fista_modifier.host import package_versions
 
 __all__ = ["PAPER_TASKS", "TaskSuite"]
 
@@ -55,6 +59,7 @@ class TaskSuite:
                 "name only texts (--text)"
             ) from error
         self.limit = limit
+        self._folder = folder
         self._manager = TaskManager(include_path=str(folder) if folder else None)
         known = [*self._manager.all_subtasks, *self._manager.all_groups]
         self._tasks: dict[str, Any] = {}
@@ -71,6 +76,20 @@ class TaskSuite:
     def names(self) -> list[str]:
         """The names of the tasks."""
         return list(self._tasks)
+
+    @property
+    def state(self) -> str:
+        """
+        A text that changes with lm-eval's version and with the files of the folder, on
+        which scores depend.
+        """
+        files = sorted(self._folder.rglob("*")) if self._folder else []
+        contents = [
+            (file.name, sha256(file.read_bytes()).hexdigest())
+            for file in files
+            if file.is_file()
+        ]
+        return digest([package_versions("lm-eval"), contents])
 
     def _load(self, name: str) -> Any:
         try:

@@ -9,9 +9,18 @@ import torch
 from datasets import Dataset
 from loguru import logger
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_calibration", "check_length", "check_tokens", "check_vocabulary"]
+from fista_modifier.data import max_sequence_length
+from fista_modifier.models.classes import weightless_model
+
+__all__ = [
+    "check_calibration",
+    "check_length",
+    "check_tokens",
+    "check_vocabulary",
+    "longest_sequence",
+]
 
 POSITIONS = {"wpe", "embed_positions", "position_embeddings", "positions_embed"}
 """The names that families give to their table with an entry for each position."""
@@ -98,6 +107,21 @@ def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:
                 f"which goes from 0 to {size - 1}: take the tokenizer that belongs to "
                 "the model, or resize the model's embeddings for it"
             )
+
+
+def longest_sequence(config: PretrainedConfig) -> int:
+    """
+    Return the length of the calibration samples that suits a model.
+
+    :param config: the model's configuration
+    :return: what :func:`~fista_modifier.data.max_sequence_length` names, at most as
+        many tokens as the model has positions
+    """
+    length = max_sequence_length(config)
+    maximum = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if maximum is None or length <= maximum - SPARE_POSITIONS:
+        return length
+    return min(length, _positions(weightless_model(config), maximum) or length)
 
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fista_modifier.calibration.activations import ActivationStorage
 from fista_modifier.checkpoint.on_save import describe_on_save
+from fista_modifier.data.records import recorded_name
 from fista_modifier.distributed import Distribution, current_ranks
 from fista_modifier.models.coverage import share_of_weights, warn_of_other_weights
 from fista_modifier.models.generation import make_generation_config_storable
@@ -311,7 +312,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if results := self.results:
             report = PruningReport(
-                state.model.name_or_path,
+                recorded_name(state.model.name_or_path),
                 None,
                 self._seconds,
                 results,

@@ -18,10 +18,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device
+from compressed_tensors.offload import get_execution_device, set_onload_device
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from llmcompressor.utils import calibration_forward_context
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -148,6 +149,8 @@ def _input_norms(
         operator.module.register_forward_pre_hook(partial(add, operator))
         for operator in operators
     ]
+    # the pipeline does so later, and the whole model is to run where layers will
+    set_onload_device(model, get_main_device())
     device = get_execution_device(model)
     try:
         with calibration_forward_context(model), HooksMixin.disable_hooks():

@@ -155,6 +155,16 @@ class ReconstructionResult:
     seconds: float
     rate: float | None = None
 
+    def after(self, earlier: ReconstructionResult | None) -> ReconstructionResult:
+        """
+        Return this result with the time of an earlier training of the same layer.
+
+        :param earlier: the result of a step before in the recipe; None if there is none
+        :return: the result, with the time of both
+        """
+        seconds = earlier.seconds if earlier else 0.0
+        return replace(self, seconds=self.seconds + seconds)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -270,9 +280,18 @@ class PruningReport:
         return max((operator.tokens for operator in self.operators), default=0)
 
     @property
+    def stored(self) -> list[OperatorResult]:
+        """The last result of each operator, which is that of what is stored."""
+        return _last(self.operators)
+
+    @property
     def patterns(self) -> dict[str, int]:
-        """Number of operators with each pattern, by its name, the most common first."""
-        return dict(Counter(one.pattern for one in self.operators).most_common())
+        """
+        Number of operators with each size or pattern, by its name, the most common
+        first.
+        """
+        changes = [*self.smaller, *self.sparse]
+        return dict(Counter(one.pattern for one in changes).most_common())
 
     @property
     def summary_of_patterns(self) -> str:
@@ -282,7 +301,8 @@ class PruningReport:
         """
         counts = self.patterns
         if len(counts) > SHOWN:
-            by_zeros = sorted(self.operators, key=lambda operator: operator.sparsity)
+            changes = [*self.smaller, *self.sparse]
+            by_zeros = sorted(changes, key=lambda operator: operator.sparsity)
             least, most = by_zeros[0].pattern, by_zeros[-1].pattern
             return f"{len(counts)} patterns from {least} to {most}"
         if len(counts) > 1:
@@ -291,13 +311,25 @@ class PruningReport:
 
     @property
     def smaller(self) -> list[OperatorResult]:
-        """The operators that lost channels."""
-        return [operator for operator in self.operators if operator.is_smaller]
+        """The last loss of channels of each operator that lost some."""
+        return _last(one for one in self.operators if one.is_smaller)
 
     @property
     def sparse(self) -> list[OperatorResult]:
-        """The operators that got zeros, some of which may have lost channels before."""
-        return [operator for operator in self.operators if not operator.is_smaller]
+        """
+        The last zeros of each operator that got some. It may have lost channels before.
+        """
+        return _last(one for one in self.operators if not one.is_smaller)
+
+    @property
+    def solvers(self) -> Sequence[str]:
+        """The methods that found the zeros; none if the model has got none."""
+        return (self.sparse_by or [FISTAPRUNER]) if self.sparse else ()
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of all methods, without their references."""
+        return [one.partition(" ")[0] for one in (*self.smaller_by, *self.solvers)]
 
     @property
     def sparsity(self) -> float:
@@ -316,8 +348,8 @@ class PruningReport:
         share = None
         if self.share_of_layers is not None and later.share_of_layers is not None:
             again = {operator.name for operator in later.operators}
-            before = [one for one in self.operators if one.name not in again]
-            left = _weights(before) / max(_weights(self.operators), 1)
+            before = [one for one in self.stored if one.name not in again]
+            left = _weights(before) / max(_weights(self.stored), 1)
             share = later.share_of_layers + left * self.share_of_layers
         return replace(
             later,
@@ -333,7 +365,11 @@ class PruningReport:
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],
-            layers=self.layers | later.layers,
+            layers=self.layers
+            | {
+                name: one.after(self.layers.get(name))
+                for name, one in later.layers.items()
+            },
         )
 
     def save(self, folder: Path) -> None:
@@ -370,6 +406,11 @@ def _removed(first: float | None, then: float | None) -> float | None:
     if first is None or then is None:
         return then if first is None else first
     return 1 - (1 - first) * (1 - then)
+
+
+def _last(results: Iterable[OperatorResult]) -> list[OperatorResult]:
+    """Return the last result of each operator; a chain may prune an operator twice."""
+    return list({one.name: one for one in results}.values())
 
 
 def _weights(operators: Sequence[OperatorResult]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from pydantic import Field, PrivateAttr
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import plain_forward
-from fista_modifier.checkpoint.on_save import revise_report
+from fista_modifier.checkpoint.on_save import revise_report, when_saved
 from fista_modifier.distributed import current_ranks
+from fista_modifier.models.limits import check_calibration
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier, modifiers_before
@@ -30,6 +32,7 @@ from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
     Training,
     counted_zeros,
+    held_out,
     kept_entries,
     operators_to_train,
     train_operators,
@@ -108,7 +111,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         default=None,
         description=(
             "folder that keeps the last state of the training; the same run goes on "
-            "from it, and deletes it once it is finished"
+            "from it, and deletes it once the model is saved"
         ),
     )
 
@@ -122,11 +125,11 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         Refuse what cannot be trained, before any long work.
 
         :raises FileNotFoundError: if there is no such teacher
-        :raises ValueError: if there are no calibration data or they are not texts of
-            one length, nothing is pruned before this step or something is quantised,
-            the teacher is another model, the model has changed since it was loaded and
-            no teacher is named, there are several processes, weights are on a disk, or
-            the settings would train nothing
+        :raises ValueError: if there are no calibration data, they are not texts of one
+            length, too few or too long for the model, nothing is pruned before this
+            step or something is quantised, the teacher is another model, the model has
+            changed since it was loaded and no teacher is named, there are several
+            processes, weights are on a disk, or the settings would train nothing
         """
         self._training = Training(
             self.epochs,
@@ -195,7 +198,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
 
             revise_report(state.model, trained)
             if self.resume_dir is not None:
-                forget(Path(self.resume_dir))
+                when_saved(state.model, partial(forget, Path(self.resume_dir)))
         return True
 
 
@@ -258,8 +261,9 @@ def _check_data(state: State) -> None:
     """
     Refuse calibration data that are not whole sequences of text of one length.
 
-    :raises ValueError: if there are none, sequences have different lengths or padding,
-        or the model is given more than text
+    :raises ValueError: if there are none or too few, sequences have different lengths,
+        padding or more tokens than the model can be given, or the model is given more
+        than text
     """
     data = getattr(state.data.calib, "dataset", None)
     if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
@@ -275,19 +279,22 @@ def _check_data(state: State) -> None:
             "trains on text alone: leave it out, and run 'fista-prune recover' on text "
             "afterwards"
         )
+    sequences = _sequences(state)
     advice = "join texts and cut them into blocks, as 'fista-prune prune' does"
-    lengths = set(map(len, data["input_ids"]))
+    lengths = set(map(len, sequences["input_ids"]))
     if len(lengths) > 1:
         raise ValueError(
             f"the calibration sequences have {min(lengths)} to {max(lengths)} tokens, "
             f"and RecoveryModifier needs equal lengths: {advice}"
         )
-    masks = data["attention_mask"] if "attention_mask" in data.column_names else []
+    masks = sequences["attention_mask"] if COLUMNS[1] in data.column_names else []
     if padded := sum(0 in mask for mask in masks):
         raise ValueError(
             f"{padded} of {len(data)} calibration sequences are padded, and "
             f"RecoveryModifier needs whole ones: {advice}"
         )
+    held_out(sequences.select(range(len(state.data.calib.sampler))))
+    check_calibration(state.model, sequences)
 
 
 def _tokens(state: State) -> Dataset:
@@ -295,9 +302,20 @@ def _tokens(state: State) -> Dataset:
     Return the sequences that the toolkit's loader takes from the data, in the order
     of the data.
     """
+    return _sequences(state).select(sorted(state.data.calib.sampler))
+
+
+def _sequences(state: State) -> Dataset:
+    """Return all calibration data, as long as the toolkit's loader leaves them."""
     loader = state.data.calib
-    data = loader.dataset.select(sorted(loader.sampler))
-    return data.select_columns([one for one in COLUMNS if one in data.column_names])
+    longest = getattr(loader.collate_fn, "max_seq_length", None)
+    return Dataset.from_dict(
+        {
+            column: [row[:longest] for row in loader.dataset[column]]
+            for column in COLUMNS
+            if column in loader.dataset.column_names
+        }
+    )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
+from fista_modifier.data.records import recorded_name
 from fista_modifier.evaluation.agreement import block_agreement
 from fista_modifier.evaluation.results import digest, state_of_checkpoint
 from fista_modifier.models.experts import linearize
@@ -243,8 +244,8 @@ def train_operators(
     after = block_agreement(model, teacher, blocks, progress=False)
     _judge(before.divergence, after.divergence)
     return RecoveryResult(
-        teacher=teacher_name or teacher.name_or_path,
-        calibration=data,
+        teacher=recorded_name(teacher_name or teacher.name_or_path),
+        calibration=replace(data, dataset=recorded_name(data.dataset)),
         tokens=sum(map(len, train["input_ids"])),
         held_out_tokens=after.tokens,
         epochs=training.epochs,

@@ -73,6 +73,7 @@ def render(report: PruningReport) -> str:
     return template.render(
         report=report,
         name=Path(report.model).name or report.model,
+        methods=report.methods,
         patterns=report.summary_of_patterns,
         total=_summary(operators),
         sparse_weights=sum(one.shape[0] * one.shape[1] for one in report.sparse),

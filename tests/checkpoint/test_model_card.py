@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fista_modifier.checkpoint.model_card import (
     stated_perplexities,
     write_model_card,
 )
+from fista_modifier.data.records import recorded_name
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 
 OPERATOR = operator_result("model.layers.0.self_attn.q_proj", zeros=512)
@@ -120,8 +122,8 @@ def test_a_format_that_vllm_refuses_says_what_to_do(storage: str, words: str) ->
 
 
 def test_other_patterns_and_none(tmp_path: Path) -> None:
-    half = replace(OPERATOR, pattern="50 %")
-    card = model_card("n", replace(REPORT, operators=[half, half, OPERATOR]), {})
+    halves = [replace(OPERATOR, pattern="50 %", name=name) for name in "ab"]
+    card = model_card("n", replace(REPORT, operators=[*halves, OPERATOR]), {})
     assert {"unstructured-sparsity", "2of4"} <= set(card.data.tags)
     assert "50 %" in card.text
     nothing = model_card("n", replace(REPORT, operators=[]), {})
@@ -228,3 +230,47 @@ def test_a_recovery_is_told_with_its_data_and_what_it_came_to() -> None:
     assert "somewhere" not in text and "/models" not in text
     assert "recovery" not in model_card("name", REPORT, {}).text
     assert "without retraining" in model_card("name", REPORT, {}).text
+
+
+def test_an_operator_that_was_pruned_twice_counts_once() -> None:
+    first = replace(OPERATOR, pattern="30 %", zeros=300)
+    chain = replace(REPORT, operators=[first]).followed_by(REPORT)
+    assert chain.sparsity == OPERATOR.sparsity
+    assert chain.patterns == {OPERATOR.pattern: 1}
+    assert len(chain.operators) == 2, "both steps stay on record"
+    assert "its 1\nlinear operators" in model_card("n", chain, {}).text
+
+
+@pytest.mark.parametrize(
+    ("class_name", "tag"),
+    [
+        ("LlamaForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("LlamaForSequenceClassification", None),
+        ("ViTForImageClassification", None),
+    ],
+)
+def test_the_card_loads_the_class_of_the_model(
+    class_name: str, tag: str | None, tmp_path: Path
+) -> None:
+    config = {"architectures": [class_name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_model_card(tmp_path, REPORT)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == tag
+    loader = "AutoModelForCausalLM" if tag else class_name
+    assert f"{loader}.from_pretrained" in card.text
+    assert ("vllm serve" in card.text) == bool(tag)
+
+
+def test_a_local_folder_is_no_id_of_the_hub_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = recorded_name("models/llama"), recorded_name("org/model")
+    monkeypatch.chdir(tmp_path / "models")
+    local, of_hub = (model_card("n", replace(REPORT, model=one), {}) for one in names)
+    assert local.data.base_model is None
+    assert "llama pruned" in local.text and "models/" not in local.text
+    assert of_hub.data.base_model == "org/model"

@@ -217,6 +217,26 @@ def test_tasks_of_another_limit_are_others(
     assert cells[2].startswith("12345.000") and cells[3].startswith(score)
 
 
+def test_tasks_that_are_defined_anew_are_measured_anew(
+    model: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    tasks = ("--tasks", "water", "--task-path", task_folder)
+    arguments = ("eval", model, *tasks, "--json", file)
+    assert invoke(*arguments).exit_code == 0
+    content = json.loads(file.read_text())
+    content["rows"][0]["metrics"]["acc"]["value"] = 12345.0
+    file.write_text(json.dumps(content))
+    assert invoke(*arguments).exit_code == 0
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["metrics"]["acc"]["value"] == 12345.0, "nothing has changed"
+    with (task_folder / "water.yaml").open("a") as definition:
+        definition.write("\n# another one\n")
+    assert invoke(*arguments).exit_code == 0
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["metrics"]["acc"]["value"] <= 1
+
+
 GROUP = """
 group: {name}
 task: [water, sky]

@@ -18,6 +18,7 @@ from fista_modifier import (
     FASPPruningModifier,
     FISTAPruningModifier,
     RecoveryModifier,
+    pipeline,
 )
 from fista_modifier.checkpoint.on_save import report_of
 from fista_modifier.checkpoint.verification import verify
@@ -25,6 +26,7 @@ from fista_modifier.models import loading
 from fista_modifier.models.loading import load_model
 from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.recovery.recover import Training, recover
+from fista_modifier.recovery.resume import last_state
 
 IGNORE = ["re:.*lm_head"]
 DATA = {"dataset": calibration(samples(20, 12))}
@@ -228,3 +230,54 @@ def test_other_inputs_than_text_are_refused(dense: Path) -> None:
             [PRUNERS["sparse"](), RecoveryModifier()],
             dataset=placed,
         )
+
+
+def test_sequences_are_cut_where_the_toolkit_cuts_them(dense: Path) -> None:
+    tokens = samples(20, 12)
+    found = []
+    for data in (
+        {"dataset": calibration(tokens), "max_seq_length": 8},
+        {"dataset": calibration(tokens[:, :8])},
+    ):
+        model = load_model(str(dense))
+        run(model, [PRUNERS["sparse"](), RecoveryModifier(**SETTINGS)], **data)
+        report = report_of(model)
+        assert report is not None
+        assert report.recovery[0].calibration.seq_len == 8
+        found.append(weights(model))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "message"),
+    [("llama", (1, 12), "1 sequence is too little"), ("gpt2", (4, 65), "64 positions")],
+)
+def test_data_that_cannot_be_trained_on_are_refused_before_the_run(
+    family: str, shape: tuple[int, int], message: str, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        run(
+            model,
+            [PRUNERS["sparse"](), RecoveryModifier()],
+            dataset=calibration(samples(*shape)),
+        )
+    assert all(torch.equal(weights(model)[name], before[name]) for name in before)
+
+
+def test_the_state_of_a_training_goes_when_its_model_is_saved(
+    dense: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    states = tmp_path / "states"
+    step = RecoveryModifier(**SETTINGS, resume_dir=str(states))
+    model = pruned(dense, PRUNERS["sparse"](), step)
+    state = last_state(states)
+    assert state is not None, "the checkpoint is not written yet"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        pipeline.save(model, tiny_tokenizer, tmp_path / "file" / "out")
+    assert last_state(states) == state
+    pipeline.save(model, tiny_tokenizer, tmp_path / "out")
+    assert not states.exists()
