@@ -51,6 +51,7 @@ PHASES = {
     "solver": [
         (FISTAPruner, "prune"),
         (fista_modifier.pruning.structured, "prune_channels"),
+        (fista_modifier.pruning.structured, "alternated"),
     ],
     "reconstruction": [(fista_modifier.pruning.reconstruction, "reconstruct")],
 }

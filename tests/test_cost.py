@@ -98,6 +98,28 @@ def test_the_operations_of_structured_pruning_are_those_that_a_run_counts(
     assert measured["solver"] < expected["solver"] < 4 * measured["solver"]
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_the_operations_of_alternating_minimisation_are_those_that_a_run_counts(
+    family: str,
+) -> None:
+    model = tiny_model(family, **WIDE)
+    tokens = torch.randint(2, 60, (32, 64))
+    data = Dataset.from_dict({"input_ids": tokens.tolist()})
+    modifier = FASPPruningModifier(
+        sparsity=0.3,
+        preset="paper",
+        restorer="alternating",
+        multiple_of=4,
+        ignore=["re:.*lm_head"],
+    )
+    (found,) = forecasts(
+        [modifier], model.config, 64, lambda: tiny_model(family, **WIDE)
+    )
+    expected = profile.predicted(model.config, found.shape, 32, found.procedure)
+    measured = profile.counted(model, object(), data, modifier)
+    assert expected["solver"] == pytest.approx(measured["solver"], rel=0.2)
+
+
 @pytest.mark.parametrize("family", FAMILIES | MULTIMODAL)
 def test_shapes_come_from_a_configuration_alone(family: str) -> None:
     config = AutoConfig.from_pretrained(checkpoint(family))

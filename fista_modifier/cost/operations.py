@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from dataclasses import astuple, dataclass
 
+from fista_modifier.cost.alternation import alternation_cost
 from fista_modifier.cost.shape import LayerShape, StageShape
 from fista_modifier.cost.solvers import work_of
 from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
@@ -37,7 +38,8 @@ class Cost:
     :param drift: sums of products with the drift
     :param search: the search for the support by ADMM and FISTA, or the choice of
         channels, for all operators
-    :param refits: inverses, refits and errors, for all operators
+    :param refits: inverses, refits, errors and alternating minimisation, for all
+        operators
     :param reconstruction: the reconstruction of the layer
     """
 
@@ -91,7 +93,8 @@ def layer_cost(
         ),
         drift=tokens * math.fsum(stage.share * _drift(stage) for stage in drifting),
         search=math.fsum(work.search for work in works),
-        refits=math.fsum(work.refits for work in works),
+        refits=math.fsum(work.refits for work in works)
+        + alternation_cost(shape, tokens, procedure),
         reconstruction=samples * runs * shape.forward,
     )
 

@@ -27,7 +27,7 @@ from fista_modifier.structured import (
     Selector,
 )
 
-__all__ = ["Work", "entries_of", "work_of"]
+__all__ = ["Work", "entries_of", "plans_of", "work_of"]
 
 ERRORS, ERRORS_OF_A_TRIAL, REFIT_STEPS = 5, 3, 2
 """
@@ -122,7 +122,7 @@ def _refits(stage: StageShape, options: SolverOptions) -> float:
 
 
 def _work_on_channels(stage: StageShape, procedure: StructuredProcedure) -> Work:
-    plans = _plans(procedure)
+    plans = plans_of(procedure)
     restores = isinstance(procedure.restorer, LeastSquares)
     search = refits = 0.0
     for name, rows in zip(stage.names, stage.rows, strict=True):
@@ -171,8 +171,13 @@ def _solve(rows: int, columns: int) -> float:
     return columns**3 / 3 + 2 * rows * columns**2
 
 
-def _plans(procedure: StructuredProcedure) -> dict[str, GroupPlan]:
-    """Return the plans of groups, by the names of the consumers inside their layer."""
+def plans_of(procedure: StructuredProcedure) -> dict[str, GroupPlan]:
+    """
+    Return the plans of groups.
+
+    :param procedure: what is done to a layer
+    :return: the plans, by the names of the consumers inside their layer
+    """
     return {
         plan.consumer.operator.name.removeprefix(f"{layer}."): plan
         for layer, plans in procedure.plan.groups.items()
