@@ -7,7 +7,8 @@ agreement with the dense model, and the time of both.
         --text FILE.txt FILE.txt --out benchmarks/results/recovery --work FOLDER
 
 The pruned weights wait in the work folder, so that each method prunes once for each
-seed. What OUT.json has already is not measured again. With --layers FOLDER, the --work
+seed, and so does the state of a training that was interrupted; its row then has no
+time. What OUT.json has already is not measured again. With --layers FOLDER, the --work
 of compare.py with the same tokens, layers that are finished there are not pruned again;
 their pruning has no time then.
 """
@@ -43,6 +44,7 @@ from fista_modifier.models.loading import load_model
 from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.recover import Training, kept_entries, train_operators
+from fista_modifier.recovery.resume import forget, last_state
 
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best")
 REFERENCE = "sparsegpt"
@@ -98,8 +100,14 @@ def measured(args: argparse.Namespace, job: Job) -> Row:
         keep(dense, tokenizer, calibration, prune=prune, file=file)
     more = inputs.calibration(args, job.times * args.samples, job.seed)
     training = Training(args.epochs, args.rate, seed=job.seed)
-    again = partial(recovered, file=file, model_name=args.model, training=training)
-    return measurement(args).run(again, more)
+    states = file.with_name(f"{file.name}-{job.times}-{digest(training)}")
+    resumes = last_state(states) is not None
+    again = partial(
+        recovered, file=file, model_name=args.model, training=training, states=states
+    )
+    found = measurement(args).run(again, more)
+    forget(states)
+    return found | (WITHOUT_TIME if resumes else {})
 
 
 def keep(
@@ -129,23 +137,44 @@ def recovered(
     file: Path,
     model_name: str,
     training: Training,
+    states: Path | None = None,
 ) -> pipeline.PruningRun:
-    """Train the weights that the file has kept."""
+    """
+    Train the weights that the file has kept. The states of the training wait in a
+    folder, if one is given.
+    """
     weights = load_file(file)
     for operator in find_operators(model, TARGETS, IGNORE):
         operator.save(weights[operator.name])
-    return train(model, calibration, model_name, training)
+    return train(model, calibration, model_name, training, states)
 
 
 def train(
-    model: PreTrainedModel, tokens: Dataset, teacher: str, training: Training
+    model: PreTrainedModel,
+    tokens: Dataset,
+    teacher: str,
+    training: Training,
+    states: Path | None = None,
 ) -> pipeline.PruningRun:
-    """Train a pruned model in place, towards the dense model that it was made of."""
+    """
+    Train a pruned model in place, towards the dense model that it was made of. The
+    states of the training wait in a folder, if one is given.
+    """
     operators = find_operators(model, TARGETS, IGNORE)
     data = Calibration("", len(tokens), len(tokens[0]["input_ids"]), 0)
     dense = load_model(teacher, "float32")
     masks = kept_entries(operators)
-    train_operators(model, dense, tokens, operators, masks, data, training)
+    train_operators(
+        model,
+        dense,
+        tokens,
+        operators,
+        masks,
+        data,
+        training,
+        resume=states,
+        teacher_name=teacher,
+    )
     return pipeline.PruningRun(model)
 
 
