@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.resizing import ConfigChange, changes_for
 
-__all__ = ["ChannelPlan", "GroupPlan", "Structure", "plan_channels"]
+__all__ = ["ChannelPlan", "GroupPlan", "Structure", "check_apart", "plan_channels"]
 
 Structure = Literal["mlp", "heads", "value_dims"]
 KIND: dict[Structure, str] = {
@@ -147,6 +147,8 @@ def plan_channels(
         ]
         for name, by_structure in chosen.items()
     }
+    for of_layer in plans.values():
+        check_apart(of_layer)
     every = [one for of_layer in plans.values() for one in of_layer]
     smaller = [one for one in every if not one.zeroes]
     removed, zeroed = (
@@ -206,6 +208,27 @@ def _keeps(
         if structure == "mlp":
             keeps[structure, size] = _multiple(size, share, multiple_of)
     return keeps
+
+
+def check_apart(plans: Iterable[GroupPlan]) -> None:
+    """
+    Refuse to cut rows of an operator for several groups, as one cut moves the rows of
+    the next.
+
+    :param plans: the plans of a layer
+    :raises ValueError: if an operator makes the channels of several groups
+    """
+    makers = Counter(
+        operator
+        for plan in plans
+        for operator in {one for one, _ in plan.group.producers}
+    )
+    shared = [operator.name for operator, count in makers.items() if count > 1]
+    if shared:
+        raise ValueError(
+            f"structures: {shared[0]} makes channels of several kinds, which cannot "
+            "leave it together: name one of structures"
+        )
 
 
 def _multiple(size: int, share: float, multiple_of: int) -> int:

@@ -35,11 +35,14 @@ from fista_modifier import (
 from fista_modifier.calibration.recording import Recorded
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.calibration.statistics import wave_statistics
+from fista_modifier.channels.groups import ChannelGroup, Members
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
 from fista_modifier.modifiers.structured import StructuredModifier
 from fista_modifier.pruning import corrected
+from fista_modifier.pruning.channels import GroupPlan, check_apart
 from fista_modifier.pruning.procedures import LayerTask, PrunedLayer
 from fista_modifier.pruning.results import OperatorResult, PruningReport
 from fista_modifier.pruning.resume import FinishedLayers
@@ -809,3 +812,20 @@ def test_a_procedure_is_a_value(
     (tmp_path / "model.layers.1.safetensors").unlink()
     assert_same(weights(halved()), weights(expected))
     assert_same(weights(halved()), weights(expected))
+
+
+def test_rows_of_one_operator_are_not_cut_for_two_groups() -> None:
+    """One cut moves the rows of the next; no family of transformers needs this."""
+    fused, first, second = (
+        Operator(name, torch.nn.Linear(8, 8)) for name in ("fused", "first", "second")
+    )
+    rows = torch.arange(8).view(2, 4, 1)
+    plans = [
+        GroupPlan(
+            ChannelGroup("channels", (Members(fused, own),), (Members(reader, own),)), 2
+        )
+        for own, reader in zip(rows, (first, second), strict=True)
+    ]
+    check_apart(plans[:1])
+    with pytest.raises(ValueError, match="fused makes channels of several kinds"):
+        check_apart(plans)
