@@ -5,6 +5,9 @@ model's, as a share of that of Wanda's score without restoration.
 
     python benchmarks/structured.py --model DIR --calibration FILE.txt \\
         --text FILE.txt FILE.txt --out benchmarks/results/structured
+
+With --work FOLDER, finished layers and the state of a training wait there, and a row
+that was interrupted goes on; it has no time then.
 """
 
 from __future__ import annotations
@@ -19,17 +22,18 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import inputs
-from compare import common_arguments, common_setup, measurement
+from compare import WITHOUT_TIME, common_arguments, common_setup, measurement
 from datasets import Dataset
-from recovery import train
+from recovery import mean_seconds, train
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier import FASPPruningModifier, pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, recipe
-from fista_modifier.evaluation.results import Results, Row
+from fista_modifier.evaluation.results import Results, Row, digest
 from fista_modifier.recovery.recover import Training
+from fista_modifier.recovery.resume import forget
 from fista_modifier.solver import pattern_of
 
 REFERENCE = "Wanda's score"
@@ -80,6 +84,7 @@ DENSE = Job("dense", 0.0, 0)
 def main() -> None:
     parser = common_arguments(__doc__ or "", 32, 16384)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, SPARSEGPT])
     args = parser.parse_args()
@@ -105,14 +110,23 @@ def measured(args: argparse.Namespace, job: Job) -> Row:
     if job == DENSE:
         return measurement(args).run(None, None)
     modifier: Any = recipe("sparsegpt", pattern_of("2:4"))
+    kept = None
     if job.method != SPARSEGPT:
         fields = {"sparsity": job.level, "ignore": IGNORE} | METHODS[job.method]
+        if args.work is not None:
+            kept = args.work / digest([*job, common_setup(args)])
+            fields["resume_dir"] = str(kept)
         modifier = FASPPruningModifier(**fields)
+    resumes = kept is not None and kept.exists()
     prune = partial(pipeline.prune, recipe=modifier)
+    states = kept and kept.with_name(f"{kept.name}-recovery")
     if job.method in RECOVERED:
-        prune = partial(recovered, modifier=modifier, teacher=args.model)
+        prune = partial(recovered, modifier=modifier, teacher=args.model, states=states)
     row = measurement(args).run(prune, inputs.calibration(args, seed=job.seed))
-    return row | {"removed": getattr(modifier, "removed", 0.0)}
+    if states is not None:
+        forget(states)
+    removed = {"removed": getattr(modifier, "removed", 0.0)}
+    return row | removed | (WITHOUT_TIME if resumes else {})
 
 
 def recovered(
@@ -122,10 +136,14 @@ def recovered(
     *,
     modifier: FASPPruningModifier,
     teacher: str,
+    states: Path | None,
 ) -> pipeline.PruningRun:
-    """Prune, and train what is left on the same tokens."""
+    """
+    Prune, and train what is left on the same tokens. The states of the training wait in
+    a folder, if one is given.
+    """
     pipeline.prune(model, tokenizer, calibration, modifier)
-    return train(model, calibration, teacher, Training())
+    return train(model, calibration, teacher, Training(), states)
 
 
 def table(args: argparse.Namespace, results: Results) -> str:
@@ -186,7 +204,7 @@ def line(
         f"{100 * fmean(row['removed'] for row in found):.1f} %",
         *(f"{value:.2f}" for value in values),
         f"{fmean(shares):.2f}" if shares else "",
-        f"{found[-1]['seconds']:.0f}",
+        mean_seconds(found[-1:]),
     ]
 
 

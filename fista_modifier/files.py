@@ -22,6 +22,8 @@ BEFORE = ".before"
 The name of what a new folder replaces, until it is deleted. A process that was killed
 as one took the place of the other has left both, and both are whole.
 """
+TO_SYNC = "rb+" if os.name == "nt" else "rb"
+"""The mode in which a file is opened to be put on the disk. It may be read-only."""
 NEW = 60
 """The seconds in which a scratch folder may not be locked yet."""
 
@@ -41,8 +43,26 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(
         prefix=prefix, dir=parent, ignore_cleanup_errors=True
     ) as folder:
-        with FileLock(Path(folder) / LOCK):
+        with _in_use(Path(folder)):
             yield Path(folder)
+
+
+@contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """
+    Lock a scratch folder, and empty it in the end. Where a file system has no locks,
+    the file is not there, and the folder will not be taken for one that was left.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except (OSError, NotImplementedError):
+        (folder / LOCK).unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        _empty(folder)
+        lock.release()
 
 
 def _delete_if_left(folder: Path) -> None:
@@ -57,7 +77,17 @@ def _delete_if_left(folder: Path) -> None:
         if is_new or (BEFORE in inside and len(inside) > 1):
             return
         with FileLock(lock, blocking=False):
-            shutil.rmtree(folder)
+            _empty(folder)
+        shutil.rmtree(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a scratch folder, but its lock, as this may be interrupted."""
+    for one in folder.iterdir():
+        if one.is_dir() and not one.is_symlink():
+            shutil.rmtree(one, ignore_errors=True)
+        elif one.name != LOCK:
+            one.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -78,16 +108,17 @@ def whole(target: Path) -> Iterator[Path]:
         yield unfinished
         for file in (unfinished, *unfinished.rglob("*")):
             if file.is_file():
-                with file.open("rb+") as written:
+                with file.open(TO_SYNC) as written:
                     os.fsync(written.fileno())
         if unfinished.is_dir() and target.exists():
             # deleting a folder takes long, and a kill would leave half of it
             before = unfinished.with_name(BEFORE)
-            os.replace(target, before)
             try:
+                os.replace(target, before)
                 os.replace(unfinished, target)
             except BaseException:
-                os.replace(before, target)
+                if before.exists() and not target.exists():
+                    os.replace(before, target)
                 raise
             return
         os.replace(unfinished, target)

@@ -112,3 +112,24 @@ def test_what_a_kill_between_two_moves_left_is_kept(tmp_path: Path) -> None:
         with scratch(tmp_path, ".model-"):
             pass
         assert not folder.exists()
+
+
+def test_read_only_files_are_written(tmp_path: Path) -> None:
+    with whole(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "file").write_text("text")
+        (unfinished / "file").chmod(0o444)
+    assert (tmp_path / "folder" / "file").read_text() == "text"
+
+
+def test_a_file_system_without_locks_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refused)
+    with scratch(tmp_path, ".model-") as folder:
+        assert not (folder / LOCK).exists()
+    write_whole(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"

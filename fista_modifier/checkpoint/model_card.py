@@ -10,8 +10,12 @@ from importlib.resources import files
 from operator import attrgetter
 from pathlib import Path
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import CONFIG_NAME
 
 from fista_modifier.checkpoint.packing import LOAD_FORMAT
@@ -41,8 +45,19 @@ The bytes that each model card of this package contains. A card without them is 
 else's.
 """
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-"""The classes that ``AutoModelForCausalLM`` loads."""
+GENERATING = (
+    (
+        "AutoModelForImageTextToText",
+        "image-text-to-text",
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ),
+    (
+        "AutoModelForCausalLM",
+        "text-generation",
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ),
+)
+"""The classes that generate text: what loads them, their task, and their names."""
 TEMPLATE = files("fista_modifier.checkpoint") / "model_card.md.jinja"
 
 
@@ -141,7 +156,7 @@ def model_card(
     :param class_name: the model's class; None stands for a causal language model
     :return: the card
     """
-    generates = class_name is None or class_name in CAUSAL
+    loader, task = _loader(class_name)
     sparse = replace(report, operators=report.sparse)
     sparsity = round(sparse.sparsity, 4)
     weights = sum(one.shape[0] * one.shape[1] for one in sparse.operators)
@@ -151,7 +166,7 @@ def model_card(
         base_model=_hub_id(report.model),
         datasets=on_hub,
         library_name="transformers",
-        pipeline_tag="text-generation" if generates else None,
+        pipeline_tag=task,
         tags=["llm-compressor", *_tags(report)],
         model_name=name,
         eval_results=[_result(*item) for item in perplexities.items()] or None,
@@ -174,11 +189,25 @@ def model_card(
         perplexities=perplexities,
         report=report,
         report_name=REPORT_NAME,
-        generates=generates,
-        loader="AutoModelForCausalLM" if generates else class_name,
+        generates=task is not None,
+        loader=loader,
         load_format=LOAD_FORMAT,
     )
     return card
+
+
+def _loader(class_name: str | None) -> tuple[str, str | None]:
+    """
+    Return the class of transformers that loads a model, and the hub's name of its task
+    (None unless it generates text). A class that transformers does not have is taken
+    for a causal language model.
+    """
+    for loader, task, classes in GENERATING:
+        if class_name in classes.values():
+            return loader, task
+    if class_name is None or not hasattr(transformers, class_name):
+        return GENERATING[-1][:2]
+    return class_name, None
 
 
 def _class_name(folder: Path) -> str | None:

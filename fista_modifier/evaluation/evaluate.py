@@ -145,9 +145,10 @@ class Evaluation:
         Return the texts as blocks of the model's tokens, by the texts' names. This may
         fail, so it is done before any model runs.
         """
+        if not self.texts:
+            return {}
         config = load_config(model)
-        if self.texts:
-            check_predicts_text(config)
+        check_predicts_text(config)
         tokenizer = load_tokenizer(model)
         seq_len = self.seq_len
         if seq_len is None:
@@ -160,7 +161,8 @@ class Evaluation:
     def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
         checkpoint = state_of_checkpoint(model)
         samples = {name: digest(tokens.tolist()) for name, tokens in blocks.items()}
-        definitions = self.suite.state if self.suite else None
+        suite = self.suite.names if self.suite else []
+        definitions = dict.fromkeys(suite, self.suite.state if self.suite else "")
         results.rows = [
             row
             for row in results.rows
@@ -168,7 +170,6 @@ class Evaluation:
             or _is_current(row, checkpoint, samples, definitions)
         ]
         texts = [name for name in blocks if not results.find(model=model, text=name)]
-        suite = self.suite.names if self.suite else []
         limit = self.suite.limit if self.suite else None
         tasks = [
             name
@@ -191,7 +192,7 @@ class Evaluation:
             scores = self.suite.score(engine.harness_model, name)
             results.add(
                 origin
-                | {"task": name, "definitions": definitions}
+                | {"task": name, "definitions": definitions[name]}
                 | {"versions": package_versions("lm-eval")}
                 | scores
             )
@@ -209,14 +210,15 @@ class Evaluation:
 
 
 def _is_current(
-    row: Row, checkpoint: str, samples: dict[str, str], definitions: str | None
+    row: Row, checkpoint: str, samples: dict[str, str], definitions: dict[str, str]
 ) -> bool:
     """
-    Say whether the checkpoint, and the text or the definitions of tasks, are still
+    Say whether the checkpoint, and the text or the definitions of a task, are still
     those that a row measured.
     """
     if "task" in row:
-        own, asked = row.get("definitions"), definitions or row.get("definitions")
+        own = row.get("definitions")
+        asked = definitions.get(row["task"], own)
     else:
         own = row.get("tokens_digest")
         asked = samples.get(row.get("text", ""), own)

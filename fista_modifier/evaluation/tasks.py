@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ PAPER_TASKS = (
     "wnli",
 )
 """The tasks of the paper's Table 5, by their names in lm-eval."""
+DEFINITIONS = {".yaml", ".yml", ".py"}
+"""The endings of the files that define tasks."""
 SHOWN = 3
 """The most tasks of a group that an error message names."""
 
@@ -80,14 +81,14 @@ class TaskSuite:
     @property
     def state(self) -> str:
         """
-        A text that changes with lm-eval's version and with the files of the folder, on
-        which scores depend.
+        A text that changes with lm-eval's version and with the definitions in the
+        folder, on which scores depend.
         """
         files = sorted(self._folder.rglob("*")) if self._folder else []
         contents = [
-            (file.name, sha256(file.read_bytes()).hexdigest())
+            (file.name, file.read_bytes())
             for file in files
-            if file.is_file()
+            if file.suffix in DEFINITIONS and file.is_file()
         ]
         return digest([package_versions("lm-eval"), contents])
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fista_modifier.calibration.replay import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report, when_saved
 from fista_modifier.distributed import current_ranks
-from fista_modifier.models.limits import check_calibration
+from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier, modifiers_before
@@ -279,42 +279,36 @@ def _check_data(state: State) -> None:
             "trains on text alone: leave it out, and run 'fista-prune recover' on text "
             "afterwards"
         )
-    sequences = _sequences(state)
+    longest = getattr(state.data.calib.collate_fn, "max_seq_length", None)
     advice = "join texts and cut them into blocks, as 'fista-prune prune' does"
-    lengths = set(map(len, sequences["input_ids"]))
+    lengths = {len(row[:longest]) for row in data["input_ids"]}
     if len(lengths) > 1:
         raise ValueError(
             f"the calibration sequences have {min(lengths)} to {max(lengths)} tokens, "
             f"and RecoveryModifier needs equal lengths: {advice}"
         )
-    masks = sequences["attention_mask"] if COLUMNS[1] in data.column_names else []
-    if padded := sum(0 in mask for mask in masks):
+    masks = data["attention_mask"] if COLUMNS[1] in data.column_names else []
+    if padded := sum(0 in mask[:longest] for mask in masks):
         raise ValueError(
             f"{padded} of {len(data)} calibration sequences are padded, and "
             f"RecoveryModifier needs whole ones: {advice}"
         )
-    held_out(sequences.select(range(len(state.data.calib.sampler))))
-    check_calibration(state.model, sequences)
+    held_out(_tokens(state))
+    check_length(state.model, max(lengths))
 
 
 def _tokens(state: State) -> Dataset:
     """
-    Return the sequences that the toolkit's loader takes from the data, in the order
-    of the data.
+    Return the sequences that the toolkit's loader takes from the data, in the order of
+    the data, and as long as the loader leaves them.
     """
-    return _sequences(state).select(sorted(state.data.calib.sampler))
-
-
-def _sequences(state: State) -> Dataset:
-    """Return all calibration data, as long as the toolkit's loader leaves them."""
     loader = state.data.calib
     longest = getattr(loader.collate_fn, "max_seq_length", None)
+    with torch.random.fork_rng(devices=[]):  # a shuffling sampler draws from it
+        data = loader.dataset.select(sorted(loader.sampler))
+    columns = [column for column in COLUMNS if column in data.column_names]
     return Dataset.from_dict(
-        {
-            column: [row[:longest] for row in loader.dataset[column]]
-            for column in COLUMNS
-            if column in loader.dataset.column_names
-        }
+        {column: [row[:longest] for row in data[column]] for column in columns}
     )
 
 

@@ -277,8 +277,8 @@ def up_given_down(
         if power <= tolerance**2 * first:
             break
         curved = torch.zeros_like(up)
-        with matmul_precision("bf16"):
-            for batch in batches:
+        for batch in batches:
+            with matmul_precision("bf16"):
                 curved += _adjoint(batch, batch.hidden(direction) @ down.T, down)
         total(curved)
         curved.add_(direction, alpha=ridge)

@@ -242,23 +242,28 @@ def test_an_operator_that_was_pruned_twice_counts_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("class_name", "tag"),
+    ("class_name", "loader", "tag"),
     [
-        ("LlamaForCausalLM", "text-generation"),
-        ("GPT2LMHeadModel", "text-generation"),
-        ("LlamaForSequenceClassification", None),
-        ("ViTForImageClassification", None),
+        ("LlamaForCausalLM", "AutoModelForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
+        ("OwnForCausalLM", "AutoModelForCausalLM", "text-generation"),
+        (
+            "LlavaForConditionalGeneration",
+            "AutoModelForImageTextToText",
+            "image-text-to-text",
+        ),
+        ("LlamaForSequenceClassification",) * 2 + (None,),
+        ("ViTForImageClassification",) * 2 + (None,),
     ],
 )
 def test_the_card_loads_the_class_of_the_model(
-    class_name: str, tag: str | None, tmp_path: Path
+    class_name: str, loader: str, tag: str | None, tmp_path: Path
 ) -> None:
     config = {"architectures": [class_name]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_model_card(tmp_path, REPORT)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == tag
-    loader = "AutoModelForCausalLM" if tag else class_name
     assert f"{loader}.from_pretrained" in card.text
     assert ("vllm serve" in card.text) == bool(tag)
 

@@ -230,11 +230,16 @@ def test_tasks_that_are_defined_anew_are_measured_anew(
     assert invoke(*arguments).exit_code == 0
     [row] = json.loads(file.read_text())["rows"]
     assert row["metrics"]["acc"]["value"] == 12345.0, "nothing has changed"
+    others = ("eval", model, "--tasks", "sky", *arguments[4:])
+    assert invoke(*others).exit_code == 0
+    kept, sky = json.loads(file.read_text())["rows"]
+    assert kept == row and sky["task"] == "sky"
     with (task_folder / "water.yaml").open("a") as definition:
         definition.write("\n# another one\n")
     assert invoke(*arguments).exit_code == 0
-    [row] = json.loads(file.read_text())["rows"]
-    assert row["metrics"]["acc"]["value"] <= 1
+    assert invoke(*arguments).exit_code == 0
+    rows = {row["task"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["water"]["metrics"]["acc"]["value"] <= 1
 
 
 GROUP = """
