@@ -26,6 +26,7 @@ from fista_modifier.pruning.results import (
     PruningReport,
     RecoveryResult,
     mean_error,
+    short_name,
 )
 from fista_modifier.solver.patterns import reported_pattern
 
@@ -178,9 +179,9 @@ def model_card(
         name=name,
         base=_shown(report.model),
         dataset=dataset if on_hub else Path(dataset).name,
-        names=[_short(method) for method in report.smaller_by],
+        names=[short_name(method) for method in report.smaller_by],
         sparse_by=report.solvers,
-        solvers=[_short(method) for method in report.solvers],
+        solvers=[short_name(method) for method in report.solvers],
         patterns=_patterns(sparse),
         sparse=sparse,
         weights=weights,
@@ -258,16 +259,11 @@ def _patterns(report: PruningReport) -> list[str]:
     ]
 
 
-def _short(method: str) -> str:
-    """Return the name of a method, without its reference."""
-    return method.partition(" ")[0]
-
-
 def _tags(report: PruningReport) -> list[str]:
     if not report.operators:
         return []
-    solvers = [_short(one).lower() for one in report.solvers]
-    structured = [_short(one).lower() for one in report.smaller_by]
+    solvers = [short_name(one).lower() for one in report.solvers]
+    structured = [short_name(one).lower() for one in report.smaller_by]
     kinds = (reported_pattern(name).tag for name in report.patterns)
     return [*solvers, *dict.fromkeys(structured), "pruned", *dict.fromkeys(kinds)]
 

@@ -161,8 +161,7 @@ class Evaluation:
     def _measure(self, model: str, blocks: dict[str, Tensor], results: Results) -> None:
         checkpoint = state_of_checkpoint(model)
         samples = {name: digest(tokens.tolist()) for name, tokens in blocks.items()}
-        suite = self.suite.names if self.suite else []
-        definitions = dict.fromkeys(suite, self.suite.state if self.suite else "")
+        definitions = self.suite.definitions if self.suite else {}
         results.rows = [
             row
             for row in results.rows
@@ -173,7 +172,7 @@ class Evaluation:
         limit = self.suite.limit if self.suite else None
         tasks = [
             name
-            for name in suite
+            for name in definitions
             if not results.find(model=model, task=name, limit=limit)
         ]
         if not texts and not tasks:

@@ -74,15 +74,10 @@ class TaskSuite:
             self._tasks[name] = self._load(name)
 
     @property
-    def names(self) -> list[str]:
-        """The names of the tasks."""
-        return list(self._tasks)
-
-    @property
-    def state(self) -> str:
+    def definitions(self) -> dict[str, str]:
         """
-        A text that changes with lm-eval's version and with the definitions in the
-        folder, on which scores depend.
+        A text for each task, by its name, that changes with lm-eval's version and with
+        the definitions in the folder, on which scores depend.
         """
         files = sorted(self._folder.rglob("*")) if self._folder else []
         contents = [
@@ -90,7 +85,8 @@ class TaskSuite:
             for file in files
             if file.suffix in DEFINITIONS and file.is_file()
         ]
-        return digest([package_versions("lm-eval"), contents])
+        state = digest([package_versions("lm-eval"), contents])
+        return dict.fromkeys(self._tasks, state)
 
     def _load(self, name: str) -> Any:
         try:

@@ -32,6 +32,7 @@ __all__ = [
     "ReconstructionResult",
     "RecoveryResult",
     "mean_error",
+    "short_name",
 ]
 
 REPORT_NAME = "pruning_report.json"
@@ -329,7 +330,7 @@ class PruningReport:
     @property
     def methods(self) -> list[str]:
         """The names of all methods, without their references."""
-        return [one.partition(" ")[0] for one in (*self.smaller_by, *self.solvers)]
+        return [*map(short_name, (*self.smaller_by, *self.solvers))]
 
     @property
     def sparsity(self) -> float:
@@ -396,6 +397,16 @@ class PruningReport:
             return TypeAdapter(cls).validate_json(file.read_bytes())
         except ValidationError as error:
             raise ValueError(f"{file} is not a pruning report: {error}") from error
+
+
+def short_name(method: str) -> str:
+    """
+    Return the name of a method without its reference.
+
+    :param method: a method as reports name it
+    :return: its first word
+    """
+    return method.partition(" ")[0]
 
 
 def _removed(first: float | None, then: float | None) -> float | None:

@@ -279,7 +279,7 @@ def _check_data(state: State) -> None:
             "trains on text alone: leave it out, and run 'fista-prune recover' on text "
             "afterwards"
         )
-    longest = getattr(state.data.calib.collate_fn, "max_seq_length", None)
+    longest = _longest(state)
     advice = "join texts and cut them into blocks, as 'fista-prune prune' does"
     lengths = {len(row[:longest]) for row in data["input_ids"]}
     if len(lengths) > 1:
@@ -302,14 +302,19 @@ def _tokens(state: State) -> Dataset:
     Return the sequences that the toolkit's loader takes from the data, in the order of
     the data, and as long as the loader leaves them.
     """
-    loader = state.data.calib
-    longest = getattr(loader.collate_fn, "max_seq_length", None)
+    loader, longest = state.data.calib, _longest(state)
     with torch.random.fork_rng(devices=[]):  # a shuffling sampler draws from it
         data = loader.dataset.select(sorted(loader.sampler))
     columns = [column for column in COLUMNS if column in data.column_names]
     return Dataset.from_dict(
         {column: [row[:longest] for row in data[column]] for column in columns}
     )
+
+
+def _longest(state: State) -> int | None:
+    """Return the length that the toolkit's loader cuts sequences to; None for any."""
+    longest: int | None = getattr(state.data.calib.collate_fn, "max_seq_length", None)
+    return longest
 
 
 @contextmanager
