@@ -186,6 +186,20 @@ def test_experts_may_be_packed(
     assert PruningReport.load(tmp_path / "out").storage_format == packed[1]
 
 
+def test_packing_mixtral_is_refused_before_its_data_are_read(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Its experts have other names in a checkpoint."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint("mixtral", vocab_size=len(tiny_tokenizer)), model)
+    tiny_tokenizer.save_pretrained(model)
+    packed = ["--pattern", "2:4", "--format", "sparse-bitmask"]
+    result = run("prune", model, "-o", output, *packed, "--dataset", "missing.txt")
+    assert result.exit_code == 1
+    words = "experts.0.up_proj under another name: use --format dense"
+    assert words in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("fields", "refused"),
     [

@@ -11,9 +11,10 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     rename_source_key,
+    revert_weight_conversion,
 )
 
-__all__ = ["disagreements", "names_in_memory"]
+__all__ = ["disagreements", "names_in_memory", "names_on_disk"]
 
 
 def names_in_memory(
@@ -49,6 +50,17 @@ def names_in_memory(
                 names[name] = renamed
                 break
     return names
+
+
+def names_on_disk(model: PreTrainedModel) -> set[str]:
+    """
+    Find the names that a model's tensors get in a checkpoint of today's transformers.
+
+    :param model: the model as transformers builds it, which may be without weights
+    :return: the names in the files; that of the output embedding is among them even
+        where it is tied
+    """
+    return set(revert_weight_conversion(model, dict(model.state_dict())))
 
 
 def disagreements(

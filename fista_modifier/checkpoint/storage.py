@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,7 @@ from fista_modifier.checkpoint.sparsity_config import (
 from fista_modifier.files import whole
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
-__all__ = ["StorageFormat", "convert", "unpack_checkpoint"]
+__all__ = ["StorageFormat", "check_storable", "convert", "unpack_checkpoint"]
 
 StorageFormat = Literal["dense", "dense-legacy", PackedFormat]
 """
@@ -65,16 +65,30 @@ def convert(
         raise
 
 
+def check_storable(
+    operator: str, stored: Container[str], packed_format: StorageFormat
+) -> None:
+    """
+    Refuse an operator whose weight has another name in a checkpoint than in the model.
+
+    :param operator: name of the operator
+    :param stored: names of the checkpoint's tensors
+    :param packed_format: the format that it is to have
+    :raises ValueError: if its weight is not among them under its own name
+    """
+    if f"{operator}.weight" not in stored:
+        raise ValueError(
+            f"{packed_format} is for tensors with the names of their operators, and "
+            f"the files have {operator} under another name: use --format dense"
+        )
+
+
 def _pack_operators(
     folder: Path, operators: set[str], packed_format: PackedFormat
 ) -> float:
     files, problems = locate(folder)
-    unknown = sorted(name for name in operators if f"{name}.weight" not in files)
-    if unknown:
-        raise ValueError(
-            f"{packed_format} is for tensors with the names of their operators, and "
-            f"the files have {unknown[0]} under another name: use --format dense"
-        )
+    for operator in sorted(operators):
+        check_storable(operator, files, packed_format)
     before = after = 0
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from llmcompressor.modifiers import Modifier
@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fista_modifier import pipeline
-from fista_modifier.checkpoint.storage import StorageFormat
+from fista_modifier.checkpoint.names import names_on_disk
+from fista_modifier.checkpoint.packing import PackedFormat
+from fista_modifier.checkpoint.storage import StorageFormat, check_storable
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.finish import finish
 from fista_modifier.cli.method import Request
@@ -49,6 +51,7 @@ from fista_modifier.models.loading import (
     load_tokenizer,
     weight_bytes,
 )
+from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
@@ -244,9 +247,31 @@ def check_packable(
     :param length: tokens of a calibration sequence
     :raises ValueError: if the format cannot store the model's operators
     """
-    if storage_format != "sparse-24-bitmask":
+    if storage_format not in get_args(PackedFormat):
         return
+    stored = names_on_disk(model)
     linearize_weightless(model)  # a recipe may name experts, which are fused so far
+    only_two_of_four = storage_format == "sparse-24-bitmask"
+    if only_two_of_four:
+        check_two_of_four(modifiers, model, length)
+    for operator in operators_of(modifiers, model):
+        check_storable(operator.name, stored, storage_format)
+        if only_two_of_four and isinstance(operator.module, Conv1D):
+            raise ValueError(
+                "sparse-24-bitmask stores weights as out×in, and that of "
+                f"{operator.name} ({type(operator.module).__name__}) is in×out: "
+                "use --format sparse-bitmask or dense"
+            )
+
+
+def check_two_of_four(
+    modifiers: Sequence[Modifier], model: PreTrainedModel, length: int
+) -> None:
+    """
+    Refuse patterns other than 2:4.
+
+    :raises ValueError: naming the first of them
+    """
     for forecast in forecasts(modifiers, model.config, length, lambda: model):
         for planned in forecast.patterns:
             if reported_pattern(planned.name).group != (2, 4):
@@ -254,15 +279,14 @@ def check_packable(
                     f"sparse-24-bitmask stores 2:4 weights, not '{planned.name}': use "
                     "--format sparse-bitmask"
                 )
+
+
+def operators_of(
+    modifiers: Iterable[Modifier], model: PreTrainedModel
+) -> Iterator[Operator]:
+    """Yield the operators that the modifiers of sparse pruning find."""
     for modifier in modifiers:
-        if not isinstance(modifier, FISTAPruningModifier):
-            continue
-        targets = modifier.targets
-        targets = [targets] if isinstance(targets, str) else targets
-        for operator in find_operators(model, targets, modifier.ignore):
-            if isinstance(operator.module, Conv1D):
-                raise ValueError(
-                    "sparse-24-bitmask stores weights as out×in, and that of "
-                    f"{operator.name} ({type(operator.module).__name__}) is in×out: "
-                    "use --format sparse-bitmask or dense"
-                )
+        if isinstance(modifier, FISTAPruningModifier):
+            targets = modifier.targets
+            targets = [targets] if isinstance(targets, str) else targets
+            yield from find_operators(model, targets, modifier.ignore)
