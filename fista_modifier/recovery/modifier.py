@@ -31,6 +31,7 @@ from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryR
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
     Training,
+    check_resume,
     counted_zeros,
     held_out,
     kept_entries,
@@ -129,7 +130,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             length, too few or too long for the model, nothing is pruned before this
             step or something is quantised, the teacher is another model, the model has
             changed since it was loaded and no teacher is named, there are several
-            processes, weights are on a disk, or the settings would train nothing
+            processes, weights are on a disk, the settings would train nothing, or
+            ``resume_dir`` belongs to another run
         """
         self._training = Training(
             self.epochs,
@@ -151,6 +153,15 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         dense = load_config(self.teacher)
         check_architecture(state.model.config, dense, self.teacher)
         check_vocabulary_size(state.model.config, dense, self.teacher)
+        if self.resume_dir is not None:
+            tokens = _tokens(state)
+            check_resume(
+                Path(self.resume_dir),
+                tokens,
+                self._data(tokens),
+                self._training,
+                self.teacher,
+            )
         return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -173,12 +184,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 tokens,
                 operators,
                 kept_entries(operators),
-                Calibration(
-                    "oneshot's data",
-                    len(tokens),
-                    len(tokens[0]["input_ids"]),
-                    self.seed,
-                ),
+                self._data(tokens),
                 self._training,
                 resume=None if self.resume_dir is None else Path(self.resume_dir),
                 teacher_name=str(self.teacher),
@@ -188,6 +194,10 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             "Mean KL to the teacher on sequences that were not trained on: "
             f"{self._recovery.start_divergence:.4f} -> {self._recovery.divergence:.4f}"
         )
+
+    def _data(self, tokens: Dataset) -> Calibration:
+        length = len(tokens[0]["input_ids"])
+        return Calibration("oneshot's data", len(tokens), length, self.seed)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if self._recovery is not None:

@@ -32,12 +32,13 @@ from fista_modifier.pruning.results import (
 )
 from fista_modifier.pruning.runs import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
-from fista_modifier.recovery.resume import begin, last_state
+from fista_modifier.recovery.resume import begin, check, last_state
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 from fista_modifier.solver.precision import matmul_precision
 
 __all__ = [
     "Training",
+    "check_resume",
     "counted_zeros",
     "held_out",
     "kept_entries",
@@ -173,6 +174,28 @@ def recover(
         teacher_name=teacher_name,
     )
     return with_recovery(report, recovery, counted_zeros(operators))
+
+
+def check_resume(
+    folder: Path,
+    tokens: Dataset,
+    data: Calibration,
+    training: Training,
+    teacher_name: str,
+) -> None:
+    """
+    Refuse the folder of another training, before there is a model to train.
+
+    :param folder: the folder that is to keep the state of the training
+    :param tokens: the sequences, before any is held out
+    :param data: the data that they are from
+    :param training: how to train
+    :param teacher_name: the teacher's folder or hub id
+    :raises ValueError: if the folder is another run's; the message names what differs
+    """
+    run = _run(torch.nn.Module(), tokens, training, data, teacher_name)
+    del run["model"]
+    check(folder, run)
 
 
 def kept_entries(operators: Iterable[Operator]) -> dict[str, Tensor]:
@@ -366,7 +389,7 @@ def _in_float32(
 
 
 def _run(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokens: Dataset,
     training: Training,
     data: Calibration,

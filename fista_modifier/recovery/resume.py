@@ -9,9 +9,16 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fista_modifier.pruning.runs import RUN_FILE, Fingerprint, begin_run
+from fista_modifier.pruning.runs import (
+    RUN_FILE,
+    Fingerprint,
+    begin_run,
+    check_run,
+)
 
-__all__ = ["begin", "forget", "last_state"]
+__all__ = ["begin", "check", "forget", "last_state"]
+
+CONTENTS = "the training"
 
 
 def begin(folder: Path, run: Fingerprint) -> None:
@@ -20,17 +27,29 @@ def begin(folder: Path, run: Fingerprint) -> None:
 
     :param folder: created if it is missing
     :param run: what the result depends on, in sections
+    :raises ValueError: as :func:`check`
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check(folder, run)
+    begin_run(folder, run, CONTENTS)
+
+
+def check(folder: Path, run: Fingerprint) -> None:
+    """
+    Refuse the folder of another run.
+
+    :param folder: a folder, or a name that is free
+    :param run: what the result depends on, in sections; some may be missing
     :raises ValueError: if the folder belongs to another run; the message names what
         differs; or if it holds states of some other training
     """
-    folder.mkdir(parents=True, exist_ok=True)
     foreign = next(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), None)
     if foreign is not None and not (folder / RUN_FILE).exists():
         raise ValueError(
             f"{folder} holds {foreign.name} of some other training, which would be "
             "deleted in the end: name another folder"
         )
-    begin_run(folder, run, "the training")
+    check_run(folder, run, CONTENTS)
 
 
 def last_state(folder: Path) -> Path | None:

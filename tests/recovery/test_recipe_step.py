@@ -275,6 +275,17 @@ def test_the_state_of_a_training_goes_when_its_model_is_saved(
     model = pruned(dense, PRUNERS["sparse"](), step)
     state = last_state(states)
     assert state is not None, "the checkpoint is not written yet"
+    again, faster = load_model(str(dense)), SETTINGS | {"rate": 0.1}
+    before = weights(again)
+    with pytest.raises(ValueError, match=r"recipe: rate was .* and is 0\.1"):
+        run(
+            again,
+            [
+                PRUNERS["sparse"](),
+                RecoveryModifier(**faster, resume_dir=str(states)),
+            ],
+        )
+    assert all(torch.equal(weights(again)[name], before[name]) for name in before)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         pipeline.save(model, tiny_tokenizer, tmp_path / "file" / "out")
