@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context as moe
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -17,7 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import EndOfRun, LayerCall
+from fista_modifier.calibration.replay import (
+    EndOfRun,
+    LayerCall,
+    check_nothing_shared,
+)
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.tracing import configs_of
 
@@ -78,6 +83,8 @@ class ReferenceRun:
             for name in ("_attn_implementation", "use_cache")
             if hasattr(config, name)
         ]
+        with disable_onloading():  # the dtype is that of the first weight
+            self._tolerance = TOLERANCE[4 if model.dtype.itemsize >= 4 else 2]
 
     def run(self, batch: dict[str, Any]) -> None:
         """
@@ -85,6 +92,7 @@ class ReferenceRun:
         and cache of calibration. Warn if a layer's outputs differ.
 
         :param batch: arguments of the model by their names; others are left out
+        :raises ValueError: if layers leave tensors for one another
         """
         with ExitStack() as stack:
             for config, name, value in self._as_loaded:
@@ -121,9 +129,13 @@ class ReferenceRun:
             stack.enter_context(HooksMixin.disable_hooks())
             stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
             for layer in self._layers:
-                stack.enter_context(
-                    layer.module.register_forward_pre_hook(self._counter(layer))
-                )
+                for hook, named in (
+                    (self._counter(layer), False),
+                    (check_nothing_shared, True),
+                ):
+                    stack.enter_context(
+                        layer.module.register_forward_pre_hook(hook, with_kwargs=named)
+                    )
                 for child in layer.module.children():
                     stack.enter_context(
                         child.register_forward_hook(self._recorder(layer, recorded))
@@ -189,10 +201,6 @@ class ReferenceRun:
             if not error <= self._tolerance:
                 return error, type(child).__name__
         return 0.0, ""
-
-    @property
-    def _tolerance(self) -> float:
-        return TOLERANCE[4 if self._model.dtype.itemsize >= 4 else 2]
 
     def _counter(self, layer: DecoderLayer) -> Any:
         def count(_module: torch.nn.Module, _args: Any) -> None:

@@ -122,7 +122,7 @@ def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Te
     return [
         torch.cat(values)
         if (values := seen[stage.operators[0].module])
-        else call.hidden_states.new_empty(0, stage.operators[0].weight.shape[1])
+        else call.hidden_states.new_empty(0, stage.operators[0].shape[1])
         for stage in wave
     ]
 
@@ -131,7 +131,7 @@ def _without_bias(stage: Stage, outputs: Tensor) -> Tensor:
     bias = stage.operators[0].module.bias
     if bias is None:
         return outputs
-    return outputs.to(bias.device, torch.float32) - bias.float()
+    return outputs.to(bias.device).float() - bias.float()
 
 
 def _check_same_tokens(stage: Stage, pruned: Tensor, dense: Tensor) -> None:

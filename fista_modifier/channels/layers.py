@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 from compressed_tensors.offload import disable_onloading, get_execution_device
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
-from llmcompressor.utils.helpers import calibration_forward_context
 from torch.nn import Module
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from fista_modifier.calibration.replay import (
     LayerCall,
     LayerInputs,
     calibration_runs,
+    forward_context,
     plain_forward,
 )
 from fista_modifier.channels.finding import find_groups
@@ -141,7 +141,7 @@ def _calls(
 
     device = get_execution_device(model)
     with ExitStack() as hooks:
-        hooks.enter_context(calibration_forward_context(model))
+        hooks.enter_context(forward_context(model))
         hooks.enter_context(plain_forward(model))
         for one in inputs.values():
             hooks.enter_context(

@@ -157,7 +157,7 @@ class MLPTokens:
         real, recorded = self._real_tokens[batch], self._replays.outputs
         weight, bias = self._consumer.weight.float(), self._consumer.module.bias
         if recorded is not None:
-            found = real_rows(recorded[batch], real.own).to(weight)
+            found = real_rows(recorded[batch], real.own).to(weight.device).float()
             return found if bias is None else found - bias.float()
         call: LayerCall = self._replays.dense[batch]
         seen = real_inputs_of({self._consumer.module: self._calls}, call, real)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 
+from compressed_tensors.offload import disable_onloading
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -34,7 +35,8 @@ def names_in_memory(
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    known = model.state_dict()
+    with disable_onloading():
+        known = model.state_dict()
     names = {}
     for name in stored:
         names[name] = name

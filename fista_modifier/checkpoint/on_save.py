@@ -9,6 +9,7 @@ from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.dist_utils import is_source_process
 from compressed_tensors.utils import patch_attr
 from transformers import PreTrainedModel
@@ -47,7 +48,8 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     assert state is not None
     state.reports.append(report)
     # counted now, because quantised weights are packed when the model is saved
-    state.entries = sum(parameter.numel() for parameter in model.parameters())
+    with disable_onloading():  # a list of onloaded weights is the whole model
+        state.entries = sum(parameter.numel() for parameter in model.parameters())
 
 
 def revise_report(

@@ -162,7 +162,9 @@ def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     """
     Predict the memory on the device for a recovery, without the activations and logits
     of a batch. It holds trained weights, gradients and Adam's two moments in float32,
-    a mask, the other weights in float32, and the teacher.
+    a mask, the other weights in float32, and the teacher. Weights of 16 bits are
+    multiplied as such, and the backward pass needs these copies, too (without gradient
+    checkpointing).
 
     :param shape: the shape of the model's layers; the operators of all are trained
     :param weight_bytes: bytes of one of the teacher's weights
@@ -171,8 +173,9 @@ def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     trained = shape.weights * len(shape.names)
     others = shape.parameters - trained
     mask = 1
+    copies = weight_bytes if weight_bytes < FLOAT32 else 0
     return (
-        (4 * FLOAT32 + mask) * trained
+        (4 * FLOAT32 + mask + copies) * trained
         + FLOAT32 * others
         + weight_bytes * shape.parameters
     )

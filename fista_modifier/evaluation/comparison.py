@@ -168,11 +168,9 @@ class Measurement:
 
 def _zeros(model: PreTrainedModel) -> float:
     """Return the share of zeros in the operators that methods prune."""
-    weights = [
-        operator.module.weight for operator in find_operators(model, TARGETS, IGNORE)
-    ]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    return zeros / sum(weight.numel() for weight in weights)
+    operators = find_operators(model, TARGETS, IGNORE)
+    zeros = sum(int((one.weight == 0).sum()) for one in operators)
+    return zeros / sum(math.prod(one.shape) for one in operators)
 
 
 def _peak_memory() -> int:
@@ -318,7 +316,7 @@ def check_methods(
     for pattern in patterns:
         for operator in operators:
             try:
-                pattern.check_columns(operator.weight.shape[1])
+                pattern.check_columns(operator.shape[1])
             except ValueError as error:
                 raise ValueError(f"{operator.name}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -177,6 +178,8 @@ class Evaluation:
         ]
         if not texts and not tasks:
             return
+        if texts:
+            _ = self._dense  # if it cannot be loaded, no measurement is lost
         engine: Engine = start(self.backend, model, self.dtype, self.batch_size)
         origin = {"model": model, "checkpoint": checkpoint}
         for name in texts:
@@ -195,6 +198,9 @@ class Evaluation:
                 | {"versions": package_versions("lm-eval")}
                 | scores
             )
+        # a spread model refers to itself, and the next one needs its place
+        del engine
+        gc.collect()
 
     def _compared(self, model: str, engine: Engine, blocks: Tensor) -> Row:
         """

@@ -53,12 +53,17 @@ def changes_for(
         the smaller model
     """
     wanted = shapes_of(model) | dict(shapes)
+    reasons = []
     for changes in _candidates(model.config, sizes):
         if _builds(model.config, changes, wanted):
-            return list(changes)
+            reason = _refusal(model.config, changes)
+            if reason is None:
+                return list(changes)
+            reasons.append(reason)
+    reasons.append("its layers cannot lose these channels")
     raise ValueError(
         f"transformers has no configuration of {type(model).__name__} with the smaller "
-        f"sizes {dict(sizes)}: its layers cannot lose these channels"
+        f"sizes {dict(sizes)}: {reasons[0]}"
     )
 
 
@@ -121,3 +126,17 @@ def _builds(
     except (ValueError, TypeError, AttributeError, StrictDataclassError):
         return False
     return shapes_of(model) == dict(wanted)
+
+
+def _refusal(config: PretrainedConfig, changes: Sequence[ConfigChange]) -> str | None:
+    """
+    Return the reason why transformers would not load a changed configuration, though it
+    builds a model from it in memory; None if it would.
+    """
+    changed = copy.deepcopy(config)
+    apply_changes(changed, changes)
+    try:
+        type(changed).from_dict(changed.to_dict())
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        return f"{error.__cause__ or error} Choose another sparsity"
+    return None

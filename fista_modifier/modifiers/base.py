@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch.utils.hooks import RemovableHandle
@@ -49,7 +50,12 @@ from fista_modifier.pruning.runs import fingerprint
 from fista_modifier.pruning.schedule import Resources, Schedule
 from fista_modifier.solver import SolverOptions
 
-__all__ = ["HOW_TO_RUN", "LayerwiseModifier", "modifiers_before", "overridden"]
+__all__ = [
+    "HOW_TO_RUN",
+    "LayerwiseModifier",
+    "modifiers_before",
+    "overridden",
+]
 
 Options = TypeVar("Options", SolverOptions, Reconstruction)
 
@@ -183,6 +189,14 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         """Names of the layers that are left to other runs: see ``layers``."""
         return self._schedule.unfinished if self._schedule else []
 
+    @property
+    def new_columns(self) -> Mapping[str, int]:
+        """
+        The number of columns that operators will have afterwards, by their names. Those
+        that keep theirs are not among them.
+        """
+        return {}
+
     def find_layers(
         self, model: PreTrainedModel, given: str | list[str] | None = None
     ) -> tuple[list[DecoderLayer], list[str]]:
@@ -219,11 +233,24 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
         :raises OSError: if ``activations_dir`` cannot be made
         :raises ValueError: if there is no calibration data, or a token in it is not in
-            the vocabulary, if targets match nothing, if an operator cannot have the
-            pattern or is not finite, if the model does not have the ``layers`` or could
-            not be saved, or if ``resume_dir`` belongs to another run
+            the vocabulary, if the accelerator is Apple's, if targets match nothing, if
+            an operator cannot have the pattern or is not finite, if the model does not
+            have the ``layers`` or could not be saved, or if ``resume_dir`` belongs to
+            another run, or an earlier step of the recipe has ``layers``
         """
         model = state.model
+        if (device := get_main_device()).type == "mps":
+            raise ValueError(
+                f"{device} has no float64, in which errors are added up: prune on a "
+                "machine with another accelerator, or with none"
+            )
+        for other in modifiers_before(self):
+            if isinstance(other, LayerwiseModifier) and other.layers is not None:
+                raise ValueError(
+                    f"layers: '{other.layers}' is of {type(other).__name__}, and "
+                    f"{type(self).__name__} comes after it, which needs all layers: "
+                    "leave layers out of the steps before the last"
+                )
         if state.data.calib is None:
             raise ValueError(
                 f"{type(self).__name__} needs calibration data: pass dataset=… to "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from transformers import PreTrainedModel
@@ -14,7 +15,11 @@ from transformers import PreTrainedModel
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import check_prunable, warn_of_zeros
-from fista_modifier.modifiers.base import LayerwiseModifier, overridden
+from fista_modifier.modifiers.base import (
+    LayerwiseModifier,
+    modifiers_before,
+    overridden,
+)
 from fista_modifier.modifiers.patterns import PatternFields
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.orders import plan_orders
@@ -422,6 +427,7 @@ class FISTAPruningModifier(LayerwiseModifier):
             state.model, layers, state.data.calib, current_ranks()
         )
         procedure = self._with_patterns(patterns, layers)
+        _check_new_columns(modifiers_before(self), patterns)
         if not self.preserve_sparsity_mask:
             warn_of_zeros(
                 [operator for layer in layers for operator in layer.operators]
@@ -505,3 +511,29 @@ class FISTAPruningModifier(LayerwiseModifier):
         if self._solver is not None:
             method["solver"] = str(self._solver)
         return method
+
+
+def _check_new_columns(
+    before: Iterable[Modifier], patterns: Mapping[str, SparsityPattern]
+) -> None:
+    """
+    Refuse numbers of columns that earlier steps of the recipe will leave.
+
+    :param before: the modifiers before this one, initialised
+    :param patterns: the pattern of each operator, by its name
+    :raises ValueError: if an operator's columns cannot be divided into the groups of
+        its pattern then
+    """
+    for modifier in before:
+        if not isinstance(modifier, LayerwiseModifier):
+            continue
+        for name, columns in modifier.new_columns.items():
+            try:
+                if name in patterns:
+                    patterns[name].check_columns(columns)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} would have {columns} columns after "
+                    f"{type(modifier).__name__}, and {error}, or set multiple_of to a "
+                    "multiple of the pattern's m"
+                ) from None

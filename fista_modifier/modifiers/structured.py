@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
+from fista_modifier.models.operators import Operator
 from fista_modifier.models.resizing import apply_changes
 from fista_modifier.models.targets import (
     check_prunable,
@@ -312,6 +313,7 @@ class StructuredModifier(LayerwiseModifier):
             self.sparsity,
             self.multiple_of,
         )
+        self._check_biases()
         if self._plan.zeroed:
             logger.warning(
                 f"{100 * self._plan.zeroed:.2f} % of the decoder layers' parameters "
@@ -325,6 +327,22 @@ class StructuredModifier(LayerwiseModifier):
     def zeroed(self) -> float:
         """Exact share of the decoder layers' parameters that is zeros in place."""
         return self._plan.zeroed
+
+    def _check_biases(self) -> None:
+        """
+        Refuse a restorer that puts constants into biases, where there are none.
+
+        :raises ValueError: if an operator that loses columns has no bias
+        """
+        if self._restorer_name != "bias":
+            return
+        for plan in (one for groups in self._plan.groups.values() for one in groups):
+            operator = plan.consumer.operator
+            if operator.module.bias is None:
+                raise ValueError(
+                    f"restorer: 'bias' puts a constant into the bias of {operator.name}"
+                    ", which has none: use 'least_squares'"
+                )
 
     def _check_is_first(self, modifiers: Iterable[Modifier]) -> None:
         """
@@ -347,6 +365,22 @@ class StructuredModifier(LayerwiseModifier):
                     "with all structures, and prune to a pattern afterwards"
                 )
 
+    @property
+    def new_columns(self) -> dict[str, int]:
+        """
+        The number of columns that operators will have afterwards, by their names. Those
+        that keep theirs are not among them.
+        """
+        return {
+            operator.name: columns for operator, columns in self._smaller_consumers()
+        }
+
+    def _smaller_consumers(self) -> Iterator[tuple[Operator, int]]:
+        for plan in (one for groups in self._plan.groups.values() for one in groups):
+            if not plan.zeroes:
+                operator, indices = plan.consumer
+                yield operator, plan.keep * indices.shape[1]
+
     def check_quantisable(self) -> None:
         """
         Refuse sizes that cannot be quantised as the recipe asks. All modifiers of the
@@ -355,12 +389,8 @@ class StructuredModifier(LayerwiseModifier):
         :raises ValueError: if an operator is to be quantised in groups of columns into
             which its new columns cannot be divided
         """
-        for groups in self._plan.groups.values():
-            for plan in groups:
-                if plan.zeroes:
-                    continue
-                operator, indices = plan.consumer
-                check_quantisable(operator, plan.keep * indices.shape[1])
+        for operator, columns in self._smaller_consumers():
+            check_quantisable(operator, columns)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         with self._undone_on_error():

@@ -204,9 +204,12 @@ def _keeps(
     rest = sum(size for (structure, _), size in sizes.items() if structure == "mlp")
     if rest:
         share = to_remove / rest
-    for structure, size in costs:
-        if structure == "mlp":
-            keeps[structure, size] = _multiple(size, share, multiple_of)
+    mlps = sorted(size for structure, size in costs if structure == "mlp")
+    for size in mlps:
+        # a configuration may have a size only as so many times another one, as that of
+        # several shared experts
+        unit = next(one for one in mlps if size % one == 0)
+        keeps["mlp", size] = size // unit * _multiple(unit, share, multiple_of)
     return keeps
 
 

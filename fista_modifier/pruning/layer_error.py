@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -54,7 +55,8 @@ class LayerError:
         self.biases = biases
         self._recording = recording
         self._inputs = inputs
-        self._scales = _feature_scales(recording)
+        device = get_execution_device(inputs.layer)
+        self._scales = _feature_scales(recording, device)
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -123,16 +125,16 @@ class LayerError:
         return _token_errors(output, target, real.own, self._scales)
 
 
-def _feature_scales(recording: Recording) -> Tensor:
+def _feature_scales(recording: Recording, device: torch.device) -> Tensor:
     """
-    Return 1 / √s_d of each feature d, in float32. s_d is its share in the sum of
-    squares of a real token's output, as a mean over the tokens of all batches.
+    Return 1 / √s_d of each feature d on a device, in float32. s_d is its share in the
+    sum of squares of a real token's output, as a mean over the tokens of all batches.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for output, real in zip(recording.outputs, recording.real_tokens, strict=True):
-        squares = real_rows(output, real.own).float().square()
+        squares = real_rows(output.to(device), real.own).float().square()
         of_tokens = squares / squares.sum(-1, keepdim=True).clamp_min(SMALLEST)
-        total = total.to(of_tokens.device) + of_tokens.sum(0, dtype=torch.float64)
+        total = total + of_tokens.sum(0, dtype=torch.float64)
     shares = total / total.sum().clamp_min(SMALLEST)
     return shares.clamp_min(LEAST_SHARE / len(shares)).rsqrt().float()
 
@@ -142,7 +144,7 @@ def _token_errors(
 ) -> Tensor:
     """Return ‖o* − o‖² / ‖o‖² of each real token of a batch, with scaled features."""
     scales = scales.to(output.device)
-    target = target.to(output.device, torch.float32) * scales
+    target = target.to(output.device).float() * scales
     norms = target.square().sum(-1).clamp_min(SMALLEST)
     errors = (output.float() * scales - target).square().sum(-1) / norms
     if real is None:

@@ -21,12 +21,12 @@ import torch
 from compressed_tensors.offload import get_execution_device, set_onload_device
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
-from llmcompressor.utils import calibration_forward_context
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fista_modifier.calibration.replay import forward_context
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator, operators_in
@@ -120,7 +120,7 @@ class Owl:
             weight = operator.weight
             return weight.abs() * norms[operator].to(weight.device)
 
-        entries = sum(operator.weight.numel() for operator in operators)
+        entries = sum(math.prod(operator.shape) for operator in operators)
         sums = (float(scores(one).sum(dtype=torch.float64)) for one in operators)
         threshold = self.m * math.fsum(sums) / entries
         outliers = sum(int((scores(one) > threshold).sum()) for one in operators)
@@ -137,7 +137,7 @@ def _input_norms(
     Return, for each feature of an operator's inputs, the sum over batches of its norm
     in a batch. The toolkit's sums are these divided by 128; nothing depends on that.
     """
-    norms = {one: torch.zeros(one.weight.shape[1]) for one in operators}
+    norms = {one: torch.zeros(one.shape[1]) for one in operators}
 
     def add(
         operator: Operator, _module: torch.nn.Module, args: tuple[Tensor, ...]
@@ -153,7 +153,7 @@ def _input_norms(
     set_onload_device(model, get_main_device())
     device = get_execution_device(model)
     try:
-        with calibration_forward_context(model), HooksMixin.disable_hooks():
+        with forward_context(model), HooksMixin.disable_hooks():
             for batch in data:
                 model(**tensors_to_device(batch, device))
     finally:

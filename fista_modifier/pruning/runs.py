@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -87,10 +88,12 @@ def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
     :return: plain JSON values in sections: "recipe", "versions" and "model", the last
         with a digest of each parameter
     """
+    with disable_onloading():  # torch keeps all that it has named
+        names = [name for name, _ in model.named_parameters()]
     return {
         "recipe": recipe,
         "versions": package_versions(*PACKAGES),
-        "model": {name: _digest(value) for name, value in model.named_parameters()},
+        "model": {name: _digest(model.get_parameter(name)) for name in names},
     }
 
 

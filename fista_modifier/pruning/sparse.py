@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -208,7 +209,7 @@ class SparseProcedure(CorrectedProcedure):
             )
         ]
         statistics.clear()
-        costs = [sum(one.weight.numel() for one in operators) for operators, _ in tasks]
+        costs = [sum(math.prod(one.shape) for one in group) for group, _ in tasks]
         owners = shared_out(costs, ranks)
         tokens = {one: sums.tokens for operators, sums in tasks for one in operators}
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
@@ -121,7 +122,8 @@ def check_unchanged(model: PreTrainedModel, source: str) -> None:
     stored: defaultdict[Path, dict[str, str]] = defaultdict(dict)
     for name, known in (names_in_memory(model, files) or {}).items():
         stored[files[name]][name] = known
-    own = dict(model.named_parameters())
+    with disable_onloading():
+        own = dict(model.named_parameters())
     for file, names in stored.items():
         with safe_open(file, "pt") as opened:
             for name, known in names.items():

@@ -51,15 +51,17 @@ class _MeanDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: Tensor, pruned: Tensor, real: Tensor) -> Tensor:
         count = real.sum().clamp(min=1)
+        every = bool(real.all())  # then no row has to be looked for
         total = torch.zeros((), dtype=torch.float64, device=pruned.device)
         gradient = torch.zeros_like(pruned)
         for one, other, kept, result in in_chunks(dense, pruned, real, gradient):
-            target = _log_probabilities(one.to(other.device)[kept])
-            own = _log_probabilities(other[kept])
+            rows = slice(None) if every else kept
+            target = _log_probabilities(one.to(other.device)[rows])
+            own = _log_probabilities(other[rows])
             probabilities = target.exp()
             difference = probabilities * (target - own)
             total += difference.sum(dtype=torch.float64)
-            result[kept] = (own.exp_().sub_(probabilities) / count).to(result.dtype)
+            result[rows] = (own.exp_().sub_(probabilities) / count).to(result.dtype)
         ctx.save_for_backward(gradient)
         return (total / count).float()
 

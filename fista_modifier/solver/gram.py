@@ -115,7 +115,8 @@ class GramStatistics:
             where these are the statistics of a single ``weight``
         """
         exact: Precision = "tf32" if pruned.element_size() == 2 else "float32"
-        pruned = pruned.to(self.execution_device, torch.float32)
+        # a conversion on the way to a GPU would be the CPU's work
+        pruned = pruned.to(self.execution_device).float()
         with matmul_precision(exact):
             add_gram(self.gram, pruned)
         self.tokens += pruned.shape[0]
@@ -124,9 +125,9 @@ class GramStatistics:
             assert self.weight is not None, "the weight whose outputs they are"
             with matmul_precision(exact):
                 drift = pruned @ self.weight.T
-            drift -= outputs.to(pruned.device, torch.float32)
+            drift -= outputs.to(pruned.device).float()
         elif dense is not None:
-            drift = pruned - dense.to(pruned.device, torch.float32)
+            drift = pruned - dense.to(pruned.device).float()
             if self.weight is not None:
                 drift = drift @ self.weight.T
         else:

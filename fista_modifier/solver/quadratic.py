@@ -87,9 +87,9 @@ class Quadratic:
         :param rho: ρ > 0
         :return: (G + ρ I)⁻¹, n×n, where G is
         """
-        # The matrix is freed before the inverse is made of its factor.
+        # The matrix is freed before the inverse is made, in the place of its factor.
         factor = torch.linalg.cholesky(self.shifted(rho))
-        return torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(factor, out=factor)
 
 
 def unit_of(diagonal: Tensor) -> float:

@@ -224,7 +224,8 @@ def down_given_up(
         return Restored(least_squares(objective, columns), None)
     means = FeatureMeans.of(statistics, down)
     centred = means.centred(down, statistics)
-    objective = LayerObjective(down, damped_quadratic(centred, dampening_frac))
+    quadratic = damped_quadratic(centred, dampening_frac, statistics)
+    objective = LayerObjective(down, quadratic)
     weight = least_squares(objective, columns)
     return Restored(weight, means.best_bias(down, weight))
 

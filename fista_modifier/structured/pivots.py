@@ -141,11 +141,12 @@ def energies(outputs: Tensor, blocks: Tensor) -> Tensor:
 
     :param outputs: Y, m×c·r
     :param blocks: D, c×r×r, positive definite
-    :return: the traces, c
+    :return: the traces, c; NaN where rounding has left a block that is not positive
+        definite
     """
     count, size, _ = blocks.shape
     groups = outputs.T.reshape(count, size, -1)
-    factors = torch.linalg.cholesky(blocks)
+    factors, failed = torch.linalg.cholesky_ex(blocks)
     whitened = torch.linalg.solve_triangular(factors, groups, upper=False)
     squares: Tensor = whitened.square().sum((1, 2))
-    return squares
+    return squares.masked_fill(failed != 0, torch.nan)

@@ -108,7 +108,7 @@ class ChannelProblem:
             :attr:`~fista_modifier.solver.gram.GramStatistics.typical_power`
         :return: the damped objective
         """
-        quadratic = damped_quadratic(self.fitted, dampening_frac)
+        quadratic = damped_quadratic(self.fitted, dampening_frac, self.statistics)
         return LayerObjective(self.weight, quadratic)
 
     def per_channel(self, values: Tensor) -> Tensor:
@@ -171,15 +171,22 @@ class ChannelProblem:
         return math.hypot(centred, math.sqrt(self.statistics.tokens) * float(constant))
 
 
-def damped_quadratic(statistics: GramStatistics, dampening_frac: float) -> Quadratic:
+def damped_quadratic(
+    statistics: GramStatistics,
+    dampening_frac: float,
+    summed: GramStatistics | None = None,
+) -> Quadratic:
     """
     Add damping to statistics. The damping has a floor, the rounding of G, so that G + δ
     I has an inverse whatever the data: without data the solution is W itself.
 
     :param statistics: statistics of N features
     :param dampening_frac: δ as a fraction of the features' typical power
+    :param summed: the statistics as they were summed, with the rounding of these sums,
+        if the others are centred
     :return: G + δ I
     """
-    rounding = torch.finfo(torch.float32).eps * float(statistics.gram.trace())
+    trace = float((summed or statistics).gram.trace())
+    rounding = torch.finfo(torch.float32).eps * trace
     ridge = max(dampening_frac * statistics.typical_power, rounding) or 1.0
     return Quadratic(statistics, torch.full_like(statistics.gram[0], ridge))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fista_modifier.structured.pivots import PivotTable
 from fista_modifier.structured.problem import ChannelProblem
-from fista_modifier.structured.restoration import DAMPENING
+from fista_modifier.structured.restoration import DAMPENING, LeastSquares
 from fista_modifier.structured.selection import Selector
 
 __all__ = [
@@ -45,7 +45,8 @@ class GreedyElimination:
         table = table_of(problem, torch.arange(problem.channels), self.dampening_frac)
         for _ in range(problem.channels - problem.keep):
             costs = table.worths().masked_fill(~table.kept, torch.inf)
-            table.flip(costs.argmin())
+            # what rounding hides is nearly explained by the others, so it costs little
+            table.flip(costs.nan_to_num(-torch.inf, torch.inf).argmin())
         return table.kept.nonzero().squeeze(1)
 
 
@@ -81,7 +82,12 @@ class LocalSearch:
                 break
             for channel in swap:
                 table.flip(channel)
-        return table.kept.nonzero().squeeze(1)
+        found = table.kept.nonzero().squeeze(1)
+        # with few tokens of very different powers, rounding adds up over the pivots
+        before, after = (
+            damped_error(problem, one, self.dampening_frac) for one in (kept, found)
+        )
+        return found if after < before else kept
 
     def _best_swap(self, table: PivotTable) -> tuple[Tensor, Tensor] | None:
         """
@@ -91,10 +97,28 @@ class LocalSearch:
         order = costs.argsort()[: min(self.candidates, int(table.kept.sum()))]
         trials = [table.worths_without(channel) for channel in order]
         gains = torch.stack([worths for _, worths in trials]) - costs[order, None]
+        gains = gains.nan_to_num(-torch.inf)  # hidden by rounding
         best, partner = divmod(int(gains.argmax()), gains.shape[1])
         if not gains[best, partner] > GAIN * costs[order[best]].abs():
             return None
         return order[best], trials[best][0][partner]
+
+
+def damped_error(problem: ChannelProblem, kept: Tensor, dampening_frac: float) -> float:
+    """
+    Return the damped least squares error of some channels, by one factorisation.
+
+    :param problem: W and the sums over its inputs
+    :param kept: the channels, long
+    :param dampening_frac: damping, as a fraction of the features' typical power
+    :return: E(S), as defined for :class:`~fista_modifier.structured.pivots.PivotTable`
+    """
+    weight, bias = LeastSquares(dampening_frac)(problem, kept)
+    columns = problem.kept_columns(kept)
+    change = weight - problem.objective.weight[:, columns]
+    damping = problem.damped(dampening_frac).quadratic.damping[columns]
+    pull = (damping * change.square()).sum(dtype=torch.float64)
+    return problem.error(problem.widened(weight, kept), bias) ** 2 + float(pull)
 
 
 def table_of(

@@ -543,10 +543,46 @@ def test_groups_that_are_to_be_quantised_divide_the_new_width() -> None:
     assert all(torch.equal(after[name], value) for name, value in dense.items())
 
 
-def zoo_model(name: str, folder: Path) -> PreTrainedModel:
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({}, "42 columns .* set multiple_of to a multiple"),
+        ({"patterns": {"re:.*down_proj": "0.5"}}, ""),
+    ],
+)
+def test_groups_that_are_to_be_pruned_divide_the_new_width(
+    second: dict[str, Any], message: str
+) -> None:
+    model = tiny_model("llama")
+    dense = weights(model)
+    small = FASPPruningModifier(sparsity=0.08, multiple_of=2, preset="paper")
+    sparse = FISTAPruningModifier(mask_structure="2:4", preset="fast", **second)
+    if not message:
+        run(model, [small, sparse])
+        assert model.config.intermediate_size == 42
+        return
+    with pytest.raises(ValueError, match=message):
+        run(model, [small, sparse])
+    assert_same(weights(model), dense)
+
+
+def test_a_step_that_needs_all_layers_comes_after_no_step_of_some(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama")
+    dense = weights(model)
+    some = {"layers": "1", "resume_dir": str(tmp_path)}
+    small = FASPPruningModifier(sparsity=0.2, multiple_of=4, **some)
+    with pytest.raises(ValueError, match="leave layers out of the steps before"):
+        run(model, [small, FISTAPruningModifier(mask_structure="2:4")])
+    assert_same(weights(model), dense)
+
+
+def zoo_model(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     case = json.loads(ZOO.read_text(encoding="utf-8"))[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(case["model_type"], **case["config"])
+    settings = case["config"] | changes
+    config = AutoConfig.for_model(case["model_type"], **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder)
 
@@ -577,12 +613,46 @@ def check_refused(model: PreTrainedModel, message: str, **fields: Any) -> None:
         ("llama", {"targets": ["re:.*down_proj"]}, "are not all among targets"),
         ("llama", {"ignore": ["re:.*layers.1.mlp.up_proj"]}, "not all among targets"),
         ("mixtral", {"ignore": ["re:.*experts.1.up_proj"]}, "not all among targets"),
+        ("llama", {"restorer": "bias"}, "down_proj, which has none"),
     ],
 )
 def test_what_cannot_leave_is_refused(
     family: str, fields: dict[str, Any], message: str
 ) -> None:
     check_refused(tiny_model(family), message, **fields)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_heads_leave_only_what_the_configuration_takes(
+    family: str, tmp_path: Path
+) -> None:
+    """Some ask for a hidden size that is a multiple of the number of heads."""
+    model = tiny_model(family, num_key_value_heads=4, head_dim=8)
+    fields = {"sparsity": 0.1, "structures": ["heads"], **UNTRAINED}
+    if family != "mistral":
+        check_refused(model, "multiple of the number of attention heads", **fields)
+        return
+    shrink(model, **fields)
+    assert model.config.num_attention_heads == 3
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3])
+def test_several_shared_experts_stay_as_wide_as_so_many_experts(
+    sparsity: float, tmp_path: Path
+) -> None:
+    """The configuration has the width of one of them, and their number."""
+    sizes = {"intermediate_size": 96, "moe_intermediate_size": 24}
+    model = zoo_model("deepseek_v2", tmp_path, n_shared_experts=2, **sizes)
+    dense = size_of_layers(model, "llama")
+    small = shrink(model, sparsity=sparsity, multiple_of=2, **UNTRAINED)
+    kept = model.config.moe_intermediate_size
+    assert model.model.layers[1].mlp.shared_experts.up_proj.out_features == 2 * kept
+    left = size_of_layers(model, "llama")
+    assert small.removed == pytest.approx(1 - left / dense)
+    assert small.removed == pytest.approx(sparsity, abs=0.05)
 
 
 @pytest.mark.parametrize("layers", ["1", "0"])
@@ -605,6 +675,27 @@ def test_a_family_that_has_no_such_channels_is_refused(
     name: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     check_refused(zoo_model(name, tmp_path), message, **fields)
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "basic"])
+@pytest.mark.parametrize(
+    "modifier",
+    [
+        FISTAPruningModifier(mask_structure="2:4", preset="fast"),
+        FASPPruningModifier(sparsity=0.2, multiple_of=4, **UNTRAINED),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_layers_that_share_keys_and_values_are_refused(
+    modifier: Any, pipeline: str, tmp_path: Path
+) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"layer_types": kinds, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    model = zoo_model("gemma4_text", tmp_path, use_double_wide_mlp=False, **shared)
+    dense = weights(model)
+    with pytest.raises(ValueError, match="num_kv_shared_layers"):
+        run(model, modifier.model_copy(), pipeline=pipeline)
+    assert_same(weights(model), dense)
 
 
 def test_some_zeros_make_no_sparse_model() -> None:

@@ -10,6 +10,7 @@ from fista_modifier.solver.quadratic import unit_of
 from fista_modifier.structured import (
     FASPScore,
     GreedyElimination,
+    LeastSquares,
     LocalSearch,
     Magnitude,
     PenaltyMethod,
@@ -167,3 +168,29 @@ def test_local_search_may_be_bounded():
     assert error(one) < error(start)
     few = LocalSearch(Magnitude(), DAMPING, candidates=1)(problem).tolist()
     assert error(few) <= error(start)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("tokens", [16, 30])
+def test_local_search_is_never_worse_where_rounding_adds_up(tokens, size):
+    """Features of powers over eight decades, and fewer tokens than channels."""
+    powers = 10 ** (5 * torch.rand(96, generator=torch.Generator().manual_seed(0)))
+    pruned, weight = normal(tokens, 96) * powers, normal(32, 96, seed=1)
+    problem = channel_problem(weight, pruned, 48 // size, size=size)
+    start = GreedyElimination(DAMPING)(problem)
+    found = LocalSearch(GreedyElimination(DAMPING), DAMPING, max_swaps=200)(problem)
+    _, least = damped_fit(problem, start.tolist(), DAMPING, pruned)
+    _, reached = damped_fit(problem, found.tolist(), DAMPING, pruned)
+    assert reached <= least * (1 + 1e-3)
+
+
+def test_a_bias_is_solved_for_where_features_hardly_vary():
+    """The sums of centred features have the rounding of the sums before."""
+    pruned = 200 + normal(40, 192)
+    problem = channel_problem(normal(32, 192, seed=1), pruned, 96, intercept=True)
+    kept = torch.arange(96)
+    weight, bias = LeastSquares()(problem, kept)
+    told = problem.error(problem.widened(weight, kept), bias)
+    outputs = pruned.double() @ problem.weight.double().T
+    found = pruned[:, :96].double() @ weight.double().T + bias.double()
+    assert told == pytest.approx(float((found - outputs).norm()), rel=0.1)
