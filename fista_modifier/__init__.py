@@ -29,6 +29,7 @@ if find_spec("llmcompressor") is not None:
     from llmcompressor.modifiers.factory import ModifierFactory
 
     from fista_modifier.models.masks import apply_masks_, masks_of
+    from fista_modifier.models.norms import keep_norms_exact
     from fista_modifier.modifiers.fista import FISTAPruningModifier
     from fista_modifier.modifiers.gptq import MaskedGPTQModifier
     from fista_modifier.modifiers.recipes import notice_what_is_dropped
@@ -49,3 +50,4 @@ if find_spec("llmcompressor") is not None:
     for _modifier in _modifiers:
         ModifierFactory.register(_modifier.__name__, _modifier)
     notice_what_is_dropped(_modifiers)
+    keep_norms_exact()

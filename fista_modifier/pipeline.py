@@ -21,11 +21,13 @@ from fista_modifier.data import calibration_dataset
 from fista_modifier.distributed import current_ranks
 from fista_modifier.files import whole
 from fista_modifier.models.experts import native_experts
+from fista_modifier.models.generation import make_generation_config_storable
 from fista_modifier.models.limits import check_calibration
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.pruning.results import (
+    REPORT_NAME,
     Calibration,
     OperatorResult,
     PruningReport,
@@ -85,7 +87,10 @@ def calibration_tokens(
 
 
 def check_output(
-    folder: Path, overwrite: bool, others: Iterable[Path | None] = ()
+    folder: Path,
+    overwrite: bool,
+    others: Iterable[Path | None] = (),
+    replaced: Iterable[str] = (),
 ) -> None:
     """
     Refuse a folder that no checkpoint can be written to. A checkpoint is written beside
@@ -93,23 +98,26 @@ def check_output(
 
     :param folder: where a checkpoint is about to be written
     :param overwrite: whether what is there may be replaced
-    :param others: folders that the run keeps something in; None stands for none
-    :raises ValueError: if one of the others lies in the folder, which is replaced
+    :param others: what the run reads from or keeps something in; None stands for none
+    :param replaced: what the run reads first, which the output may replace: checkpoints
+        or ids on the hub
+    :raises ValueError: if one of these lies in the folder, which is replaced
     :raises FileExistsError: if the folder is not empty and may not be replaced, or is
         a file
     :raises OSError: if it cannot be replaced, or nothing can be written beside it
     """
     absolute = folder.resolve()
-    for other in others:
-        if other is not None and other.resolve().is_relative_to(absolute):
-            raise ValueError(
-                f"{other} lies in the output folder {folder}, which is replaced in the "
-                "end: name a folder beside it"
-            )
     if absolute.is_mount() or Path.cwd().is_relative_to(absolute):
         raise OSError(
             f"the output folder {folder} is in use as a whole: name one inside it"
         )
+    read = [Path(one) for one in replaced if Path(one).resolve() != absolute]
+    for other in (*others, *read):
+        if other is not None and other.resolve().is_relative_to(absolute):
+            raise ValueError(
+                f"{other} lies in the output folder {folder}, which is replaced in the "
+                "end: name an output folder beside it"
+            )
     there = next(parent for parent in absolute.parents if parent.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(
@@ -144,7 +152,8 @@ def prune(
     :param batch_size: sequences in one forward pass
     :return: the pruned model and what became of each operator
     :raises ValueError: if there are more ranks than sequences, the model cannot be run
-        on the sequences, the recipe is not one, or it would have no effect
+        on the sequences or could not be saved, the recipe is not one, or it would have
+        no effect
     """
     ranks = current_ranks()
     if ranks.size > len(calibration):
@@ -153,6 +162,7 @@ def prune(
             "ranks: start fewer processes"
         )
     applied = read_recipe(recipe)
+    make_generation_config_storable(model)
     check_calibration(model, calibration)
     # oneshot gives all ranks the first part of a set that they share
     calibration = calibration.shard(ranks.size, ranks.rank, contiguous=True)
@@ -199,7 +209,8 @@ def save(
     :param tokenizer: saved with it
     :param folder: the checkpoint's folder; replaced if it exists
     :param report: what was done to the model, saved with it and a model card; if left
-        out, what was done to it in this process
+        out, what was done to it in this process, or else to the checkpoint that it came
+        from
     :param storage_format: the format of the operators in the report
     :raises ValueError: if they cannot have the format; the checkpoint is then dense
     :raises OSError: if the checkpoint cannot be written, for example on a full disk;
@@ -210,7 +221,7 @@ def save(
             model.save_pretrained(folder)  # all take part; only the first rank writes
         return
     refused: ValueError | None = None
-    report = report or report_of(model)
+    report = report or report_of(model) or _of_checkpoint(model)
     with saved_by_caller(model), whole(folder) as unfinished:
         try:
             with native_experts(model):
@@ -237,3 +248,9 @@ def save(
         raise ValueError(
             f"{refused}. The checkpoint {folder} is whole, with dense weights"
         ) from refused
+
+
+def _of_checkpoint(model: PreTrainedModel) -> PruningReport | None:
+    """Return the report of the checkpoint that a model came from, if it has one."""
+    folder = Path(model.name_or_path)
+    return PruningReport.load(folder) if (folder / REPORT_NAME).is_file() else None

@@ -7,6 +7,7 @@ import os
 import signal
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
         with 2:4 if left out
     :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
         "same data": the ranks share one part of the data; "unreached": nothing dies,
-        but the model has one more layer, which it does not run
+        but the model has one more layer, which it does not run; "one reaches": rank 0
+        runs that layer
     """
     torch.set_num_threads(1)
     folder = checkpoint(family)  # once there are ranks, only the first saves models
@@ -34,8 +36,16 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     rank = dist.get_rank()
     model = load_to_prune(str(folder))
     assert model.get_input_embeddings().weight.is_shared(), "all have one copy"
-    if dies == "unreached":
+    if dies in ("unreached", "one reaches"):
         model.tower = torch.nn.ModuleList([deepcopy(model.model.layers[0])])
+    if dies == "one reaches" and rank == 0:
+
+        def reach(
+            _layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            model.tower[0](*args, **kwargs)
+
+        model.model.layers[0].register_forward_pre_hook(reach, with_kwargs=True)
 
     def end(*_: object) -> None:
         if dies == "killed":
@@ -46,6 +56,8 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
         LayerProgress.on_operator = end  # type: ignore[method-assign]
     own = samples().chunk(dist.get_world_size())[0 if dies == "same data" else rank]
     data = {"dataset": calibration(own), "num_calibration_samples": len(own)}
+    if dies == "one reaches":  # the other pipeline runs no hooks of layers
+        data["pipeline"] = "basic"
     default = {"modifier": "FISTAPruningModifier", "mask_structure": "2:4"}
     chosen = json.loads(fields)
     if "modifier" not in chosen:

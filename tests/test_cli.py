@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,6 +37,15 @@ from fista_modifier.solver import NofM, Unstructured
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALLER = ["--method", "fasp", "--sparsity", "0.3", "--multiple-of", "4"]
+
+QUANTISATION = """
+quantization_stage:
+  quantization_modifiers:
+    QuantizationModifier:
+      scheme: W8A8
+      targets: ["Linear"]
+      ignore: ["re:.*lm_head"]
+"""
 
 
 def run(*arguments: object) -> Result:
@@ -393,6 +403,20 @@ def test_a_folder_that_would_be_replaced_is_refused(
     assert not list((tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.parametrize("option", ["model", "--dataset"])
+def test_what_a_run_reads_is_not_replaced(
+    option: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    outer = tmp_path / "outer"
+    read = {"model": model, "--dataset": text}
+    read[option] = Path(shutil.copytree(model, outer / "model"))
+    options = ("--pattern", "2:4", "--overwrite")
+    refused = prune(read["model"], read["--dataset"], outer, *options)
+    assert refused.exit_code == 1
+    assert "which is replaced in the end" in " ".join(refused.output.split())
+    assert (outer / "model" / "config.json").exists()
+
+
 def test_the_same_command_gives_the_same_weights(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -722,6 +746,68 @@ def test_a_model_of_images_keeps_its_processors(
     assert prune(model, text, pruned, "--pattern", "2:4").exit_code == 0
     for name in names:
         assert (pruned / name).read_bytes() == (model / name).read_bytes()
+
+
+@pytest.mark.parametrize("of_tokenizer", [False, True])
+def test_a_processor_keeps_its_template(
+    of_tokenizer: bool,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Transformers refuses to have it beside one of the tokenizer."""
+    (model / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+    if of_tokenizer:
+        (model / "chat_template.jinja").write_text("{{ messages }}")
+    pruned = tmp_path / "pruned"
+    fast = ("--pattern", "2:4", "--preset", "fast")
+    assert prune(model, text, pruned, *fast).exit_code == 0
+    assert (pruned / "chat_template.json").exists() != of_tokenizer
+    assert (pruned / "chat_template.jinja").exists() == of_tokenizer
+
+
+def test_what_is_quantised_later_keeps_its_report(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    sparse, recipe = tmp_path / "sparse", tmp_path / "recipe.yaml"
+    assert prune(model, text, sparse, "--pattern", "2:4").exit_code == 0
+    recipe.write_text(QUANTISATION)
+    quantised = tmp_path / "quantised"
+    result = prune(sparse, text, quantised, "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    assert PruningReport.load(quantised) == PruningReport.load(sparse)
+    assert run("verify", quantised).exit_code == 0
+    assert "2:4" in (quantised / "README.md").read_text()
+
+
+def test_a_model_that_could_not_be_saved_is_refused_before_any_recipe(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    (model / "generation_config.json").write_text('{"temperature": 0.9}')
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(QUANTISATION)
+    result = prune(model, text, out, "--recipe", recipe)
+    assert result.exit_code == 0, result.output  # it is mended, with a warning
+    assert GenerationConfig.from_pretrained(out).do_sample
+
+
+@pytest.mark.parametrize("storage", ["sparse-24-bitmask", "dense-legacy"])
+def test_what_transformers_cannot_load_is_refused_before_any_work(
+    storage: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed"
+    fast = ("--pattern", "2:4", "--preset", "fast")
+    assert prune(model, text, packed, *fast, "--format", storage).exit_code == 0
+    remedy = "unpack" if storage != "dense-legacy" else "prune with --format dense"
+    for arguments in (
+        ("prune", packed, "-o", tmp_path / "out", *fast, "--dataset", "missing.txt"),
+        ("eval", model, packed, "--text", text, "--seq-len", 16),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert remedy in " ".join(result.output.split())
+        assert "Perplexity" not in result.output
 
 
 def test_help_names_every_command() -> None:

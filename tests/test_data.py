@@ -266,6 +266,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         assert list(load_text(str(tmp_path / name))) == ["one"]
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_table_with_more_fields_than_names_is_refused(tmp_path, ending):
+    """The first field of a row would be taken for its name."""
+    source = tmp_path / f"a{ending}"
+    rows = "text,x\na,1,2\nb,1,3\n"
+    source.write_text(rows if ending == ".csv" else rows.replace(",", "\t"))
+    with pytest.raises(ValueError, match="names 2 columns, .* has 3 fields"):
+        list(load_text(str(source)))
+
+
 def test_words_of_a_table_stay_words(tmp_path):
     source = tmp_path / "a.csv"
     source.write_text("text\nNA\nNone\n1.50\nTrue\n")
@@ -385,6 +395,17 @@ def test_a_chat_does_not_begin_with_what_each_sample_begins_with(
     data.to_json(str(tmp_path / "a.jsonl"))
     source = str(tmp_path / "a.jsonl")
     assert list(load_text(source, tokenizer=tokenizer)) == ["[user]hi"]
+
+
+def test_a_chat_is_rendered_as_on_one_day(tmp_path, chat_tokenizer):
+    """Else the tokens of a run that is resumed on another day would be others."""
+    chat_tokenizer.chat_template = (
+        "{{ date_string }}, {{ strftime_now('%Y-%m-%d') }}: "
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": OPENAI}])
+    (text,) = load_text(source, tokenizer=chat_tokenizer)
+    assert text.startswith("26 Jul 2024, 2024-07-26: ")
 
 
 def test_a_chat_that_the_template_refuses_is_left_out(

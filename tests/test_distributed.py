@@ -58,6 +58,22 @@ def test_layers_are_pruned_though_another_is_not_reached(tmp_path: Path) -> None
         assert torch.equal(found[name], weight), name
 
 
+@pytest.mark.parametrize("distribute", ["data", "layers"])
+def test_a_layer_that_one_rank_reaches_is_pruned_with_its_data(
+    distribute: str, tmp_path: Path
+) -> None:
+    """As a vision tower is where one rank has all images."""
+    fields = {"preset": "fast", "distribute": distribute}
+    processes = start(2, tmp_path, "llama", fields, "one reaches")
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, output
+    (one, names), (other, same) = (torch.load(tmp_path / f"{n}.pt") for n in (0, 1))
+    assert names == same
+    assert sum(name.startswith("tower.0.") for name in names) == 7
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
 def test_ranks_go_on_from_what_one_process_left(tmp_path: Path) -> None:
     """Qwen 2 leaves out the mask of a whole batch, all but the first of each rank."""
     fields = {"preset": "fast", "resume_dir": str(tmp_path / "layers")}

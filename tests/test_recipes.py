@@ -106,6 +106,13 @@ def test_what_would_have_no_effect_is_named(
         read_recipe(text)
 
 
+def test_a_name_that_is_twice_in_json_is_named() -> None:
+    step = '"a_stage": {"b_modifiers": {"FISTAPruningModifier": {"sparsity": 0.5}}}'
+    assert len(read_recipe(f"{{{step}}}").modifiers) == 1
+    with pytest.raises(ValueError, match="'a_stage' is there twice"):
+        read_recipe(f"{{{step}, {step}}}")
+
+
 def test_no_modifier_is_no_recipe() -> None:
     with pytest.raises(ValueError, match="no modifiers"):
         read_recipe([])

@@ -156,6 +156,20 @@ def test_layers_that_follow_another_step_are_refused(tmp_path: Path) -> None:
         chain("greedy")
 
 
+def test_steps_have_folders_of_their_own(tmp_path: Path) -> None:
+    steps = [
+        FISTAPruningModifier(
+            mask_structure="2:4", targets=[part], resume_dir=str(tmp_path)
+        )
+        for part in ("re:.*self_attn.*", "re:.*mlp.*")
+    ]
+    model = tiny_model("llama")
+    before = weights(model)
+    with pytest.raises(ValueError, match="name another folder for each step"):
+        run(model, steps)
+    assert all(torch.equal(weights(model)[one], before[one]) for one in before)
+
+
 def test_other_calibration_data_are_refused(folder: Path) -> None:
     other = {"dataset": calibration(samples().flip(0))}
     with pytest.raises(ValueError, match="calibration data: contents and order was"):

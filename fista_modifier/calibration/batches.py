@@ -13,6 +13,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from torch import Tensor
 
+from fista_modifier.calibration.digest import batch_digest
 from fista_modifier.calibration.replay import RealTokens
 from fista_modifier.models.layers import MaskName
 
@@ -26,9 +27,14 @@ class CalibrationBatches:
     The padding and the number of tokens of each batch, as the user's data give them.
     The masks that a model's family makes are not used: some are True where a token is
     hidden, and others carry positions.
+
+    :param compared: whether the batches are to be compared with those of other runs or
+        ranks
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compared: bool = False) -> None:
+        self.digests: list[str] = []
+        self._compared = compared
         self._masks: list[dict[str, Tensor]] = []
         self._sizes: list[int] = []
         self._warned: set[MaskName] = set()
@@ -50,7 +56,8 @@ class CalibrationBatches:
             cache = load(*args, **kwargs)
             for number, batch in enumerate(cache.batch_intermediates):
                 masks = [name for name in batch if name.endswith("attention_mask")]
-                self.add(cache.fetch(number, ["input_ids", *masks]))
+                wanted = None if self._compared else ["input_ids", *masks]
+                self.add(cache.fetch(number, wanted))
             if cache.batch_intermediates:
                 on_first(cache.fetch(0))
             return cache
@@ -81,6 +88,8 @@ class CalibrationBatches:
             and value.ndim == 2
         }
         self._masks.append(masks)
+        if self._compared:
+            self.digests.append(batch_digest(batch))
         tokens = batch.get("input_ids")
         if "attention_mask" in masks:
             self._sizes.append(int(masks["attention_mask"].sum()))

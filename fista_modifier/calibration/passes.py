@@ -30,6 +30,8 @@ class CalibrationPasses:
     :param model: the model being calibrated
     :param layers: layers of the model, lone operators after the decoder layers
     :param storage: where activations wait
+    :param compared: whether the batches are to be compared with those of other runs or
+        ranks
     """
 
     def __init__(
@@ -37,14 +39,20 @@ class CalibrationPasses:
         model: PreTrainedModel,
         layers: Sequence[DecoderLayer],
         storage: ActivationStorage,
+        compared: bool = False,
     ) -> None:
         self._model = model
         self._layers = layers
         self._storage = storage
         self._recordings: dict[DecoderLayer, Recording] = {}
         self._attention = FusedAttention(model)
-        self._batches = CalibrationBatches()
+        self._batches = CalibrationBatches(compared)
         self._reference = ReferenceRun(model, layers)
+
+    @property
+    def digests(self) -> list[str]:
+        """The digest of each batch so far, in order, if they are to be compared."""
+        return self._batches.digests
 
     def count_batches(self) -> Hook:
         """

@@ -110,6 +110,9 @@ def _accumulated(
 
 def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
     """Replace each rank's sums by those over the tokens of all ranks."""
+    drifts = ranks.all(statistics.drift is not None)
+    if sum(ranks.all(statistics.tokens)):  # a rank without tokens has fewer sums
+        statistics.fill(any(drifts))
     for matrix in statistics.sums():
         ranks.sum(matrix)
     statistics.tokens = sum(ranks.all(statistics.tokens))

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 from transformers.utils import (
+    CHAT_TEMPLATE_FILE,
     IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
     cached_file,
@@ -14,7 +16,12 @@ from transformers.utils import (
 
 __all__ = ["copy_processors"]
 
-FILES = (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME)
+FILES = (
+    IMAGE_PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+)
 """The first is also that of what extracts features from sounds."""
 
 
@@ -27,7 +34,10 @@ def copy_processors(model: str, folder: Path) -> None:
         the hub; empty if it was not loaded
     :param folder: the new checkpoint; a file that it has already stays
     """
+    templates = {LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE}
     for name in FILES:
+        if name in templates and (folder / CHAT_TEMPLATE_FILE).exists():
+            continue  # transformers refuses to have both
         try:
             found = cached_file(
                 model, name, _raise_exceptions_for_missing_entries=False

@@ -21,7 +21,7 @@ from fista_modifier.cli.tables import (
 from fista_modifier.cli.verify import check
 from fista_modifier.data.records import recorded_name
 from fista_modifier.distributed import leave_ranks
-from fista_modifier.pruning.results import Calibration
+from fista_modifier.pruning.results import REPORT_NAME, Calibration
 
 __all__ = ["finish"]
 
@@ -54,6 +54,8 @@ def finish(
         return
     wrote = f"Wrote [bold]{escape(str(folder))}[/]"
     if report is None:
+        if (folder / REPORT_NAME).is_file():  # the model was pruned before
+            check(verify_checkpoint(folder), folder)
         console.print(f"{wrote}.")
         return
     if report.smaller:

@@ -46,6 +46,7 @@ from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.experts import linearize_weightless
 from fista_modifier.models.limits import check_length, longest_sequence
 from fista_modifier.models.loading import (
+    check_not_packed,
     load_config,
     load_to_prune,
     load_tokenizer,
@@ -132,7 +133,8 @@ def prune(
     """
     with errors_as_messages(), ExitStack() as until_saved:
         ranks = join_ranks()
-        pipeline.check_output(output, overwrite, (resume, activations, offload))
+        kept = (resume, activations, offload, recipe, Path(dataset))
+        pipeline.check_output(output, overwrite, kept, [model])
         weights = until_saved.enter_context(weights_on_disk(offload, ranks))
         fields = {
             "preset": preset,
@@ -149,6 +151,7 @@ def prune(
         check_format(storage_format, modifiers)
         tokenizer = load_tokenizer(model)
         config = load_config(model)
+        check_not_packed(model, config)
         length = seq_len or longest_sequence(config)
         skeleton = weightless_model(config)
         check_length(skeleton, length)

@@ -91,7 +91,8 @@ def recover(
     whether the training helped. Under torchrun, the processes share the sequences.
     """
     with errors_as_messages():
-        pipeline.check_output(output, overwrite, [resume])
+        kept = [resume, Path(teacher), Path(dataset)]
+        pipeline.check_output(output, overwrite, kept, [str(checkpoint)])
         training = Training(epochs, rate, batch_size, gradient_checkpointing, seed)
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,7 +19,8 @@ ROLES = {
 """
 The roles that chat templates know, by the names that ShareGPT gives to the speakers.
 """
-DATE = "26 Jul 2024"
+DATE_FORMAT = "%d %b %Y"
+DATE = datetime(2024, 7, 26)
 """
 The date that is given to templates which tell the model today's date. The true date
 would make another text each day.
@@ -62,7 +64,10 @@ def render(conversation: list[Any], tokenizer: Any) -> str:
     messages = [_message(message) for message in conversation]
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, date_string=DATE
+            messages,
+            tokenize=False,
+            date_string=f"{DATE:{DATE_FORMAT}}",
+            strftime_now=DATE.strftime,
         )
     except (TemplateError, TypeError) as error:
         raise RefusedChatError(str(error)) from error

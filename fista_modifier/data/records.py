@@ -7,13 +7,14 @@ read anew. Data sets of the hub are streams, too.
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import io
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,10 @@ def local_records(
                 return iter(())
             options["chunksize"] = size
         elif builder == "csv":
+            separator = "\t" if _ending(path) == ".tsv" else ","
+            _check_header(path, separator)
             options = {
-                "sep": "\t" if _ending(path) == ".tsv" else ",",
+                "sep": separator,
                 "converters": dict.fromkeys(text_columns, str),
                 "keep_default_na": False,  # "None" and "NA" are words
             }
@@ -232,6 +235,25 @@ def _size(path: Path) -> int:
     """Return the size of a file in bytes, once it is decompressed."""
     with _opened(path) as file:
         return file.seek(0, io.SEEK_END)
+
+
+def _check_header(path: Path, separator: str) -> None:
+    """
+    Refuse a table whose records have more fields than its header has names: the first
+    field of each would be taken for the name of a row, and all others for the next
+    column.
+
+    :raises ValueError: if its first record has more
+    """
+    with _opened(path) as file, suppress(csv.Error):  # a field may be too long for it
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        rows = filter(None, csv.reader(text, delimiter=separator))
+        header, first = next(rows, []), next(rows, [])
+        if len(first) > len(header):
+            raise ValueError(
+                f"its header names {len(header)} columns, and its first record has "
+                f"{len(first)} fields"
+            )
 
 
 @contextmanager

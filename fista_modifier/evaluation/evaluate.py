@@ -37,7 +37,12 @@ from fista_modifier.evaluation.texts import Text
 from fista_modifier.host import package_versions
 from fista_modifier.models.classes import check_predicts_text
 from fista_modifier.models.limits import longest_sequence
-from fista_modifier.models.loading import load_config, load_model, load_tokenizer
+from fista_modifier.models.loading import (
+    check_not_packed,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from fista_modifier.models.vocabulary import check_same_vocabulary
 
 __all__ = ["Evaluation", "evaluation_table", "perplexities"]
@@ -146,9 +151,11 @@ class Evaluation:
         Return the texts as blocks of the model's tokens, by the texts' names. This may
         fail, so it is done before any model runs.
         """
+        config = load_config(model)
+        if self.backend == "transformers":
+            check_not_packed(model, config)
         if not self.texts:
             return {}
-        config = load_config(model)
         check_predicts_text(config)
         tokenizer = load_tokenizer(model)
         seq_len = self.seq_len

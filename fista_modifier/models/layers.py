@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,7 @@ from fista_modifier.models.operators import Operator
 __all__ = [
     "DecoderLayer",
     "MaskName",
+    "check_one_tower",
     "chosen_layers",
     "group_by_layer",
     "layer_targets",
@@ -145,6 +146,8 @@ def group_by_layer(
     layers = {
         name: DecoderLayer(name, module, mask_name=mask_name(model, module))
         for name, module in modules.items()
+        # encoders name the class of their embeddings, too
+        if any(isinstance(one, torch.nn.Linear | Conv1D) for one in module.modules())
     }
     lone = []
     for operator in operators:
@@ -187,6 +190,36 @@ def chosen_layers(layers: Sequence[DecoderLayer], chosen: str) -> list[DecoderLa
             )
         numbers.update(range(first, last + 1))
     return [in_sequence[number] for number in sorted(numbers)]
+
+
+def check_one_tower(model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> None:
+    """
+    Refuse layers that do not follow one another, such as those of an encoder and a
+    decoder.
+
+    :param model: the model
+    :param layers: layers of the model, those to prune with operators
+    :raises ValueError: if they belong to several models within the model
+    """
+    towers = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    owner = {  # the innermost, as outer ones come first
+        module: tower
+        for tower in towers
+        for module in tower.modules()
+        if module is not tower
+    }
+    first: dict[torch.nn.Module, str] = {}
+    for layer in layers:
+        if layer.in_sequence and layer.operators:
+            first.setdefault(owner[layer.module], layer.name)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise ValueError(
+            "error_correction: full, which is also that of preset: best, follows the "
+            f"pruned model from layer to layer, and {one} and {other} are of different "
+            "parts of the model: put one part on the ignore list, or use "
+            "error_correction: intra"
+        )
 
 
 def mask_name(model: PreTrainedModel, layer: torch.nn.Module) -> MaskName | None:

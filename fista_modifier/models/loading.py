@@ -21,6 +21,7 @@ from fista_modifier.distributed import current_ranks
 from fista_modifier.models.classes import model_class, weightless_model
 
 __all__ = [
+    "check_not_packed",
     "load_config",
     "load_model",
     "load_to_prune",
@@ -47,6 +48,26 @@ def load_config(model: str) -> PretrainedConfig:
             f"no model at '{model}': it is neither a folder with a config.json nor a "
             f"model that the hub serves from here ({str(error).splitlines()[0]})"
         ) from error
+
+
+def check_not_packed(model: str, config: PretrainedConfig) -> None:
+    """
+    Refuse a checkpoint of which transformers cannot read the weights.
+
+    :param model: folder of the checkpoint, or its id on the hub
+    :param config: its configuration
+    :raises ValueError: if it has the configuration of an engine of 2025
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    sparsity = stored.get("sparsity_config") if isinstance(stored, dict) else None
+    if sparsity and not stored.get("config_groups"):
+        remedy = f"'fista-prune unpack {model} -o DENSE' gives the dense form"
+        if sparsity.get("format") == "dense":
+            remedy = "prune with --format dense"
+        raise ValueError(
+            f"{model} is stored for engines of 2025 ({sparsity.get('format')}), and "
+            f"transformers cannot load it: {remedy}"
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -80,9 +101,10 @@ def load_model(
         are any
     :return: the model, of the class that its config.json names
     :raises FileNotFoundError: if there is no such model
-    :raises ValueError: if transformers has no class for it
+    :raises ValueError: if transformers has no class for it, or cannot read its weights
     """
     config = load_config(model)
+    check_not_packed(model, config)
     spread = to_accelerator and torch.accelerator.is_available()
     return model_class(config).from_pretrained(
         model, dtype=dtype, device_map="auto" if spread else None, **_attention(config)

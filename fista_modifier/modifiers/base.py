@@ -30,6 +30,7 @@ from fista_modifier.models.coverage import share_of_weights, warn_of_other_weigh
 from fista_modifier.models.generation import make_generation_config_storable
 from fista_modifier.models.layers import (
     DecoderLayer,
+    check_one_tower,
     chosen_layers,
     group_by_layer,
     layer_targets,
@@ -53,6 +54,7 @@ from fista_modifier.solver import SolverOptions
 __all__ = [
     "HOW_TO_RUN",
     "LayerwiseModifier",
+    "check_own_folder",
     "modifiers_before",
     "overridden",
 ]
@@ -244,6 +246,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 f"{device} has no float64, in which errors are added up: prune on a "
                 "machine with another accelerator, or with none"
             )
+        check_own_folder(self)
         for other in modifiers_before(self):
             if isinstance(other, LayerwiseModifier) and other.layers is not None:
                 raise ValueError(
@@ -264,6 +267,8 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         given = kwargs.get("sequential_targets")
         layers, layer_types = self.find_layers(model, given)
         procedure = self.procedure(state, layers)
+        if procedure.chains_layers:
+            check_one_tower(model, layers)
         warn_of_other_weights(layers)
         by_default: Distribution = "data" if procedure.chains_layers else "layers"
         self._schedule = Schedule(
@@ -422,6 +427,23 @@ def modifiers_before(modifier: Modifier) -> list[Modifier]:
     """
     modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
     return list(takewhile(lambda one: one is not modifier, modifiers))
+
+
+def check_own_folder(modifier: Modifier) -> None:
+    """
+    Refuse a folder for unfinished work that an earlier step of the recipe has, too.
+
+    :param modifier: a modifier with a ``resume_dir``
+    :raises ValueError: if an earlier one has the same
+    """
+    own = modifier.resume_dir
+    for other in modifiers_before(modifier):
+        its = getattr(other, "resume_dir", None)
+        if own and its and Path(its).resolve() == Path(own).resolve():
+            raise ValueError(
+                f"resume_dir: '{own}' is that of {type(other).__name__}, too: name "
+                "another folder for each step"
+            )
 
 
 def _step(modifier: Modifier) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fista_modifier.cost import LayerShape, shape_of
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.coverage import share_of_weights
 from fista_modifier.models.experts import linearize, linearize_weightless
+from fista_modifier.models.layers import check_one_tower
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.resizing import apply_changes
 from fista_modifier.modifiers.base import LayerwiseModifier
@@ -142,6 +143,8 @@ def _of_patterns(
     model = _weightless(config)
     layers, _ = modifier.find_layers(model)
     procedure, by_data = modifier.foreseen(model, layers)
+    if procedure.chains_layers:
+        check_one_tower(model, layers)
     found: dict[tuple[str, bool], PlannedPattern] = {}
     names = []
     for layer in modifier.chosen_layers(layers):

@@ -52,7 +52,8 @@ class PatternFields:
             self._check_owl()
         if self._has_default:
             for sparsity in self._sparsities:
-                parse_pattern(self.mask_structure, sparsity)
+                if sparsity != 0 or not isinstance(self.sparsity, list):
+                    parse_pattern(self.mask_structure, sparsity)
 
     @property
     def _sparsities(self) -> Sequence[float | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _parsed(text: str, name: str, ending: str) -> Recipe:
         text = _front_matter(text, name)
     try:
         # JSON comes first, as in the toolkit: not all that is JSON is YAML, too
-        content = _json(text) or yaml.load(text, Loader=_Loader)
+        content = _json(text, name) or yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{name} is not YAML{where}: {error.problem}") from None
@@ -106,9 +107,17 @@ def _parsed(text: str, name: str, ending: str) -> Recipe:
     return Recipe.from_dict(content)
 
 
-def _json(text: str) -> Any:
+def _json(text: str, name: str) -> Any:
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(
+                    f"{name}: '{key}' is there twice, and only one would count"
+                )
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_once)
     except json.JSONDecodeError:
         return None
 

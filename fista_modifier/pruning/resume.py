@@ -14,9 +14,7 @@ from loguru import logger
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
-from fista_modifier.calibration.recording import Hook
 from fista_modifier.distributed import Ranks
 from fista_modifier.files import whole
 from fista_modifier.models.layers import DecoderLayer
@@ -24,7 +22,6 @@ from fista_modifier.pruning.procedures import PrunedLayer
 from fista_modifier.pruning.results import OperatorResult, ReconstructionResult
 from fista_modifier.pruning.runs import (
     RUN_FILE,
-    CallDigest,
     Fingerprint,
     begin_run,
     check_run,
@@ -54,14 +51,16 @@ class Resumption:
 
     :param disk: finished layers, if the run can be resumed
     :param ranks: the processes of the run
+    :ivar on_disk: the layers that were found there
+    :ivar compares_data: whether the calibration data are to be compared
     """
 
     def __init__(self, disk: FinishedLayers | None, ranks: Ranks) -> None:
         self._disk = disk
         self._ranks = ranks
-        self._found: set[DecoderLayer] = set()
-        # The digests are kept until they are compared.
-        self._data = CallDigest() if disk is not None or ranks.size > 1 else None
+        self.on_disk: set[DecoderLayer] = set()
+        self.compares_data = disk is not None or ranks.size > 1
+        self._compared = False
 
     def look_for(self, layers: Sequence[DecoderLayer]) -> set[DecoderLayer]:
         """
@@ -74,37 +73,26 @@ class Resumption:
             return set()
         names = [layer.name for layer in layers if layer in self._disk]
         names = self._ranks.all(names)[0]  # Files may appear while the ranks look.
-        self._found = {layer for layer in layers if layer.name in names}
-        if self._found:
+        self.on_disk = {layer for layer in layers if layer.name in names}
+        if self.on_disk:
             logger.info(
-                f"Resuming: {len(self._found)} layers are in {self._disk.folder}"
+                f"Resuming: {len(self.on_disk)} layers are in {self._disk.folder}"
             )
-        return self._found
+        return self.on_disk
 
-    def hooks(self, model: PreTrainedModel) -> list[Hook]:
-        """
-        Return the hook that makes digests of the calibration data.
-
-        :param model: the model that is being calibrated
-        :return: what is to be hooked until the first layer has run; empty if nothing
-            has to be compared
-        """
-        if self._data is None:
-            return []
-        return [(model.get_input_embeddings(), self._data.add, "forward_pre")]
-
-    def check_data(self) -> None:
+    def check_data(self, batches: Sequence[str]) -> None:
         """
         Check the calibration data. This is called when the first layer has run. Further
         calls do no harm.
 
+        :param batches: digest of each batch of this rank
         :raises ValueError: if the calibration data are not those of the layers on disk,
             or all data of one rank are among those of another
         """
-        if self._data is None:
+        if self._compared or not self.compares_data:
             return
-        of_ranks = self._ranks.all(self._data.batches)
-        self._data = None
+        self._compared = True
+        of_ranks = self._ranks.all(list(batches))
         for one, other in permutations(range(len(of_ranks)), 2):
             if set(of_ranks[one]) <= set(of_ranks[other]):
                 raise ValueError(
@@ -122,7 +110,7 @@ class Resumption:
         :param layer: a layer that the pipeline has left
         :return: what became of it; None if it is not on disk
         """
-        if self._disk is None or layer not in self._found:
+        if self._disk is None or layer not in self.on_disk:
             return None
         return self._disk.load(layer)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 import torch
 from compressed_tensors.offload import disable_onloading
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from fista_modifier.calibration.digest import TensorDigest
 from fista_modifier.files import write_whole
 from fista_modifier.host import package_versions
 from fista_modifier.pruning.results import PACKAGES
 
 __all__ = [
     "RUN_FILE",
-    "CallDigest",
     "Fingerprint",
-    "TensorDigest",
     "begin_run",
     "check_run",
     "fingerprint",
@@ -33,50 +30,6 @@ SHOWN = 3
 
 Fingerprint = dict[str, dict[str, Any]]
 """What the result of a run depends on: plain JSON values, in sections."""
-
-
-class TensorDigest:
-    """A running SHA-256 of tensors: of their dtypes, shapes and bits, in order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, tensor: Tensor) -> None:
-        """
-        Add a tensor to the digest.
-
-        :param tensor: a tensor of any dtype, on any device
-        """
-        tensor = tensor.detach().cpu().contiguous()
-        self._hash.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        self._hash.update(tensor.flatten().view(torch.uint8).numpy())
-
-    def hex(self) -> str:
-        """
-        Return the digest of all tensors so far.
-
-        :return: hexadecimal digits
-        """
-        return self._hash.hexdigest()
-
-
-class CallDigest:
-    """A digest of the tensors that a module was called with, for each batch."""
-
-    def __init__(self) -> None:
-        self.batches: list[str] = []
-
-    def add(
-        self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """
-        Add the digest of one batch. This is a forward pre-hook with keyword arguments.
-        """
-        digest = TensorDigest()
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                digest.update(leaf)
-        self.batches.append(digest.hex())
 
 
 def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:

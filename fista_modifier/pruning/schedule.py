@@ -81,9 +81,11 @@ class Schedule:
         self.procedure = procedure
         self._resources = resources
         self._ranks = resources.ranks
-        self._passes = CalibrationPasses(model, layers, resources.storage)
         self._rounds = Rounds(resources.ranks, resources.distribution)
         self._resumption = Resumption(resources.finished, resources.ranks)
+        self._passes = CalibrationPasses(
+            model, layers, resources.storage, self._resumption.compares_data
+        )
         self._stream = (
             PrunedStream(resources.storage) if procedure.chains_layers else None
         )
@@ -110,9 +112,7 @@ class Schedule:
         :return: pairs of a layer and a hook, which is not needed any longer after that
             layer
         """
-        first, last = self.layers[0], self.layers[-1]
-        hooks = [(first, hook) for hook in self._resumption.hooks(self._model)]
-        hooks.append((last, self._passes.count_batches()))
+        hooks = [(self.layers[-1], self._passes.count_batches())]
         for layer in self.layers:
             if layer in self._to_prune:
                 wanted = self.procedure.recorded(layer)
@@ -154,7 +154,7 @@ class Schedule:
                     self._leave(layer)
 
     def _leave(self, layer: DecoderLayer) -> None:
-        self._resumption.check_data()
+        self._resumption.check_data(self._passes.digests)
         if layer in self._to_prune:
             self._to_prune.remove(layer)
             self._prune_in_turn(layer)
@@ -266,8 +266,10 @@ class Schedule:
             for layer in self.layers:
                 # The pipeline may run a layer within a function of its own, and then
                 # does not leave it.
-                if layer in self._to_prune and all(
-                    self._ranks.all(self._passes.has_run(layer))
+                waits = layer in self._resumption.on_disk - self._finished
+                if waits or (
+                    layer in self._to_prune
+                    and all(self._ranks.all(self._passes.has_run(layer)))
                 ):
                     self._leave(layer)
             if self._rounds:

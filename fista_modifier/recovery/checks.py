@@ -14,7 +14,12 @@ from transformers.utils import CONFIG_NAME, cached_file
 from fista_modifier.checkpoint.names import names_in_memory
 from fista_modifier.checkpoint.shards import locate
 from fista_modifier.models.classes import check_predicts_text, model_class
-from fista_modifier.models.loading import load_config, load_tokenizer
+from fista_modifier.models.loading import (
+    check_not_packed,
+    load_config,
+    load_tokenizer,
+)
+from fista_modifier.models.norms import replaced_norms
 from fista_modifier.models.vocabulary import check_same_vocabulary
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
@@ -66,6 +71,7 @@ def check_teacher(checkpoint: Path, teacher: str) -> None:
         language model, or the checkpoint itself
     """
     config, dense = load_config(str(checkpoint)), load_config(teacher)
+    check_not_packed(teacher, dense)
     if Path(teacher).is_dir() and Path(teacher).samefile(checkpoint):
         raise ValueError(
             f"{teacher} cannot teach itself: name the dense model that it was pruned "
@@ -106,7 +112,8 @@ def check_unchanged(model: PreTrainedModel, source: str) -> None:
     Refuse a dense model that is no longer what it was loaded from, such as one that was
     fine-tuned or merged with an adapter since: its checkpoint would teach it to forget.
     The first row of each parameter is compared. Nothing is compared where weights are
-    stored in other files than safetensors, or joined when they are loaded.
+    stored in other files than safetensors, joined when they are loaded, or of norms
+    that the toolkit has replaced.
 
     :param model: the model before it is pruned
     :param source: folder of the checkpoint that it was loaded from, or its id on the
@@ -124,6 +131,8 @@ def check_unchanged(model: PreTrainedModel, source: str) -> None:
         stored[files[name]][name] = known
     with disable_onloading():
         own = dict(model.named_parameters())
+    for name in replaced_norms(model):
+        del own[name]
     for file, names in stored.items():
         with safe_open(file, "pt") as opened:
             for name, known in names.items():

@@ -26,7 +26,11 @@ from fista_modifier.distributed import current_ranks
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.vocabulary import check_vocabulary_size
-from fista_modifier.modifiers.base import LayerwiseModifier, modifiers_before
+from fista_modifier.modifiers.base import (
+    LayerwiseModifier,
+    check_own_folder,
+    modifiers_before,
+)
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
@@ -145,6 +149,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 "RecoveryModifier needs a single process: prune with several, and run "
                 "'torchrun … -m fista_modifier.cli recover' afterwards"
             )
+        check_own_folder(self)
         _check_in_memory(state.model)
         _check_data(state)
         self._pruners = _pruners(self)

@@ -288,13 +288,18 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
     :param tokens: sequences, in no order
     :return: the sequences to train on, and those to judge by, which are the last
         sixteenth and at least one
-    :raises ValueError: if there are not enough for both
+    :raises ValueError: if there are not enough for both, or they are of one token
     """
     count = max(1, len(tokens) // HELD_OUT)
     if len(tokens) < 2:
         raise ValueError(
             f"{len(tokens)} sequence is too little: one is held out, and at least one "
             "is trained on: use more samples"
+        )
+    if len(tokens[0]["input_ids"]) < 2:
+        raise ValueError(
+            "sequences of one token have no next token to predict: use a longer "
+            "--seq-len"
         )
     border = len(tokens) - count
     return tokens.select(range(border)), tokens.select(range(border, len(tokens)))

@@ -145,6 +145,22 @@ class GramStatistics:
         power = self.weight.new_zeros((), dtype=torch.float64)
         return OutputDrift(torch.zeros_like(self.weight), power)
 
+    def fill(self, with_drift: bool) -> None:
+        """
+        Make the sums that no token has made yet, all zero.
+
+        :param with_drift: whether those of a drift are among them
+        """
+        if self.total is None:
+            self.total = self._zeros(self.features)
+        if with_drift and self.drift is None:
+            self.drift = self._no_drift()
+            width = self.features if self.weight is None else len(self.weight)
+            self.drift_total = self._zeros(width)
+
+    def _zeros(self, width: int) -> Tensor:
+        return torch.zeros(width, dtype=torch.float64, device=self.execution_device)
+
     def sums(self) -> list[Tensor]:
         """
         Return the tensors that are to be added up over ranks, in place. The number of

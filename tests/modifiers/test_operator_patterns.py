@@ -157,6 +157,11 @@ def test_each_layer_has_the_sparsity_of_its_place_in_the_list() -> None:
 
 def test_a_layer_of_sparsity_0_stays_dense() -> None:
     assert {name[0] for name in patterns(unstructured(sparsity=[0, 0.5]))} == {"1"}
+    modifier = FISTAPruningModifier(
+        mask_structure="2:4", sparsity=[0, 0.5], preset="fast", ignore=["lm_head"]
+    )
+    run(tiny_model("llama"), modifier)
+    assert {name[0] for name in patterns(modifier)} == {"1"}
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.1, 0.5]])

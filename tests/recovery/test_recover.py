@@ -352,6 +352,10 @@ def test_what_cannot_be_recovered_is_a_message_and_leaves_nothing(
     refused("use a longer text", "--samples", 4000)
     refused("train nothing", "--epochs", 0)
     refused("is replaced in the end", "--resume", output / "states")
+    refused("have no next token", "--seq-len", 1)
+    over = recovered(folder, model, text, model, "--overwrite")
+    assert over.exit_code == 1
+    assert "is replaced in the end" in " ".join(over.output.split())
 
     report = PruningReport.load(folder)
     config = json.loads((folder / "config.json").read_text())
