@@ -23,6 +23,7 @@ from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics
 from fista_modifier.checkpoint.on_save import report_of
+from fista_modifier.models.loading import load_model
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import PruningReport
@@ -147,6 +148,22 @@ def test_adapters_have_to_be_merged_first(wrapped: bool) -> None:
     with pytest.raises(ValueError, match="has adapters: merge them first"):
         prune(adapted if wrapped else model, preset="fast")
     assert len(prune(adapted.merge_and_unload(), preset="fast").results) == 14
+
+
+def test_the_embeddings_of_an_encoder_are_no_layer(tmp_path: Path) -> None:
+    """Though transformers names their class beside that of the layers."""
+    KINDS["encoder"].model().save_pretrained(tmp_path / "dense")
+    model = load_model(str(tmp_path / "dense"))
+    assert "BertEmbeddings" in model._no_split_modules
+    fields = {"preset": "fast", "mask_structure": "2:4", "ignore": ["re:cls.*"]}
+    modifier = prune(model, **fields)
+    assert modifier.share_of_weights == 1.0
+    again, folder = load_model(str(tmp_path / "dense")), str(tmp_path / "layers")
+    part = prune(again, layers="0", resume_dir=folder, **fields)
+    names = {result.name for result in part.results}
+    assert names == {
+        result.name for result in modifier.results if ".layer.0." in result.name
+    }
 
 
 def test_data_that_reach_nothing_are_an_error() -> None:
