@@ -76,7 +76,7 @@ def test_the_operations_of_structured_pruning_are_those_that_a_run_counts(
     structures: list[str], correction: str
 ) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
-    model = tiny_model("llama", **WIDE, **heads)
+    model = tiny_model("mistral", **WIDE, **heads)  # LLaMA's would not be 6 heads
     tokens = torch.randint(2, 60, (32, 64))
     ones = torch.ones_like(tokens).tolist()
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
@@ -89,7 +89,7 @@ def test_the_operations_of_structured_pruning_are_those_that_a_run_counts(
         ignore=["re:.*lm_head"],
     )
     (found,) = forecasts(
-        [modifier], model.config, 64, lambda: tiny_model("llama", **WIDE, **heads)
+        [modifier], model.config, 64, lambda: tiny_model("mistral", **WIDE, **heads)
     )
     expected = profile.predicted(model.config, found.shape, 32, found.procedure)
     measured = profile.counted(model, object(), data, modifier)

@@ -130,7 +130,7 @@ def test_less_is_done_where_operators_stay_dense() -> None:
         ("opt", {}, {}),
         ("gpt2", {}, {}),
         ("mixtral", {}, {}),
-        ("llama", HEADS, {"structures": ["mlp", "heads"]}),
+        ("mistral", HEADS, {"structures": ["mlp", "heads"]}),
     ],
 )
 def test_sizes_are_those_of_the_smaller_model(
@@ -149,7 +149,7 @@ def test_sizes_are_those_of_the_smaller_model(
 
 
 def test_the_table_of_channels_has_the_widths(tmp_path: Path) -> None:
-    model = checkpoint("llama", **HEADS)
+    model = checkpoint("mistral", **HEADS)
     options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]
     options += ["--structure", "mlp", "--structure", "heads"]
     result = invoke("plan", model, "--seq-len", 16, *options)

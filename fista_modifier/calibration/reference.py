@@ -18,11 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import (
-    EndOfRun,
-    LayerCall,
-    check_nothing_shared,
-)
+from fista_modifier.calibration.replay import EndOfRun, LayerCall
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.tracing import configs_of
 
@@ -92,7 +88,6 @@ class ReferenceRun:
         and cache of calibration. Warn if a layer's outputs differ.
 
         :param batch: arguments of the model by their names; others are left out
-        :raises ValueError: if layers leave tensors for one another
         """
         with ExitStack() as stack:
             for config, name, value in self._as_loaded:
@@ -129,13 +124,9 @@ class ReferenceRun:
             stack.enter_context(HooksMixin.disable_hooks())
             stack.enter_context(patch_attr(moe, "_CALIBRATE_ALL_EXPERTS", False))
             for layer in self._layers:
-                for hook, named in (
-                    (self._counter(layer), False),
-                    (check_nothing_shared, True),
-                ):
-                    stack.enter_context(
-                        layer.module.register_forward_pre_hook(hook, with_kwargs=named)
-                    )
+                stack.enter_context(
+                    layer.module.register_forward_pre_hook(self._counter(layer))
+                )
                 for child in layer.module.children():
                     stack.enter_context(
                         child.register_forward_hook(self._recorder(layer, recorded))

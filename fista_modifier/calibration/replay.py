@@ -5,7 +5,7 @@ What a decoder layer or a part of it was called with, and runs of it over these 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -36,7 +36,6 @@ __all__ = [
     "LayerInputs",
     "RealTokens",
     "calibration_runs",
-    "check_nothing_shared",
     "first_tensor",
     "forward_context",
     "inputs_of",
@@ -157,9 +156,7 @@ class LayerInputs:
         :param args: positional arguments of the call
         :param kwargs: keyword arguments of the call
         :return: its hidden states
-        :raises ValueError: as for :func:`check_nothing_shared`
         """
-        check_nothing_shared(self.layer, args, kwargs)
         signature = inspect.signature(self.layer.forward)
         call = signature.bind(*args, **_renamed(signature, args, kwargs))
         values = _own_copy({"args": call.args, "kwargs": call.kwargs})
@@ -464,30 +461,6 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
         and one.shape == other.shape
         and one.stride() == other.stride()
     )
-
-
-def check_nothing_shared(
-    layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """
-    Refuse tensors that a layer finds where an earlier one has left them: in a mapping
-    that torch does not know as a container, and that all layers are given. A layer that
-    ran again would change what the later ones were called with. This is a forward
-    pre-hook of a layer, with keyword arguments.
-
-    :param layer: a decoder layer
-    :param args: positional arguments of a call
-    :param kwargs: keyword arguments of the call
-    :raises ValueError: if there is such a mapping among them
-    """
-    for value in tree_leaves((args, kwargs)):
-        if isinstance(value, MutableMapping) and value:
-            raise ValueError(
-                f"{type(layer).__name__} finds in a {type(value).__name__} what "
-                "earlier layers have left there, as where layers share keys and values "
-                "(num_kv_shared_layers in config.json): such a model cannot be pruned "
-                "layer by layer"
-            )
 
 
 def same_output(one: Tensor, other: Tensor) -> bool:

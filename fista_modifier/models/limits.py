@@ -13,10 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fista_modifier.data import max_sequence_length
 from fista_modifier.models.classes import weightless_model
+from fista_modifier.models.tracing import configs_of
 
 __all__ = [
     "check_calibration",
     "check_length",
+    "check_nothing_shared",
     "check_tokens",
     "check_vocabulary",
     "longest_sequence",
@@ -122,6 +124,23 @@ def longest_sequence(config: PretrainedConfig) -> int:
     if maximum is None or length <= maximum - SPARE_POSITIONS:
         return length
     return min(length, _positions(weightless_model(config), maximum) or length)
+
+
+def check_nothing_shared(model: PreTrainedModel) -> None:
+    """
+    Refuse a model in which layers compute with the keys and values of earlier ones. A
+    layer that is run by itself would find none, or those of another run.
+
+    :param model: the model that is to be pruned, maybe on the meta device
+    :raises ValueError: if its layers share keys and values
+    """
+    for config in configs_of(model):
+        if shared := getattr(config, "num_kv_shared_layers", None):
+            raise ValueError(
+                f"{shared} layers of {type(model).__name__} take keys and values from "
+                "earlier ones (num_kv_shared_layers in config.json): such a model "
+                "cannot be pruned layer by layer"
+            )
 
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:

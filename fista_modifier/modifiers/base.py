@@ -35,7 +35,7 @@ from fista_modifier.models.layers import (
     group_by_layer,
     layer_targets,
 )
-from fista_modifier.models.limits import check_vocabulary
+from fista_modifier.models.limits import check_nothing_shared, check_vocabulary
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
 from fista_modifier.pruning.procedures import Procedure
@@ -210,8 +210,10 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             None
         :return: the layers of the model, with the operators that targets and ignore
             leave; and the toolkit's sequential targets
-        :raises ValueError: if targets match nothing, or no layers are found
+        :raises ValueError: if targets match nothing, no layers are found, or layers
+            share keys and values
         """
+        check_nothing_shared(model)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         operators = find_operators(model, targets, self.ignore)
         layer_types = layer_targets(model, operators, given)
