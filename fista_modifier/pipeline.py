@@ -11,6 +11,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
+from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier.checkpoint.model_card import write_model_card
@@ -251,6 +252,15 @@ def save(
 
 
 def _of_checkpoint(model: PreTrainedModel) -> PruningReport | None:
-    """Return the report of the checkpoint that a model came from, if it has one."""
+    """
+    Return the report of the checkpoint that a model came from; None, with a warning, if
+    it cannot be read.
+    """
     folder = Path(model.name_or_path)
-    return PruningReport.load(folder) if (folder / REPORT_NAME).is_file() else None
+    if not model.name_or_path or not (folder / REPORT_NAME).is_file():
+        return None
+    try:
+        return PruningReport.load(folder)
+    except ValueError as error:  # the work must not be lost for it
+        logger.warning(f"The new checkpoint has no report: {error}")
+        return None
