@@ -113,6 +113,14 @@ def measurement(args: argparse.Namespace) -> Measurement:
     )
 
 
+def resumed(args: argparse.Namespace, setup: dict[str, Any]) -> Results:
+    """Return the results of OUT.json, with those of the dense model as the first."""
+    results = Results.resume(args.out.with_suffix(".json"), setup)
+    if not results.find(method=DENSE):
+        results.add({"method": DENSE} | measurement(args).run(None, None))
+    return results
+
+
 def setup(args: argparse.Namespace) -> dict[str, Any]:
     """
     Return the settings that all results share. The machine is one of them, because the

@@ -29,6 +29,7 @@ from compare import (
     common_setup,
     measurement,
     resumable_pruner,
+    resumed,
 )
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
@@ -74,9 +75,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=Training.rate)
     args = parser.parse_args()
     setup = common_setup(args) | {"epochs": args.epochs, "rate": args.rate}
-    results = Results.resume(args.out.with_suffix(".json"), setup)
-    if not results.find(method="dense"):
-        results.add({"method": "dense"} | measurement(args).run(None, None))
+    results = resumed(args, setup)
     for seed, method, times in product(args.seeds, args.methods, args.times):
         job = Job(method, times, seed)
         if not results.find(**job._asdict()):
@@ -176,6 +175,23 @@ def train(
         teacher_name=teacher,
     )
     return pipeline.PruningRun(model)
+
+
+def prune_and_train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    prune: Pruner,
+    teacher: str,
+    states: Path | None = None,
+) -> pipeline.PruningRun:
+    """
+    Prune, and train what is left on the same tokens. The states of the training wait in
+    a folder, if one is given.
+    """
+    prune(model, tokenizer, calibration)
+    return train(model, calibration, teacher, Training(), states)
 
 
 def table(args: argparse.Namespace, results: Results) -> str:

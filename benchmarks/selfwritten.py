@@ -21,19 +21,16 @@ from typing import NamedTuple
 
 import inputs
 import torch
-from compare import common_arguments, common_setup, measurement
+from compare import common_arguments, common_setup, measurement, resumed
 from datasets import Dataset
-from recovery import train
+from recovery import prune_and_train
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import Pruner, pruner
 from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.models.loading import load_model
-from fista_modifier.recovery.recover import Training
 from fista_modifier.solver import pattern_of
 
 GIVEN, BOTH, OWN, MORE = "given", "given and own", "own", "more given"
@@ -60,9 +57,7 @@ def main() -> None:
     parser.add_argument("--recover", type=int, nargs="+", default=[0, 1])
     args = parser.parse_args()
     setup = common_setup(args) | {"times": args.times, "prompt": args.prompt}
-    results = Results.resume(args.out.with_suffix(".json"), setup)
-    if not results.find(method="dense"):
-        results.add({"method": "dense"} | measurement(args).run(None, None))
+    results = resumed(args, setup)
     for method, source, recover in product(args.methods, args.sources, args.recover):
         job = Job(method, source, bool(recover))
         if not results.find(**job._asdict()):
@@ -73,21 +68,8 @@ def main() -> None:
 def measured(args: argparse.Namespace, job: Job) -> Row:
     prune: Pruner = pruner(job.method, pattern_of("2:4"))
     if job.recovered:
-        prune = partial(recovered, prune=prune, teacher=args.model)
+        prune = partial(prune_and_train, prune=prune, teacher=args.model)
     return measurement(args).run(prune, tokens(args, job.source))
-
-
-def recovered(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    calibration: Dataset,
-    *,
-    prune: Pruner,
-    teacher: str,
-) -> pipeline.PruningRun:
-    """Prune, and train what is left on the same tokens."""
-    prune(model, tokenizer, calibration)
-    return train(model, calibration, teacher, Training())
 
 
 def tokens(args: argparse.Namespace, source: str) -> Dataset:

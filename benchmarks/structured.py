@@ -23,16 +23,13 @@ from typing import Any, NamedTuple
 
 import inputs
 from compare import WITHOUT_TIME, common_arguments, common_setup, measurement
-from datasets import Dataset
-from recovery import mean_seconds, train
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from recovery import mean_seconds, prune_and_train
 
 from fista_modifier import FASPPruningModifier, pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, recipe
 from fista_modifier.evaluation.results import Results, Row, digest
-from fista_modifier.recovery.recover import Training
 from fista_modifier.recovery.resume import forget
 from fista_modifier.solver import pattern_of
 
@@ -121,29 +118,12 @@ def measured(args: argparse.Namespace, job: Job) -> Row:
     prune = partial(pipeline.prune, recipe=modifier)
     states = kept and kept.with_name(f"{kept.name}-recovery")
     if job.method in RECOVERED:
-        prune = partial(recovered, modifier=modifier, teacher=args.model, states=states)
+        prune = partial(prune_and_train, prune=prune, teacher=args.model, states=states)
     row = measurement(args).run(prune, inputs.calibration(args, seed=job.seed))
     if states is not None:
         forget(states)
     removed = {"removed": getattr(modifier, "removed", 0.0)}
     return row | removed | (WITHOUT_TIME if resumes else {})
-
-
-def recovered(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    calibration: Dataset,
-    *,
-    modifier: FASPPruningModifier,
-    teacher: str,
-    states: Path | None,
-) -> pipeline.PruningRun:
-    """
-    Prune, and train what is left on the same tokens. The states of the training wait in
-    a folder, if one is given.
-    """
-    pipeline.prune(model, tokenizer, calibration, modifier)
-    return train(model, calibration, teacher, Training(), states)
 
 
 def table(args: argparse.Namespace, results: Results) -> str:

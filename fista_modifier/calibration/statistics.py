@@ -110,12 +110,13 @@ def _accumulated(
 
 def _sum(statistics: GramStatistics, ranks: Ranks) -> None:
     """Replace each rank's sums by those over the tokens of all ranks."""
-    drifts = ranks.all(statistics.drift is not None)
-    if sum(ranks.all(statistics.tokens)):  # a rank without tokens has fewer sums
-        statistics.fill(any(drifts))
+    found = ranks.all((statistics.tokens, statistics.drift is not None))
+    tokens = sum(count for count, _ in found)
+    if tokens:  # a rank without tokens has fewer sums
+        statistics.fill(any(drifts for _, drifts in found))
     for matrix in statistics.sums():
         ranks.sum(matrix)
-    statistics.tokens = sum(ranks.all(statistics.tokens))
+    statistics.tokens = tokens
 
 
 def _tokens(wave: Sequence[Stage], call: LayerCall, real: RealTokens) -> list[Tensor]:

@@ -34,9 +34,9 @@ def copy_processors(model: str, folder: Path) -> None:
         the hub; empty if it was not loaded
     :param folder: the new checkpoint; a file that it has already stays
     """
-    templates = {LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE}
+    has_template = (folder / CHAT_TEMPLATE_FILE).exists()
     for name in FILES:
-        if name in templates and (folder / CHAT_TEMPLATE_FILE).exists():
+        if name == LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE and has_template:
             continue  # transformers refuses to have both
         try:
             found = cached_file(

@@ -53,7 +53,6 @@ from fista_modifier.models.loading import (
     weight_bytes,
 )
 from fista_modifier.models.operators import Operator
-from fista_modifier.models.targets import find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.pruning.results import Calibration
@@ -290,6 +289,4 @@ def operators_of(
     """Yield the operators that the modifiers of sparse pruning find."""
     for modifier in modifiers:
         if isinstance(modifier, FISTAPruningModifier):
-            targets = modifier.targets
-            targets = [targets] if isinstance(targets, str) else targets
-            yield from find_operators(model, targets, modifier.ignore)
+            yield from modifier.find_operators(model)

@@ -19,7 +19,6 @@ ROLES = {
 """
 The roles that chat templates know, by the names that ShareGPT gives to the speakers.
 """
-DATE_FORMAT = "%d %b %Y"
 DATE = datetime(2024, 7, 26)
 """
 The date that is given to templates which tell the model today's date. The true date
@@ -66,7 +65,7 @@ def render(conversation: list[Any], tokenizer: Any) -> str:
         text: str = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            date_string=f"{DATE:{DATE_FORMAT}}",
+            date_string=DATE.strftime("%d %b %Y"),
             strftime_now=DATE.strftime,
         )
     except (TemplateError, TypeError) as error:

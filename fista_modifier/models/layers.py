@@ -116,9 +116,14 @@ def _classes_of_blocks(model: PreTrainedModel) -> list[str]:
         type(block).__name__
         for blocks in outermost
         for block in blocks
-        if any(isinstance(one, torch.nn.Linear | Conv1D) for one in block.modules())
+        if _has_operators(block)
     }
     return sorted(classes - {"Linear", "Conv1D"})
+
+
+def _has_operators(module: torch.nn.Module) -> bool:
+    """Say whether a module has linear operators in it, or is one."""
+    return any(isinstance(one, torch.nn.Linear | Conv1D) for one in module.modules())
 
 
 def group_by_layer(
@@ -147,7 +152,7 @@ def group_by_layer(
         name: DecoderLayer(name, module, mask_name=mask_name(model, module))
         for name, module in modules.items()
         # encoders name the class of their embeddings, too
-        if any(isinstance(one, torch.nn.Linear | Conv1D) for one in module.modules())
+        if _has_operators(module)
     }
     lone = []
     for operator in operators:

@@ -36,6 +36,7 @@ from fista_modifier.models.layers import (
     layer_targets,
 )
 from fista_modifier.models.limits import check_nothing_shared, check_vocabulary
+from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
 from fista_modifier.pruning.procedures import Procedure
@@ -199,6 +200,17 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         """
         return {}
 
+    def find_operators(self, model: PreTrainedModel) -> list[Operator]:
+        """
+        Find the operators that targets and ignore leave.
+
+        :param model: the model that is to be pruned, maybe on the meta device
+        :return: the operators
+        :raises ValueError: if targets match nothing
+        """
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        return find_operators(model, targets, self.ignore)
+
     def find_layers(
         self, model: PreTrainedModel, given: str | list[str] | None = None
     ) -> tuple[list[DecoderLayer], list[str]]:
@@ -214,8 +226,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             share keys and values
         """
         check_nothing_shared(model)
-        targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        operators = find_operators(model, targets, self.ignore)
+        operators = self.find_operators(model)
         layer_types = layer_targets(model, operators, given)
         return group_by_layer(model, operators, layer_types), layer_types
 

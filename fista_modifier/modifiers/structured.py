@@ -336,7 +336,7 @@ class StructuredModifier(LayerwiseModifier):
         """
         if self._restorer_name != "bias":
             return
-        for plan in (one for groups in self._plan.groups.values() for one in groups):
+        for plan in self._plan.every:
             operator = plan.consumer.operator
             if operator.module.bias is None:
                 raise ValueError(
@@ -376,7 +376,7 @@ class StructuredModifier(LayerwiseModifier):
         }
 
     def _smaller_consumers(self) -> Iterator[tuple[Operator, int]]:
-        for plan in (one for groups in self._plan.groups.values() for one in groups):
+        for plan in self._plan.every:
             if not plan.zeroes:
                 operator, indices = plan.consumer
                 yield operator, plan.keep * indices.shape[1]

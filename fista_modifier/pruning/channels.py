@@ -88,13 +88,18 @@ class ChannelPlan:
     zeroed: float = 0.0
 
     @property
+    def every(self) -> list[GroupPlan]:
+        """The plans of all layers, in order."""
+        return [plan for of_layer in self.groups.values() for plan in of_layer]
+
+    @property
     def zero_rows(self) -> dict[str, int]:
         """
         Number of rows that become zeros in place, by the name of each operator that
         gets some.
         """
         rows: defaultdict[str, int] = defaultdict(int)
-        for plan in (one for plans in self.groups.values() for one in plans):
+        for plan in self.every:
             for operator, indices in plan.group.producers if plan.zeroes else ():
                 rows[operator.name] += (plan.group.size - plan.keep) * indices.shape[1]
         return dict(rows)

@@ -30,7 +30,7 @@ def begin(folder: Path, run: Fingerprint) -> None:
     :raises ValueError: as :func:`check`
     """
     folder.mkdir(parents=True, exist_ok=True)
-    check(folder, run)
+    _check_own(folder)
     begin_run(folder, run, CONTENTS)
 
 
@@ -43,13 +43,22 @@ def check(folder: Path, run: Fingerprint) -> None:
     :raises ValueError: if the folder belongs to another run; the message names what
         differs; or if it holds states of some other training
     """
+    _check_own(folder)
+    check_run(folder, run, CONTENTS)
+
+
+def _check_own(folder: Path) -> None:
+    """
+    Refuse a folder with states of some other training, which has no fingerprint.
+
+    :raises ValueError: if there are such states
+    """
     foreign = next(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), None)
     if foreign is not None and not (folder / RUN_FILE).exists():
         raise ValueError(
             f"{folder} holds {foreign.name} of some other training, which would be "
             "deleted in the end: name another folder"
         )
-    check_run(folder, run, CONTENTS)
 
 
 def last_state(folder: Path) -> Path | None:
