@@ -95,6 +95,10 @@ class Ranks:
                 raise RuntimeError(f"rank {rank} failed: {message}")
         return [cast(Value, done) for done, _ in outcomes]
 
+    def wait(self) -> None:
+        """Wait until all ranks have come here."""
+        self.all(None)
+
     def in_turn(self, work: Callable[[], object]) -> None:
         """
         Let one rank after the other do its work, such as a change of weights that they
@@ -103,11 +107,11 @@ class Ranks:
 
         :param work: the work of this rank
         """
-        self.all(None)
+        self.wait()
         for rank in range(self.size):
             if rank == self.rank:
                 work()
-            self.all(None)
+            self.wait()
 
     def gather(self, value: Value, to: int) -> list[Value] | None:
         """
@@ -153,7 +157,7 @@ def leave_ranks() -> Ranks:
     ranks = current_ranks()
     if is_distributed():
         # the toolkit's own group would wait for minutes, and the first rank packs
-        ranks.all(None)
+        ranks.wait()
         dist.destroy_process_group()
         _objects.cache_clear()
     return ranks

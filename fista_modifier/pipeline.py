@@ -217,7 +217,9 @@ def save(
     :raises OSError: if the checkpoint cannot be written, for example on a full disk;
         the message names the folder, and what was there stays
     """
-    if current_ranks().rank:
+    ranks = current_ranks()
+    ranks.wait()  # one may still write scales that another packs
+    if ranks.rank:
         with native_experts(model):
             model.save_pretrained(folder)  # all take part; only the first rank writes
         return

@@ -876,7 +876,7 @@ def test_torchrun_shares_the_layers_out(
     arguments = ["prune", model, *options, "--dataset", text]
     arguments += ["--samples", 4, "--seq-len", 16, "-o", tmp_path / "two"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "fista_modifier.cli", *map(str, arguments)]
+    command += [str(Path(__file__).with_name("late_rank.py")), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Wrote") == 1

@@ -377,6 +377,9 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             )
         self.remove_hooks()
         self._contexts.close()
+        # Ranks share weights and scales. Another step of the recipe, such as a
+        # quantisation, may still write some that this rank packs when it saves.
+        current_ranks().wait()
         return True
 
     def _of_report(self) -> dict[str, Any]:
