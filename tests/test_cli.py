@@ -887,3 +887,19 @@ def test_torchrun_shares_the_layers_out(
     )
     # sums that several processes add up are rounded elsewhere
     torch.testing.assert_close(two, one)
+
+
+def test_ranks_that_share_weights_refuse_smoothquant(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Each rank of llm-compressor 0.14 would scale the weights once more."""
+    arguments = ["prune", model, "--dataset", text, "-o", tmp_path / "out"]
+    arguments += ["--samples", 4, "--seq-len", 16]
+    arguments += ["--recipe", RECIPES / "fista-2of4-smoothquant-w8a8.yaml"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "fista_modifier.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "SmoothQuantModifier scales weights once on each rank" in said
+    assert not (tmp_path / "out").exists()

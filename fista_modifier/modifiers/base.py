@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from compressed_tensors.offload.cache import DistributedCPUCache, DistributedDiskCache
 from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
@@ -250,8 +252,9 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         :raises ValueError: if there is no calibration data, or a token in it is not in
             the vocabulary, if the accelerator is Apple's, if targets match nothing, if
             an operator cannot have the pattern or is not finite, if the model does not
-            have the ``layers`` or could not be saved, or if ``resume_dir`` belongs to
-            another run, or an earlier step of the recipe has ``layers``
+            have the ``layers`` or could not be saved, if ``resume_dir`` belongs to
+            another run, if an earlier step of the recipe has ``layers``, or SmoothQuant
+            would scale weights that several ranks share
         """
         model = state.model
         if (device := get_main_device()).type == "mps":
@@ -260,6 +263,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 "machine with another accelerator, or with none"
             )
         check_own_folder(self)
+        _check_scaled_once(model)
         for other in modifiers_before(self):
             if isinstance(other, LayerwiseModifier) and other.layers is not None:
                 raise ValueError(
@@ -460,6 +464,20 @@ def check_own_folder(modifier: Modifier) -> None:
                 f"resume_dir: '{own}' is that of {type(other).__name__}, too: name "
                 "another folder for each step"
             )
+
+
+def _check_scaled_once(model: PreTrainedModel) -> None:
+    """Refuse SmoothQuant on weights that ranks share, since each would scale them."""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    smooth = [type(one) for one in modifiers if isinstance(one, SmoothQuantModifier)]
+    if not smooth or current_ranks().size == 1:
+        return
+    shared = (DistributedCPUCache, DistributedDiskCache)
+    if any(isinstance(module._parameters, shared) for module in model.modules()):
+        raise ValueError(
+            f"{smooth[0].__name__} scales weights once on each rank, and these ranks "
+            "share the weights: run this recipe with one process"
+        )
 
 
 def _step(modifier: Modifier) -> dict[str, Any]:
