@@ -10,6 +10,8 @@ from llmcompressor.modifiers.gptq import base as gptq
 from llmcompressor.modifiers.gptq.helpers import column_scale_window
 from torch import Tensor
 
+from fista_modifier.distributed import current_ranks
+
 __all__ = ["MaskedGPTQModifier", "quantize_kept"]
 
 
@@ -39,6 +41,11 @@ class MaskedGPTQModifier(GPTQModifier):  # type: ignore[misc]
 
     The lifecycle is that of ``GPTQModifier``.
     """
+
+    def compress_modules(self) -> None:
+        """Quantise the modules that have been calibrated; ranks share them out."""
+        super().compress_modules()
+        current_ranks().wait()  # they share the weights that the next layer runs with
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
         """

@@ -33,10 +33,10 @@ REPORT = PruningReport(
 def test_the_hub_reads_back_what_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "model-2of4"
     folder.mkdir()
-    stated = {"news": StatedPerplexity(12.5, 64, 17, bos=False)}
+    stated = {"news|old": StatedPerplexity(12.5, 64, 17, bos=False)}
     write_model_card(folder, REPORT, stated)
     assert (
-        "| news | 12.500 | 64 | 17, without the token"
+        "| news\\|old | 12.500 | 64 | 17, without the token"
         in (folder / "README.md").read_text()
     )
     assert stated_perplexities(folder) == stated
@@ -48,7 +48,7 @@ def test_the_hub_reads_back_what_was_written(tmp_path: Path) -> None:
     assert data.sparsity == 0.5
     assert data.model_name == "model-2of4"
     (result,) = data.eval_results
-    assert (result.dataset_name, result.metric_type) == ("news", "perplexity")
+    assert (result.dataset_name, result.metric_type) == ("news|old", "perplexity")
     assert result.metric_value == 12.5
 
 
