@@ -17,6 +17,7 @@ from fista_modifier.cli.tables import (
     operator_table,
     removal_sentence,
     removal_table,
+    trained_sentence,
 )
 from fista_modifier.cli.verify import check
 from fista_modifier.data.records import recorded_name
@@ -66,5 +67,7 @@ def finish(
         console.print(operator_table(report.sparse))
     if report.layers:
         console.print(layer_table(report.layers))
+    for recovery in report.recovery:
+        console.print(trained_sentence(recovery))
     check(verify_checkpoint(folder), folder)
     console.print(f"{wrote} after {report.seconds:.0f} s of calibration and pruning.")

@@ -12,8 +12,8 @@ from llmcompressor.recipe import Recipe
 
 from fista_modifier.evaluation.methods import IGNORE
 from fista_modifier.evaluation.methods import recipe as pruning_recipe
-from fista_modifier.modifiers.base import HOW_TO_RUN
 from fista_modifier.modifiers.recipes import read_recipe
+from fista_modifier.modifiers.steps import HOW_TO_RUN
 from fista_modifier.modifiers.structured import (
     FASPPruningModifier,
     SPAPPruningModifier,
@@ -21,6 +21,7 @@ from fista_modifier.modifiers.structured import (
     StructuredPreset,
 )
 from fista_modifier.pruning.channels import Structure
+from fista_modifier.recovery.modifier import RecoveryModifier
 from fista_modifier.solver import pattern_of
 
 __all__ = ["Method", "Request"]
@@ -30,6 +31,8 @@ STRUCTURED: dict[Method, type[StructuredModifier]] = {
     "fasp": FASPPruningModifier,
     "spap": SPAPPruningModifier,
 }
+STATES = "recovery"
+"""The folder, in that of the finished layers, of the states of the training."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Request:
     :param structures: what leaves; None for the default
     :param multiple_of: the number of channels stays a multiple of this; None for the
         default
+    :param recover: whether to train what pruning keeps
     :param options: the modifier's fields that other options give; None for those that
         are left out
     """
@@ -55,6 +59,7 @@ class Request:
     sparsity: float | None = None
     structures: Sequence[str] | None = None
     multiple_of: int | None = None
+    recover: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,7 +73,8 @@ class Request:
     def is_open(self) -> bool:
         """True if no option says what is to be done to the model."""
         named = (self.pattern, self.recipe, *self._sizes.values())
-        return self.method == "fista" and all(value is None for value in named)
+        undecided = self.method == "fista" and not self.recover
+        return undecided and all(value is None for value in named)
 
     def read(self) -> Recipe:
         """
@@ -79,6 +85,20 @@ class Request:
             no sense
         :raises FileNotFoundError: if there is no such recipe
         """
+        if not self.recover:
+            return self._pruning()
+        if self.recipe is not None:
+            raise ValueError(
+                "--recover can be given only with --pattern or --method: put a "
+                f"RecoveryModifier behind the step that prunes in {self.recipe}, as in "
+                "recipes/fista-2of4-recovery.yaml"
+            )
+        layers = self.fields.get("resume_dir")
+        states = layers and str(Path(layers) / STATES)
+        recovery = RecoveryModifier(resume_dir=states)
+        return read_recipe([*self._pruning().modifiers, recovery])
+
+    def _pruning(self) -> Recipe:
         if self.method in STRUCTURED:
             return read_recipe(self._structured())
         given = [name for name, value in self._sizes.items() if value is not None]

@@ -24,6 +24,7 @@ __all__ = [
     "PatternName",
     "PresetName",
     "RecipeFile",
+    "Recovers",
     "RemovedShare",
     "ResultsFile",
     "Samples",
@@ -82,6 +83,14 @@ MultipleOf = Annotated[
         min=1,
         help="for 'fasp' and 'spap': an MLP's number of channels stays a multiple of "
         "this (default: 64)",
+    ),
+]
+Recovers = Annotated[
+    bool,
+    typer.Option(
+        "--recover",
+        help="after pruning, train what is left towards the dense model, for one epoch "
+        "on the calibration data; the device needs room for training the whole model",
     ),
 ]
 PresetName = Annotated[

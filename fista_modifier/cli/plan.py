@@ -15,6 +15,7 @@ from fista_modifier.cli.options import (
     PatternName,
     PresetName,
     RecipeFile,
+    Recovers,
     RemovedShare,
     Samples,
     SequenceLength,
@@ -52,6 +53,7 @@ def plan(
     preset: PresetName = None,
     error_correction: ErrorCorrectionName = None,
     warm_start: WarmStartName = None,
+    recover: Recovers = False,
     device: Annotated[
         str, typer.Option(help=f"that prunes: {', '.join(DEVICES)}")
     ] = "a100-80gb",
@@ -76,7 +78,7 @@ def plan(
             "warm_start": warm_start,
         }
         request = Request(
-            method, pattern, recipe, sparsity, structure, multiple_of, fields
+            method, pattern, recipe, sparsity, structure, multiple_of, recover, fields
         )
         config = load_config(model)
         length = seq_len or longest_sequence(config)

@@ -32,6 +32,7 @@ from fista_modifier.cli.options import (
     PatternName,
     PresetName,
     RecipeFile,
+    Recovers,
     RemovedShare,
     Samples,
     Seed,
@@ -81,6 +82,7 @@ def prune(
     preset: PresetName = None,
     error_correction: ErrorCorrectionName = None,
     warm_start: WarmStartName = None,
+    recover: Recovers = False,
     dtype: Annotated[
         DtypeName, typer.Option(help="dtype to load and save the weights in")
     ] = "auto",
@@ -144,7 +146,7 @@ def prune(
             "activations_dir": activations and str(activations),
         }
         wanted = Request(
-            method, pattern, recipe, sparsity, structure, multiple_of, fields
+            method, pattern, recipe, sparsity, structure, multiple_of, recover, fields
         ).read()
         modifiers = wanted.modifiers
         check_format(storage_format, modifiers)

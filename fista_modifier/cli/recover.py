@@ -19,12 +19,13 @@ from fista_modifier.cli.options import (
     SequenceLength,
     TextColumn,
 )
+from fista_modifier.cli.tables import trained_sentence
 from fista_modifier.cli.verify import check
 from fista_modifier.distributed import leave_ranks
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.limits import check_length, longest_sequence
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
-from fista_modifier.pruning.results import Calibration, RecoveryResult
+from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.checks import check_pruned, check_teacher
 from fista_modifier.recovery.recover import Training
 from fista_modifier.recovery.recover import recover as train
@@ -120,19 +121,5 @@ def recover(
         check(verify_checkpoint(output), output)
         if resume is not None:
             forget(resume)
-        tell(report.recovery[-1], output)
-
-
-def tell(recovery: RecoveryResult, folder: Path) -> None:
-    """
-    Print the result of a recovery.
-
-    :param recovery: the result
-    :param folder: the checkpoint that was written
-    """
-    console.print(
-        f"Wrote [bold]{escape(str(folder))}[/]: mean KL to the teacher "
-        f"{recovery.start_divergence:.4f} → {recovery.divergence:.4f} nats per token, "
-        f"on {recovery.held_out_tokens} tokens that it was not trained on, after "
-        f"{recovery.seconds:.0f} s and {recovery.steps} steps."
-    )
+        console.print(f"Wrote [bold]{escape(str(output))}[/].")
+        console.print(trained_sentence(report.recovery[-1]))

@@ -35,6 +35,7 @@ from fista_modifier.pruning.results import (
     OperatorResult,
     PruningReport,
     ReconstructionResult,
+    RecoveryResult,
     mean_error,
 )
 
@@ -46,8 +47,10 @@ __all__ = [
     "operator_table",
     "pattern_table",
     "perplexity_table",
+    "recovery_sentence",
     "removal_sentence",
     "removal_table",
+    "trained_sentence",
     "verification_table",
 ]
 
@@ -415,4 +418,19 @@ def recovery_sentence(shape: LayerShape, device: Device) -> str:
         f"The recovery takes about {needed / 1e9:.1f} GB on a device of "
         f"{device.memory / 1e9:.0f} GB, {fits}, beside the activations and logits of a "
         "batch. Its time is not predicted."
+    )
+
+
+def trained_sentence(recovery: RecoveryResult) -> str:
+    """
+    Say what a recovery came to.
+
+    :param recovery: the result
+    :return: the sentence
+    """
+    return (
+        f"Recovery: mean KL to the teacher {recovery.start_divergence:.4f} → "
+        f"{recovery.divergence:.4f} nats per token, on {recovery.held_out_tokens} "
+        f"tokens that it was not trained on, after {recovery.seconds:.0f} s and "
+        f"{recovery.steps} steps."
     )

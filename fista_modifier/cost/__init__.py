@@ -14,6 +14,7 @@ from fista_modifier.cost.memory import (
     reconstruction_memory,
     recorded_memory,
     recovery_memory,
+    training_memory,
 )
 from fista_modifier.cost.operations import Cost, layer_cost
 from fista_modifier.cost.shape import LayerShape, StageShape, shape_of
@@ -34,4 +35,5 @@ __all__ = [
     "recovery_memory",
     "seconds",
     "shape_of",
+    "training_memory",
 ]

@@ -161,21 +161,33 @@ def finished_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
 def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     """
     Predict the memory on the device for a recovery, without the activations and logits
-    of a batch. It holds trained weights, gradients and Adam's two moments in float32,
-    a mask, the other weights in float32, and the teacher. Weights of 16 bits are
-    multiplied as such, and the backward pass needs these copies, too (without gradient
-    checkpointing).
+    of a batch.
 
     :param shape: the shape of the model's layers; the operators of all are trained
-    :param weight_bytes: bytes of one of the teacher's weights
+    :param weight_bytes: bytes of one of the model's weights
     :return: bytes
     """
     trained = shape.weights * len(shape.names)
-    others = shape.parameters - trained
+    return training_memory(trained, shape.parameters, weight_bytes)
+
+
+def training_memory(trained: float, parameters: float, weight_bytes: int) -> float:
+    """
+    Predict the memory on the device for training a model towards itself as it was,
+    without the activations and logits of a batch. It holds trained weights, gradients
+    and Adam's two moments in float32, a mask, the other weights in float32, and the
+    teacher. Weights of 16 bits are multiplied as such, and the backward pass needs
+    these copies, too (without gradient checkpointing).
+
+    :param trained: how many weights are trained
+    :param parameters: how many there are
+    :param weight_bytes: bytes of one of the model's weights
+    :return: bytes
+    """
     mask = 1
     copies = weight_bytes if weight_bytes < FLOAT32 else 0
     return (
         (4 * FLOAT32 + mask + copies) * trained
-        + FLOAT32 * others
-        + weight_bytes * shape.parameters
+        + FLOAT32 * (parameters - trained)
+        + weight_bytes * parameters
     )

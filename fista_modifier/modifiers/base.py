@@ -7,17 +7,14 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from compressed_tensors.offload.cache import DistributedCPUCache, DistributedDiskCache
 from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
@@ -41,6 +38,12 @@ from fista_modifier.models.limits import check_nothing_shared, check_vocabulary
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
+from fista_modifier.modifiers.steps import (
+    check_own_folder,
+    check_scaled_once,
+    modifiers_before,
+    settings_of,
+)
 from fista_modifier.pruning.procedures import Procedure
 from fista_modifier.pruning.reconstruction import Reconstruction
 from fista_modifier.pruning.results import (
@@ -55,23 +58,11 @@ from fista_modifier.pruning.schedule import Resources, Schedule
 from fista_modifier.solver import SolverOptions
 
 __all__ = [
-    "HOW_TO_RUN",
     "LayerwiseModifier",
-    "check_own_folder",
-    "modifiers_before",
     "overridden",
 ]
 
 Options = TypeVar("Options", SolverOptions, Reconstruction)
-
-HOW_TO_RUN = {
-    "offload_hessians",
-    "activations_dir",
-    "resume_dir",
-    "layers",
-    "distribute",
-}
-"""The names of the fields on which the result does not depend."""
 
 
 class LayerwiseModifier(Modifier):  # type: ignore[misc]
@@ -263,7 +254,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 "machine with another accelerator, or with none"
             )
         check_own_folder(self)
-        _check_scaled_once(model)
+        check_scaled_once(model)
         for other in modifiers_before(self):
             if isinstance(other, LayerwiseModifier) and other.layers is not None:
                 raise ValueError(
@@ -400,7 +391,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
     def _determines_the_result(self) -> dict[str, Any]:
         """Return the fields on which the result depends."""
-        return _settings(self)
+        return settings_of(self)
 
     def _check_sharing(self, chains_layers: bool) -> None:
         """
@@ -438,66 +429,13 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             raise
 
 
-def modifiers_before(modifier: Modifier) -> list[Modifier]:
-    """
-    Return the modifiers that come before one in the recipe that is applied.
-
-    :param modifier: a modifier of the recipe
-    :return: those before it, in order
-    """
-    modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
-    return list(takewhile(lambda one: one is not modifier, modifiers))
-
-
-def check_own_folder(modifier: Modifier) -> None:
-    """
-    Refuse a folder for unfinished work that an earlier step of the recipe has, too.
-
-    :param modifier: a modifier with a ``resume_dir``
-    :raises ValueError: if an earlier one has the same
-    """
-    own = modifier.resume_dir
-    for other in modifiers_before(modifier):
-        its = getattr(other, "resume_dir", None)
-        if own and its and Path(its).resolve() == Path(own).resolve():
-            raise ValueError(
-                f"resume_dir: '{own}' is that of {type(other).__name__}, too: name "
-                "another folder for each step"
-            )
-
-
-def _check_scaled_once(model: PreTrainedModel) -> None:
-    """Refuse SmoothQuant on weights that ranks share, since each would scale them."""
-    modifiers = active_session().lifecycle.recipe.modifiers
-    smooth = [type(one) for one in modifiers if isinstance(one, SmoothQuantModifier)]
-    if not smooth or current_ranks().size == 1:
-        return
-    shared = (DistributedCPUCache, DistributedDiskCache)
-    if any(isinstance(module._parameters, shared) for module in model.modules()):
-        raise ValueError(
-            f"{smooth[0].__name__} scales weights once on each rank, and these ranks "
-            "share the weights: run this recipe with one process"
-        )
-
-
 def _step(modifier: Modifier) -> dict[str, Any]:
     """Return what the result of a step of a recipe depends on."""
     if isinstance(modifier, LayerwiseModifier):
         fields = modifier._determines_the_result()
     else:
-        fields = _settings(modifier)
+        fields = settings_of(modifier)
     return {"modifier": type(modifier).__name__} | fields
-
-
-def _settings(modifier: Modifier) -> dict[str, Any]:
-    """
-    Return the fields of a modifier on which its result depends. The toolkit's own
-    modifiers keep their state in fields whose names end in an underscore.
-    """
-    fields = set(type(modifier).model_fields) - set(Modifier.model_fields) - HOW_TO_RUN
-    settings = {name for name in fields if not name.endswith("_")}
-    dumped: dict[str, Any] = modifier.model_dump(mode="json", include=settings)
-    return dumped
 
 
 def _warn_of_few_tokens(results: Sequence[OperatorResult]) -> None:

@@ -15,12 +15,9 @@ from transformers import PreTrainedModel
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import check_prunable, warn_of_zeros
-from fista_modifier.modifiers.base import (
-    LayerwiseModifier,
-    modifiers_before,
-    overridden,
-)
+from fista_modifier.modifiers.base import LayerwiseModifier, overridden
 from fista_modifier.modifiers.patterns import PatternFields
+from fista_modifier.modifiers.steps import modifiers_before
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.orders import plan_orders
 from fista_modifier.pruning.owl import Owl

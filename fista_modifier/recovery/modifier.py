@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.dispatch import remove_dispatch
 from datasets import Dataset
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report, when_saved
+from fista_modifier.cost import training_memory
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.vocabulary import check_vocabulary_size
-from fista_modifier.modifiers.base import (
-    LayerwiseModifier,
-    check_own_folder,
-    modifiers_before,
-)
+from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.steps import check_own_folder, modifiers_before
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
@@ -79,7 +81,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     Lifecycle:
 
     - on_initialize
-        - refuse what cannot be trained, before any long work
+        - refuse what cannot be trained, and warn of what may not fit on the device,
+          before any long work
     - on_calibration_end
         - train the model
     - on_finalize
@@ -167,6 +170,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 self._training,
                 self.teacher,
             )
+        _warn_of_little_memory(state.model, self._pruners)
         return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -254,6 +258,27 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
             "or SPAPPruningModifier"
         )
     return pruners
+
+
+def _warn_of_little_memory(
+    model: PreTrainedModel, pruners: Iterable[LayerwiseModifier]
+) -> None:
+    """Warn of a training that may not fit on the device, before hours of pruning."""
+    found = chain.from_iterable(one.find_operators(model) for one in pruners)
+    trained = {one.module: prod(one.shape) for one in found}
+    with disable_onloading():  # a list of onloaded weights is the whole model
+        parameters, width = model.num_parameters(), model.dtype.itemsize
+    needed = training_memory(sum(trained.values()), parameters, width)
+    device = get_main_device()
+    free = get_max_memory()["cpu" if device.type == "cpu" else device.index or 0]
+    if needed > free:
+        logger.warning(
+            f"The recovery will take about {needed / 1e9:.1f} GB beside activations "
+            f"and logits of a batch, and {device} has {free / 1e9:.1f} GB free. Give "
+            "the pruning a resume_dir (--resume), so that it is not lost if there is "
+            "no room, or leave this step out, and run 'fista-prune recover' on a "
+            "larger device"
+        )
 
 
 def _check_in_memory(model: PreTrainedModel) -> None:

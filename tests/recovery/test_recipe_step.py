@@ -11,7 +11,9 @@ from command_line import invoke
 from datasets import Dataset
 from families import tiny_model
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from logs import logged
 from runs import calibration, run, samples, weights
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fista_modifier import (
@@ -114,6 +116,67 @@ def test_the_recipe_in_yaml_and_its_checkpoint(
     assert report.sparsity == 0.5
     planned = invoke("plan", model, "--recipe", RECIPE)
     assert "The recovery takes about" in planned.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--pattern", "2:4", "--preset", "fast"),
+        ("--method", "fasp", "--sparsity", 0.3, "--multiple-of", 4),
+    ],
+    ids=["sparse", "smaller"],
+)
+def test_prune_and_recover_in_one_command(
+    options: tuple[Any, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    """It gives what the two commands give, and goes on from what is finished."""
+    small = ("--dataset", text, "--samples", 4, "--seq-len", 16)
+    steps = tmp_path / "layers"
+    for name, more in (
+        ("pruned", ("--resume", steps)),
+        ("both", ("--recover", "--resume", steps)),
+    ):
+        output = ("-o", tmp_path / name)
+        with logged("INFO") as messages:
+            result = invoke("prune", model, *output, *options, *small, *more)
+        assert result.exit_code == 0, result.output
+    assert any("Resuming: 2 layers" in message for message in messages)
+    assert "Recovery: mean KL to the teacher" in result.output
+    assert not (steps / "recovery").exists()
+    trained = ("--teacher", model, "-o", tmp_path / "trained")
+    result = invoke("recover", tmp_path / "pruned", *trained, *small)
+    assert result.exit_code == 0, result.output
+    found, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("both", "trained")
+    )
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_recover_belongs_into_a_recipe(model: Path, tmp_path: Path) -> None:
+    result = invoke(
+        "prune", model, "-o", tmp_path / "out", "--recipe", RECIPE, "--recover"
+    )
+    assert result.exit_code == 1
+    assert "put a RecoveryModifier behind the step that prunes" in " ".join(
+        result.output.split()
+    )
+    planned = invoke("plan", model, "--pattern", "2:4", "--recover")
+    assert "The recovery takes about" in planned.output
+
+
+def test_a_training_without_room_is_told_before_the_pruning(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = {"cpu": 1_000_000}
+    monkeypatch.setattr("fista_modifier.recovery.modifier.get_max_memory", lambda: room)
+    for free, warned in [(1_000_000_000, False), (10_000, True)]:
+        room["cpu"] = free
+        with logged() as messages:
+            pruned(dense, PRUNERS["sparse"](), RecoveryModifier(**SETTINGS))
+        told = [index for index, one in enumerate(messages) if "will take" in one]
+        assert bool(told) == warned
 
 
 @pytest.mark.parametrize(
