@@ -216,13 +216,29 @@ def save(
     :raises ValueError: if they cannot have the format; the checkpoint is then dense
     :raises OSError: if the checkpoint cannot be written, for example on a full disk;
         the message names the folder, and what was there stays
+    :raises RuntimeError: if it failed so on the first of several ranks
     """
     ranks = current_ranks()
     ranks.wait()  # one may still write scales that another packs
-    if ranks.rank:
+
+    def save_mine() -> None:
+        if ranks.rank == 0:
+            _write(model, tokenizer, folder, report, storage_format)
+            return
         with native_experts(model):
             model.save_pretrained(folder)  # all take part; only the first rank writes
-        return
+
+    ranks.each(save_mine)  # they come back when the checkpoint is there
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    report: PruningReport | None,
+    storage_format: StorageFormat,
+) -> None:
+    """Write a checkpoint as :func:`save` does, in the one process that writes."""
     refused: ValueError | None = None
     report = report or report_of(model) or _of_checkpoint(model)
     with saved_by_caller(model), whole(folder) as unfinished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from families import checkpoint
 from runs import calibration, run, samples, weights
 
 import fista_modifier
+from fista_modifier.checkpoint import on_save
 from fista_modifier.models.loading import load_to_prune
 from fista_modifier.pruning.progress import LayerProgress
+from fista_modifier.pruning.results import PruningReport
 
 
 def main(output: str, family: str, fields: str, dies: str = "") -> None:
@@ -28,7 +31,7 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     :param dies: "killed" or "fails": what rank 1 does when it has pruned an operator;
         "same data": the ranks share one part of the data; "unreached": nothing dies,
         but the model has one more layer, which it does not run; "one reaches": rank 0
-        runs that layer
+        runs that layer; "reads": each rank saves the model, and reads what is there
     """
     torch.set_num_threads(1)
     folder = checkpoint(family)  # once there are ranks, only the first saves models
@@ -65,5 +68,16 @@ def main(output: str, family: str, fields: str, dies: str = "") -> None:
     kind = getattr(fista_modifier, chosen.pop("modifier"))
     modifier = kind(**chosen)
     run(model, modifier, **data)
+    if dies == "reads":
+        if rank == 0:
+            write = on_save.write_sizes
+
+            def write_late(*arguments: Any) -> None:
+                time.sleep(1)
+                write(*arguments)
+
+            on_save.write_sizes = write_late
+        model.save_pretrained(Path(output) / "saved")
+        PruningReport.load(Path(output) / "saved")
     names = [result.name for result in modifier.results]
     torch.save((weights(model), names), Path(output) / f"{rank}.pt")

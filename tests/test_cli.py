@@ -901,5 +901,5 @@ def test_ranks_that_share_weights_refuse_smoothquant(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     said = " ".join((done.stdout + done.stderr).split())
-    assert "SmoothQuantModifier scales weights once on each rank" in said
+    assert "SmoothQuantModifier changes weights once on each rank" in said
     assert not (tmp_path / "out").exists()

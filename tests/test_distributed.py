@@ -85,6 +85,23 @@ def test_ranks_go_on_from_what_one_process_left(tmp_path: Path) -> None:
         assert "Resuming: 1 layers" in output
 
 
+def test_ranks_go_on_from_what_ranks_left(tmp_path: Path) -> None:
+    """Embeddings are tied, of which only the first rank's model knows as it loads."""
+    fields = {"preset": "fast", "resume_dir": str(tmp_path / "layers")}
+    for _ in range(2):
+        processes = start(2, tmp_path, "gemma2", fields)
+        texts = outputs(processes)
+        assert [process.returncode for process in processes] == [0, 0], texts
+    assert all("Resuming: 2 layers" in text for text in texts)
+
+
+def test_each_rank_can_read_what_was_saved(tmp_path: Path) -> None:
+    """Though the first one, which alone writes, is slow."""
+    processes = start(2, tmp_path, "llama", {"preset": "fast"}, "reads")
+    for process, output in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, output
+
+
 @pytest.mark.parametrize("fields", [{}, {"distribute": "data"}], ids=str)
 @pytest.mark.parametrize("dies", ["killed", "fails"])
 def test_a_rank_that_dies_ends_the_run_on_all(

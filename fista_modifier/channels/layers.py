@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from typing import Any, Protocol, TypeVar
 
 from compressed_tensors.offload import disable_onloading, get_execution_device
@@ -23,6 +23,7 @@ from fista_modifier.calibration.replay import (
 )
 from fista_modifier.channels.finding import find_groups
 from fista_modifier.channels.groups import LayerGroups
+from fista_modifier.distributed import current_ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator, operators_in
 
@@ -148,11 +149,21 @@ def _calls(
                 one.layer.register_forward_pre_hook(one.remember, with_kwargs=True)
             )
             hooks.enter_context(one.layer.register_forward_pre_hook(stop))
-        for batch in islice(batches, PROBED):
+        for batch in _first(batches):
             waiting.update(one.layer for one in inputs.values())
             with suppress(EndOfRun):
                 model(**tensors_to_device(batch, device))
     return inputs
+
+
+def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Return the first batches of all ranks in turn. They are the same on each rank, so
+    that all find the same.
+    """
+    of_ranks = current_ranks().all(list(islice(batches, PROBED)))
+    in_turn = chain.from_iterable(zip_longest(*of_ranks))
+    return list(islice((batch for batch in in_turn if batch is not None), PROBED))
 
 
 def _probed(layer: DecoderLayer, calls: Iterable[LayerCall]) -> ProbedLayer:

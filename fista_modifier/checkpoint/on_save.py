@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fista_modifier.checkpoint.model_card import update_model_card
 from fista_modifier.checkpoint.sparsity_config import write_sizes, write_sparsity
+from fista_modifier.distributed import current_ranks
 from fista_modifier.models.experts import native_experts
 from fista_modifier.pruning.results import PruningReport
 
@@ -160,6 +161,7 @@ def _write_on_save(model: PreTrainedModel) -> None:
                 report.save(folder)
                 update_model_card(folder, report)
                 state.saved()
+        current_ranks().wait()  # others may read what the first one writes
 
     save_pretrained.on_save = state  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained

@@ -35,12 +35,13 @@ from fista_modifier.models.layers import (
     layer_targets,
 )
 from fista_modifier.models.limits import check_nothing_shared, check_vocabulary
+from fista_modifier.models.mending import forget_decompression, tie_again
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
 from fista_modifier.modifiers.steps import (
+    check_changed_once,
     check_own_folder,
-    check_scaled_once,
     modifiers_before,
     settings_of,
 )
@@ -244,8 +245,8 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             the vocabulary, if the accelerator is Apple's, if targets match nothing, if
             an operator cannot have the pattern or is not finite, if the model does not
             have the ``layers`` or could not be saved, if ``resume_dir`` belongs to
-            another run, if an earlier step of the recipe has ``layers``, or SmoothQuant
-            would scale weights that several ranks share
+            another run, if an earlier step of the recipe has ``layers``, or if
+            SmoothQuant, SpinQuant or QuIP would change weights that ranks share
         """
         model = state.model
         if (device := get_main_device()).type == "mps":
@@ -254,7 +255,10 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 "machine with another accelerator, or with none"
             )
         check_own_folder(self)
-        check_scaled_once(model)
+        check_changed_once()
+        forget_decompression(model)
+        if current_ranks().size > 1:
+            tie_again(model)
         for other in modifiers_before(self):
             if isinstance(other, LayerwiseModifier) and other.layers is not None:
                 raise ValueError(

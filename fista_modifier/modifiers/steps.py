@@ -7,18 +7,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.offload.cache import DistributedCPUCache, DistributedDiskCache
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from transformers import PreTrainedModel
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 
 from fista_modifier.distributed import current_ranks
 
 __all__ = [
     "HOW_TO_RUN",
+    "check_changed_once",
     "check_own_folder",
-    "check_scaled_once",
     "modifiers_before",
     "settings_of",
 ]
@@ -31,6 +31,9 @@ HOW_TO_RUN = {
     "distribute",
 }
 """The names of the fields on which the result does not depend."""
+
+IN_PLACE = (SmoothQuantModifier, SpinQuantModifier, QuIPModifier)
+"""The toolkit's modifiers that multiply weights, whatever they were."""
 
 
 def modifiers_before(modifier: Modifier) -> list[Modifier]:
@@ -61,24 +64,22 @@ def check_own_folder(modifier: Modifier) -> None:
             )
 
 
-def check_scaled_once(model: PreTrainedModel) -> None:
+def check_changed_once() -> None:
     """
-    Refuse SmoothQuant on weights that ranks share, since each rank of llm-compressor
-    0.14 would scale them once more.
+    Refuse steps that change weights in place on each rank. The toolkit's pipelines let
+    the ranks share the weights, so that each would change them once more
+    (llm-compressor 0.14).
 
-    :param model: the model that the recipe is applied to
-    :raises ValueError: if the recipe has such a step, and ranks share the weights
+    :raises ValueError: if there are several ranks, and the recipe has such a step
     """
-    modifiers = active_session().lifecycle.recipe.modifiers
-    smooth = [type(one) for one in modifiers if isinstance(one, SmoothQuantModifier)]
-    if not smooth or current_ranks().size == 1:
+    if current_ranks().size == 1:
         return
-    shared = (DistributedCPUCache, DistributedDiskCache)
-    if any(isinstance(module._parameters, shared) for module in model.modules()):
-        raise ValueError(
-            f"{smooth[0].__name__} scales weights once on each rank, and these ranks "
-            "share the weights: run this recipe with one process"
-        )
+    for one in active_session().lifecycle.recipe.modifiers:
+        if isinstance(one, IN_PLACE):
+            raise ValueError(
+                f"{type(one).__name__} changes weights once on each rank, and the "
+                "ranks share the weights: run this recipe with one process"
+            )
 
 
 def settings_of(modifier: Modifier) -> dict[str, Any]:
