@@ -38,6 +38,6 @@ def tie_again(model: PreTrainedModel) -> None:
     with disable_onloading():
         for name, source in model.all_tied_weights_keys.items():
             own, tied = model.get_parameter(name), model.get_parameter(source)
-            if own is not tied and torch.equal(own, tied):
+            if own is not tied and not own.is_meta and torch.equal(own, tied):
                 module, _, last = name.rpartition(".")
                 setattr(model.get_submodule(module), last, tied)
