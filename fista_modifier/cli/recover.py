@@ -30,6 +30,7 @@ from fista_modifier.recovery.checks import check_pruned, check_teacher
 from fista_modifier.recovery.recover import Training
 from fista_modifier.recovery.recover import recover as train
 from fista_modifier.recovery.resume import forget
+from fista_modifier.recovery.sharding import check_shardable
 
 __all__ = ["recover"]
 
@@ -73,6 +74,14 @@ def recover(
             help="keep no activations for the backward pass: less memory, more time",
         ),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="under torchrun, let each process hold a part of the weights (FSDP), "
+            "for models that one device has no room for",
+        ),
+    ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -95,6 +104,8 @@ def recover(
         kept = [resume, Path(teacher), Path(dataset)]
         pipeline.check_output(output, overwrite, kept, [str(checkpoint)])
         training = Training(epochs, rate, batch_size, gradient_checkpointing, seed)
+        if shard:
+            check_shardable(resume)
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))
@@ -112,10 +123,11 @@ def recover(
             data,
             training,
             resume=resume,
+            sharded=shard,
             teacher_name=teacher,
         )
         if leave_ranks().rank:
-            return  # the first rank has the same weights, and writes them
+            return  # the first rank has all weights, and writes them
         model.to("cpu")
         pipeline.save(model, tokenizer, output, report)
         check(verify_checkpoint(output), output)

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fista_modifier.evaluation.perplexity import in_chunks
 from fista_modifier.models.operators import mean_kept
+from fista_modifier.recovery.sharding import is_sharded, whole
 
 __all__ = ["DistillationTrainer", "mean_divergence"]
 
@@ -105,7 +106,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # the loss of each batch is a mean already
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher.eval().requires_grad_(False)
-        if getattr(teacher, "hf_device_map", None) is None:
+        placed = getattr(teacher, "hf_device_map", None) is not None
+        if not placed and not is_sharded(teacher):
             self.teacher.to(self.args.device)
 
     def compute_loss(
@@ -143,7 +145,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             rate = options.pop("lr")
             groups = [
-                {"params": [weight], "lr": rate * mean_kept(weight.detach())}
+                {"params": [weight], "lr": rate * mean_kept(whole(weight.detach()))}
                 for weight in self._trained().values()
             ]
             decay = self.args.weight_decay

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
 from fista_modifier.data.records import recorded_name
-from fista_modifier.evaluation.agreement import block_agreement
+from fista_modifier.evaluation.agreement import Agreement, block_agreement
 from fista_modifier.evaluation.results import digest, state_of_checkpoint
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.layers import group_by_layer, layer_targets
@@ -33,6 +34,12 @@ from fista_modifier.pruning.results import (
 from fista_modifier.pruning.runs import fingerprint
 from fista_modifier.recovery.distillation import DistillationTrainer
 from fista_modifier.recovery.resume import begin, check, last_state
+from fista_modifier.recovery.sharding import (
+    check_shardable,
+    is_sharded,
+    shard,
+    whole,
+)
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 from fista_modifier.solver.precision import matmul_precision
 
@@ -140,6 +147,7 @@ def recover(
     training: Training,
     *,
     resume: Path | None = None,
+    sharded: bool = False,
     teacher_name: str = "",
 ) -> PruningReport:
     """
@@ -155,6 +163,8 @@ def recover(
     :param data: the data that the tokens are from
     :param training: how to train
     :param resume: folder that keeps the state of the training
+    :param sharded: whether each process trains a part of the model; then only the first
+        one's model is changed
     :param teacher_name: the teacher's folder or hub id
     :return: the report, with the recovery and the zeros that are there now
     :raises ValueError: as for :func:`train_operators`, or if the model does not have
@@ -171,6 +181,7 @@ def recover(
         data,
         training,
         resume=resume,
+        sharded=sharded,
         teacher_name=teacher_name,
     )
     return with_recovery(report, recovery, counted_zeros(operators))
@@ -220,6 +231,7 @@ def train_operators(
     training: Training,
     *,
     resume: Path | None = None,
+    sharded: bool = False,
     teacher_name: str = "",
 ) -> RecoveryResult:
     """
@@ -238,6 +250,8 @@ def train_operators(
     :param training: how to train
     :param resume: folder that keeps the state of the training; the same call goes on
         from it. See :func:`fista_modifier.recovery.resume.forget`
+    :param sharded: whether each process holds a part of the weights while they are
+        trained; then only the first one's model is changed
     :param teacher_name: the teacher's folder or hub id
     :return: the result of the training
     :raises ValueError: if there are fewer than two sequences, the model cannot be run
@@ -246,25 +260,25 @@ def train_operators(
     :raises RuntimeError: if the training has diverged
     """
     started = time.perf_counter()
+    if sharded:
+        check_shardable(resume)
     train, held = held_out(tokens)
     check_calibration(model, tokens)
     check_calibration(teacher, tokens)
-    dtypes = {name: value.dtype for name, value in model.named_parameters()}
+    dtypes = {one.dtype for one in model.parameters()}
     blocks = torch.tensor(held["input_ids"])
     with _states(resume) as folder:
-        bf16 = torch.bfloat16 in dtypes.values() and torch.accelerator.is_available()
+        bf16 = torch.bfloat16 in dtypes and torch.accelerator.is_available()
         arguments = training.arguments(folder, resume is not None, bf16)
         if resume is not None:
             run = _run(model, tokens, training, data, teacher_name)
             # a step has the sequences of all processes, so their number counts
             run["processes"] = {"number": arguments.world_size}
             begin(folder, run)
-        for one in (model, teacher):
-            one.to(arguments.device)
-        before = block_agreement(model, teacher, blocks, progress=False)
-        with _in_float32(model, dtypes), trainable(model, operators):
-            steps = _train(model, teacher, train, arguments, masks)
-    after = block_agreement(model, teacher, blocks, progress=False)
+        train_all = _train_parts if sharded else _train_wholes
+        before, after, steps = train_all(
+            model, teacher, operators, train, blocks, arguments, masks
+        )
     _judge(before.divergence, after.divergence)
     return RecoveryResult(
         teacher=recorded_name(teacher_name or teacher.name_or_path),
@@ -338,6 +352,59 @@ def operators_to_train(
     return [*operators.values()]
 
 
+def _train_wholes(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    operators: Sequence[Operator],
+    tokens: Dataset,
+    blocks: Tensor,
+    arguments: TrainingArguments,
+    masks: Mapping[str, Tensor],
+) -> tuple[Agreement, Agreement, int]:
+    """
+    Train where each process has the whole model. Return the agreement with the teacher
+    before and afterwards, and the number of steps.
+    """
+    for one in (model, teacher):
+        one.to(arguments.device)
+    before = block_agreement(model, teacher, blocks, progress=False)
+    with _in_float32(model), trainable(model, operators):
+        steps = _train(model, teacher, tokens, arguments, masks)
+    return before, block_agreement(model, teacher, blocks, progress=False), steps
+
+
+def _train_parts(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    operators: Sequence[Operator],
+    tokens: Dataset,
+    blocks: Tensor,
+    arguments: TrainingArguments,
+    masks: Mapping[str, Tensor],
+) -> tuple[Agreement, Agreement, int]:
+    """
+    Train a copy of the model of which each process has a part. The first process's
+    model gets the weights. Return what :func:`_train_wholes` does.
+    """
+    part = deepcopy(model).requires_grad_(False)
+    for one in operators:
+        part.get_parameter(f"{one.name}.weight").requires_grad_(True)
+    _to_float32(part)
+    shard(part, torch.bfloat16 if arguments.bf16 else None)
+    shard(teacher)
+    before = block_agreement(part, teacher, blocks, progress=False)
+    steps = _train(part, teacher, tokens, arguments, masks)
+    for one in operators:
+        weight, target = (
+            one_of.get_parameter(f"{one.name}.weight").data for one_of in (part, model)
+        )
+        weight.copy_(weight.to(target.dtype))  # as it is stored
+        gathered = whole(weight)
+        if arguments.process_index == 0:
+            target.copy_(gathered)
+    return before, block_agreement(part, teacher, blocks, progress=False), steps
+
+
 def _train(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -355,7 +422,8 @@ def _train(
         data_collator=default_data_collator,
         callbacks=[KeepZeros(masks)] if masks else [],
     )
-    check_unsharded(model)
+    if not is_sharded(model):
+        check_unsharded(model)
     state = last_state(Path(arguments.output_dir))
     if state is not None:
         logger.info(f"Resuming the training from {state}")
@@ -379,18 +447,21 @@ def _states(resume: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _in_float32(
-    model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]
-) -> Iterator[None]:
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Turn a model's weights into float32, and give each its own dtype afterwards."""
+    dtypes = {name: value.dtype for name, value in model.named_parameters()}
     try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
+        _to_float32(model)
         yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[name])
+
+
+def _to_float32(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
 
 
 def _run(

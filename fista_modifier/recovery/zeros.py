@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from fista_modifier.models.masks import masked, masks_of
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import check_no_adapters
+from fista_modifier.recovery.sharding import is_sharded
 
 __all__ = ["KeepZeros", "check_unsharded"]
 
@@ -146,8 +147,8 @@ def check_unsharded(model: Module) -> None:
     if how is not None:
         raise ValueError(
             f"a model cannot be recovered under {how}, where no process has whole "
-            "weights: train it in one process, or in several with the whole model each "
-            "(torchrun without FSDP and DeepSpeed)"
+            "weights: start the processes with torchrun alone, without FSDP and "
+            "DeepSpeed; --shard spreads the weights over them"
         )
 
 
@@ -158,7 +159,7 @@ def _check_shapes(model: Module) -> None:
     :raises ValueError: if they are
     """
     how = _sharding(model)
-    if how is not None and not any(map(_is_tensor_of_all, model.parameters())):
+    if how is not None and not is_sharded(model):
         raise ValueError(
             f"the zeros of a model cannot be kept under {how}, where the parts of "
             "weights have other shapes: use FSDP with fsdp_version: 2, or let each "
@@ -173,9 +174,4 @@ def _sharding(model: Module) -> str | None:
         spread = DistributedType.DEEPSPEED
     if spread in SHARDED:
         return str(spread.value)
-    return "sharding" if any(map(_is_tensor_of_all, model.parameters())) else None
-
-
-def _is_tensor_of_all(parameter: Parameter) -> bool:
-    """Say whether a parameter has its whole shape, and a part of its entries."""
-    return isinstance(parameter, DTensor)
+    return "sharding" if is_sharded(model) else None

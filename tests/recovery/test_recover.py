@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from command_line import invoke
 from families import checkpoint, tiny_model
 from logs import logged
 from runs import calibration, samples
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import (
@@ -24,6 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from fista_modifier.models.experts import linearize
 from fista_modifier.models.loading import load_model
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery import recover as module
@@ -34,6 +38,7 @@ from fista_modifier.recovery.recover import (
     with_recovery,
 )
 from fista_modifier.recovery.resume import last_state
+from fista_modifier.recovery.sharding import shard
 from fista_modifier.solver import NofM
 
 SEQUENCES, LENGTH = 20, 12
@@ -311,6 +316,64 @@ def test_the_command_writes_a_checkpoint_like_any_other(
     first, second = PruningReport.load(output).recovery
     assert first == recovery
     assert second.start_divergence == pytest.approx(first.divergence, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_processes_that_hold_parts_train_what_those_with_wholes_do(
+    family: str,
+    pruned: Callable[..., Path],
+    text: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    """Tied embeddings, and weights that are in×out, too."""
+    model = tmp_path / "dense"
+    shutil.copytree(checkpoint(family, vocab_size=len(tiny_tokenizer)), model)
+    tiny_tokenizer.save_pretrained(model)
+    folder = pruned(*TWO_OF_FOUR, of=model)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["-m", "fista_modifier.cli", "recover", str(folder)]
+    command += ["--teacher", str(model), "--dataset", str(text)]
+    command += ["--samples", "9", "--seq-len", "16", "--rate", "0.02"]
+    trained = []
+    for name, options in (("wholes", []), ("parts", ["--shard"])):
+        output = tmp_path / name
+        arguments = [*command, "-o", str(output), *options]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        trained.append(load_file(output / "model.safetensors"))
+    wholes, parts = trained
+    before = load_file(folder / "model.safetensors")
+    assert any(not torch.equal(wholes[name], before[name]) for name in before)
+    torch.testing.assert_close(parts, wholes, rtol=0, atol=1e-6)
+    for name, weight in parts.items():
+        assert torch.equal(weight == 0, before[name] == 0), name
+
+
+@pytest.mark.parametrize(
+    "world, more, message",
+    [("1", [], "there is one"), ("2", ["--resume", "states"], "leave one of them")],
+)
+def test_what_cannot_be_spread_is_refused(
+    world: str,
+    more: list[str],
+    message: str,
+    pruned: Callable[..., Path],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = pruned(*TWO_OF_FOUR)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    result = recovered(folder, model, text, tmp_path / "out", "--shard", *more)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    with pytest.raises(ValueError, match="MixtralForCausalLM has experts"):
+        mixture = tiny_model("mixtral")
+        linearize(mixture)
+        shard(mixture)
 
 
 def test_reloaded_logits_are_those_in_memory(
