@@ -270,8 +270,9 @@ def _warn_of_little_memory(
         parameters, width = model.num_parameters(), model.dtype.itemsize
     needed = training_memory(sum(trained.values()), parameters, width)
     device = get_main_device()
-    free = get_max_memory()["cpu" if device.type == "cpu" else device.index or 0]
-    if needed > free:
+    place = "cpu" if device.type == "cpu" else device.index or 0
+    free = get_max_memory().get(place)  # accelerate does not know every accelerator
+    if free is not None and needed > free:
         logger.warning(
             f"The recovery will take about {needed / 1e9:.1f} GB beside activations "
             f"and logits of a batch, and {device} has {free / 1e9:.1f} GB free. Give "
