@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import TWO_PROCESSES
 from compressed_tensors.offload.cache import DiskCache
 from families import FAMILIES, checkpoint
 from huggingface_hub import ModelCard
@@ -875,8 +875,11 @@ def test_torchrun_shares_the_layers_out(
     tiny_tokenizer.save_pretrained(model)
     arguments = ["prune", model, *options, "--dataset", text]
     arguments += ["--samples", 4, "--seq-len", 16, "-o", tmp_path / "two"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("late_rank.py")), *map(str, arguments)]
+    command = [
+        *TWO_PROCESSES,
+        str(Path(__file__).with_name("late_rank.py")),
+        *map(str, arguments),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Wrote") == 1
@@ -896,8 +899,7 @@ def test_ranks_that_share_weights_refuse_smoothquant(
     arguments = ["prune", model, "--dataset", text, "-o", tmp_path / "out"]
     arguments += ["--samples", 4, "--seq-len", 16]
     arguments += ["--recipe", RECIPES / "fista-2of4-smoothquant-w8a8.yaml"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "fista_modifier.cli", *map(str, arguments)]
+    command = [*TWO_PROCESSES, "-m", "fista_modifier.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     said = " ".join((done.stdout + done.stderr).split())

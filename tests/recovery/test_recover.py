@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import invoke
+from command_line import TWO_PROCESSES, invoke
 from families import checkpoint, tiny_model
 from logs import logged
 from runs import calibration, samples
@@ -331,9 +330,7 @@ def test_processes_that_hold_parts_train_what_those_with_wholes_do(
     shutil.copytree(checkpoint(family, vocab_size=len(tiny_tokenizer)), model)
     tiny_tokenizer.save_pretrained(model)
     folder = pruned(*TWO_OF_FOUR, of=model)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["-m", "fista_modifier.cli", "recover", str(folder)]
+    command = [*TWO_PROCESSES, "-m", "fista_modifier.cli", "recover", str(folder)]
     command += ["--teacher", str(model), "--dataset", str(text)]
     command += ["--samples", "9", "--seq-len", "16", "--rate", "0.02"]
     trained = []

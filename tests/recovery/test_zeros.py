@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from command_line import TWO_PROCESSES
 from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from runs import calibration, prune, samples, weights
@@ -195,10 +196,8 @@ def test_a_model_whose_zeros_cannot_be_kept_is_refused(
 def test_several_processes_keep_zeros(program: str, tmp_path: Path) -> None:
     """Each of which has the whole model, or a part of each weight."""
     pruned().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
-        [*command, str(HERE / program), str(tmp_path)],
+        [*TWO_PROCESSES, str(HERE / program), str(tmp_path)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
