@@ -23,11 +23,12 @@ from fista_modifier.cli.tables import trained_sentence
 from fista_modifier.cli.verify import check
 from fista_modifier.distributed import leave_ranks
 from fista_modifier.models.classes import weightless_model
+from fista_modifier.models.experts import linearize_weightless
 from fista_modifier.models.limits import check_length, longest_sequence
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.checks import check_pruned, check_teacher
-from fista_modifier.recovery.recover import Training
+from fista_modifier.recovery.recover import Training, pruned_operators
 from fista_modifier.recovery.recover import recover as train
 from fista_modifier.recovery.resume import forget
 from fista_modifier.recovery.sharding import check_shardable
@@ -104,14 +105,16 @@ def recover(
         kept = [resume, Path(teacher), Path(dataset)]
         pipeline.check_output(output, overwrite, kept, [str(checkpoint)])
         training = Training(epochs, rate, batch_size, gradient_checkpointing, seed)
-        if shard:
-            check_shardable(resume)
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))
         config = load_config(str(checkpoint))
         length = seq_len or longest_sequence(config)
-        check_length(weightless_model(config), length)
+        skeleton = weightless_model(config)
+        check_length(skeleton, length)
+        pruned_operators(skeleton, report.operators, linearize_weightless)
+        if shard:
+            check_shardable(skeleton, resume)
         data = Calibration(dataset, samples, length, seed, text_column)
         tokens = pipeline.calibration_tokens(data, tokenizer)
         model = load_model(str(checkpoint))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +50,7 @@ __all__ = [
     "held_out",
     "kept_entries",
     "operators_to_train",
+    "pruned_operators",
     "recover",
     "train_operators",
     "with_recovery",
@@ -66,6 +67,17 @@ STATES = 0.1
 """
 The share of the steps between two states on disk, and between two lines of the log.
 """
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is trained, on what and how. The blocks are those to judge by."""
+
+    operators: Sequence[Operator]
+    masks: Mapping[str, Tensor]
+    tokens: Dataset
+    blocks: Tensor
+    arguments: TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -261,7 +273,7 @@ def train_operators(
     """
     started = time.perf_counter()
     if sharded:
-        check_shardable(resume)
+        check_shardable(model, resume)
     train, held = held_out(tokens)
     check_calibration(model, tokens)
     check_calibration(teacher, tokens)
@@ -275,10 +287,9 @@ def train_operators(
             # a step has the sequences of all processes, so their number counts
             run["processes"] = {"number": arguments.world_size}
             begin(folder, run)
+        task = _Task(operators, masks, train, blocks, arguments)
         train_all = _train_parts if sharded else _train_wholes
-        before, after, steps = train_all(
-            model, teacher, operators, train, blocks, arguments, masks
-        )
+        before, after, steps = train_all(model, teacher, task)
     _judge(before.divergence, after.divergence)
     return RecoveryResult(
         teacher=recorded_name(teacher_name or teacher.name_or_path),
@@ -331,17 +342,7 @@ def operators_to_train(
     :return: the operators
     :raises ValueError: if the model does not have one of these operators
     """
-    names = list(dict.fromkeys(one.name for one in results))
-    if not dict(model.named_modules()).keys() >= set(names):
-        linearize(model)  # the report has the experts of a mixture one by one
-    modules: dict[str, Any] = dict(model.named_modules())
-    missing = [name for name in names if not hasattr(modules.get(name), "weight")]
-    if missing:
-        raise ValueError(
-            f"the report names {missing[0]}, which {type(model).__name__} does not "
-            "have: it is the report of another model"
-        )
-    operators = {name: Operator(name, modules[name]) for name in names}
+    operators = pruned_operators(model, results)
     smaller = [operators[one.name] for one in results if one.is_smaller]
     if smaller:
         targets = layer_targets(model, smaller)
@@ -352,79 +353,89 @@ def operators_to_train(
     return [*operators.values()]
 
 
-def _train_wholes(
+def pruned_operators(
     model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    operators: Sequence[Operator],
-    tokens: Dataset,
-    blocks: Tensor,
-    arguments: TrainingArguments,
-    masks: Mapping[str, Tensor],
+    results: Sequence[OperatorResult],
+    linearize: Callable[[PreTrainedModel], None] = linearize,
+) -> dict[str, Operator]:
+    """
+    Find the operators that were pruned.
+
+    :param model: the pruned model; its experts become linear operators if they were
+        pruned
+    :param results: what became of each operator
+    :param linearize: makes linear operators of experts
+    :return: each operator once, by its name
+    :raises ValueError: if the model does not have one of these operators
+    """
+    names = list(dict.fromkeys(one.name for one in results))
+    if not dict(model.named_modules()).keys() >= set(names):
+        linearize(model)  # the report has the experts of a mixture one by one
+    modules: dict[str, Any] = dict(model.named_modules())
+    missing = [name for name in names if not hasattr(modules.get(name), "weight")]
+    if missing:
+        raise ValueError(
+            f"the report names {missing[0]}, which {type(model).__name__} does not "
+            "have: it is the report of another model"
+        )
+    return {name: Operator(name, modules[name]) for name in names}
+
+
+def _train_wholes(
+    model: PreTrainedModel, teacher: PreTrainedModel, task: _Task
 ) -> tuple[Agreement, Agreement, int]:
     """
     Train where each process has the whole model. Return the agreement with the teacher
     before and afterwards, and the number of steps.
     """
     for one in (model, teacher):
-        one.to(arguments.device)
-    before = block_agreement(model, teacher, blocks, progress=False)
-    with _in_float32(model), trainable(model, operators):
-        steps = _train(model, teacher, tokens, arguments, masks)
-    return before, block_agreement(model, teacher, blocks, progress=False), steps
+        one.to(task.arguments.device)
+    before = block_agreement(model, teacher, task.blocks, progress=False)
+    with _in_float32(model), trainable(model, task.operators):
+        steps = _train(model, teacher, task)
+    return before, block_agreement(model, teacher, task.blocks, progress=False), steps
 
 
 def _train_parts(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    operators: Sequence[Operator],
-    tokens: Dataset,
-    blocks: Tensor,
-    arguments: TrainingArguments,
-    masks: Mapping[str, Tensor],
+    model: PreTrainedModel, teacher: PreTrainedModel, task: _Task
 ) -> tuple[Agreement, Agreement, int]:
     """
     Train a copy of the model of which each process has a part. The first process's
     model gets the weights. Return what :func:`_train_wholes` does.
     """
     part = deepcopy(model).requires_grad_(False)
-    for one in operators:
+    for one in task.operators:
         part.get_parameter(f"{one.name}.weight").requires_grad_(True)
     _to_float32(part)
-    shard(part, torch.bfloat16 if arguments.bf16 else None)
+    shard(part, torch.bfloat16 if task.arguments.bf16 else None)
     shard(teacher)
-    before = block_agreement(part, teacher, blocks, progress=False)
-    steps = _train(part, teacher, tokens, arguments, masks)
-    for one in operators:
+    before = block_agreement(part, teacher, task.blocks, progress=False)
+    steps = _train(part, teacher, task)
+    for one in task.operators:
         weight, target = (
             one_of.get_parameter(f"{one.name}.weight").data for one_of in (part, model)
         )
         weight.copy_(weight.to(target.dtype))  # as it is stored
         gathered = whole(weight)
-        if arguments.process_index == 0:
+        if task.arguments.process_index == 0:
             target.copy_(gathered)
-    return before, block_agreement(part, teacher, blocks, progress=False), steps
+    return before, block_agreement(part, teacher, task.blocks, progress=False), steps
 
 
-def _train(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokens: Dataset,
-    arguments: TrainingArguments,
-    masks: Mapping[str, Tensor],
-) -> int:
+def _train(model: PreTrainedModel, teacher: PreTrainedModel, task: _Task) -> int:
     """Train the parameters that require gradients, and return the number of steps."""
     use_cache = getattr(model.config, "use_cache", None)
     trainer = DistillationTrainer(
         model,
-        arguments,
+        task.arguments,
         teacher=teacher,
-        train_dataset=tokens,
+        train_dataset=task.tokens,
         data_collator=default_data_collator,
-        callbacks=[KeepZeros(masks)] if masks else [],
+        callbacks=[KeepZeros(task.masks)] if task.masks else [],
     )
     if not is_sharded(model):
         check_unsharded(model)
-    state = last_state(Path(arguments.output_dir))
+    state = last_state(Path(task.arguments.output_dir))
     if state is not None:
         logger.info(f"Resuming the training from {state}")
     with matmul_precision("bf16"):

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 __all__ = ["check_shardable", "is_sharded", "shard", "whole"]
 
 
-def check_shardable(resume: Path | None) -> None:
+def check_shardable(model: Module, resume: Path | None) -> None:
     """
     Refuse to spread a model over processes where that cannot be.
 
+    :param model: the model, with or without weights
     :param resume: the folder that is to keep the state of the training
-    :raises ValueError: if there is one process, or such a folder
+    :raises ValueError: if there is one process, or such a folder, or if the model has
+        linear experts, of which each process would run others
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError(
@@ -33,6 +35,11 @@ def check_shardable(resume: Path | None) -> None:
             "--resume keeps whole weights, and with --shard no process has them: leave "
             "one of them out"
         )
+    if any(isinstance(one, LinearExperts2D) for one in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has experts, and each process would have "
+            "gradients of others: leave --shard out"
+        )
 
 
 def shard(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
@@ -42,13 +49,7 @@ def shard(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
 
     :param model: changed in place; it cannot be put together again
     :param dtype: what to multiply in; None for the weights' own
-    :raises ValueError: if it has linear experts, of which each process would run others
     """
-    if any(isinstance(one, LinearExperts2D) for one in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} has experts, and each process would have "
-            "gradients of others: leave --shard out"
-        )
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = set(model._no_split_modules or ())
     for module in list(model.modules()):

@@ -26,7 +26,6 @@ from transformers import (
     TrainerCallback,
 )
 
-from fista_modifier.models.experts import linearize
 from fista_modifier.models.loading import load_model
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery import recover as module
@@ -37,7 +36,6 @@ from fista_modifier.recovery.recover import (
     with_recovery,
 )
 from fista_modifier.recovery.resume import last_state
-from fista_modifier.recovery.sharding import shard
 from fista_modifier.solver import NofM
 
 SEQUENCES, LENGTH = 20, 12
@@ -367,10 +365,31 @@ def test_what_cannot_be_spread_is_refused(
     result = recovered(folder, model, text, tmp_path / "out", "--shard", *more)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
-    with pytest.raises(ValueError, match="MixtralForCausalLM has experts"):
-        mixture = tiny_model("mixtral")
-        linearize(mixture)
-        shard(mixture)
+
+
+def test_what_cannot_be_trained_is_refused_before_weights_are_read(
+    pruned: Callable[..., Path],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mixture with --shard, and a report of another model."""
+    dense, output = tmp_path / "mixture", tmp_path / "recovered"
+    shutil.copytree(checkpoint("mixtral", vocab_size=len(tiny_tokenizer)), dense)
+    tiny_tokenizer.save_pretrained(dense)
+    folder = pruned(*TWO_OF_FOUR, of=dense)
+    for weights in (dense, folder):
+        (weights / "model.safetensors").write_bytes(b"nothing can be read here")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = recovered(folder, dense, text, output, "--shard")
+    assert result.exit_code == 1
+    assert "MixtralForCausalLM has experts" in " ".join(result.output.split())
+    report = folder / "pruning_report.json"
+    report.write_text(report.read_text().replace("self_attn", "attention"))
+    result = recovered(folder, dense, text, output)
+    assert result.exit_code == 1
+    assert "the report of another model" in " ".join(result.output.split())
 
 
 def test_reloaded_logits_are_those_in_memory(
