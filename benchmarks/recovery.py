@@ -44,8 +44,9 @@ from fista_modifier.files import whole
 from fista_modifier.models.loading import load_model
 from fista_modifier.models.targets import find_operators
 from fista_modifier.pruning.results import Calibration
-from fista_modifier.recovery.recover import Training, kept_entries, train_operators
+from fista_modifier.recovery.recover import kept_entries
 from fista_modifier.recovery.resume import forget, last_state
+from fista_modifier.recovery.training import Training, train_operators
 
 METHODS = ("sparsegpt", "fista-fast", "fista", "fista-best")
 REFERENCE = "sparsegpt"

@@ -34,9 +34,9 @@ from fista_modifier.evaluation.methods import IGNORE, TARGETS, pruner
 from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.models.loading import load_model
 from fista_modifier.models.targets import find_operators
-from fista_modifier.recovery import recover
+from fista_modifier.recovery import training
 from fista_modifier.recovery.distillation import DistillationTrainer, mean_divergence
-from fista_modifier.recovery.recover import Training
+from fista_modifier.recovery.training import Training
 from fista_modifier.solver import pattern_of
 
 Weights = dict[str, Tensor]
@@ -155,7 +155,7 @@ def recovered(
             model.get_submodule(name).weight.data.copy_(weight)
     if (kind := TRAINERS[idea]) is None:
         return pipeline.PruningRun(model)
-    with patch_attr(recover, "DistillationTrainer", kind):
+    with patch_attr(training, "DistillationTrainer", kind):
         return train(model, calibration, teacher, Training())
 
 

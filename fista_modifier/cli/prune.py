@@ -57,6 +57,7 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.pruning.results import Calibration
+from fista_modifier.recovery.modifier import RecoveryModifier
 from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = ["prune"]
@@ -171,8 +172,25 @@ def prune(
                 "was written. When all are in the folder of finished layers, run this "
                 "again without choosing layers."
             )
-        else:
-            finish(model, run, tokenizer, data, output, storage_format)
+            return
+        finish(model, run, tokenizer, data, output, storage_format)
+        check_recovered(modifiers, output)
+
+
+def check_recovered(modifiers: Iterable[Modifier], output: Path) -> None:
+    """
+    Say of a checkpoint that is pruned that it was not trained, if it should have been.
+
+    :param modifiers: what was done to the model
+    :param output: folder of the checkpoint
+    :raises RuntimeError: if a recovery has failed
+    """
+    for modifier in modifiers:
+        if isinstance(modifier, RecoveryModifier) and modifier.failure is not None:
+            raise RuntimeError(
+                f"{output} is pruned, and not recovered: {modifier.failure}. "
+                f"'fista-prune recover {output} --teacher …' tries again"
+            )
 
 
 @contextmanager

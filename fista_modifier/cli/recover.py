@@ -28,10 +28,11 @@ from fista_modifier.models.limits import check_length, longest_sequence
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.checks import check_pruned, check_teacher
-from fista_modifier.recovery.recover import Training, pruned_operators
+from fista_modifier.recovery.recover import pruned_operators
 from fista_modifier.recovery.recover import recover as train
 from fista_modifier.recovery.resume import forget
 from fista_modifier.recovery.sharding import check_shardable
+from fista_modifier.recovery.training import Training
 
 __all__ = ["recover"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -30,22 +30,25 @@ from fista_modifier.cost import training_memory
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
+from fista_modifier.models.operators import Operator
 from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.steps import check_own_folder, modifiers_before
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.recover import (
-    Training,
-    check_resume,
     counted_zeros,
-    held_out,
     kept_entries,
     operators_to_train,
-    train_operators,
     with_recovery,
 )
 from fista_modifier.recovery.resume import forget
+from fista_modifier.recovery.training import (
+    Training,
+    check_resume,
+    held_out,
+    train_operators,
+)
 
 __all__ = ["RecoveryModifier"]
 
@@ -84,7 +87,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         - refuse what cannot be trained, and warn of what may not fit on the device,
           before any long work
     - on_calibration_end
-        - train the model
+        - train the model; if that fails, give it back the weights that pruning left
     - on_finalize
         - add the training to the report
     """
@@ -126,7 +129,13 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     _pruners: list[LayerwiseModifier] = PrivateAttr(default_factory=list)
     _training: Training = PrivateAttr()
     _recovery: RecoveryResult | None = PrivateAttr(default=None)
+    _failure: str | None = PrivateAttr(default=None)
     _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the training failed; None if it did not."""
+        return self._failure
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
@@ -175,9 +184,9 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """
-        Train the model.
-
-        :raises RuntimeError: if the training has diverged
+        Train the model. A training that diverges, or for which there is no room, costs
+        nobody the pruning: the model gets back the weights that pruning left, and an
+        error is logged.
         """
         if any(pruner.unfinished for pruner in self._pruners):
             logger.warning("RecoveryModifier waits for the layers that are not pruned")
@@ -185,9 +194,29 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         model = state.model
         results = [one for pruner in self._pruners for one in pruner.results]
         operators = operators_to_train(model, results)
-        tokens = _tokens(state)
+        pruned = {one.name: one.weight.to("cpu", copy=True) for one in operators}
+        try:
+            self._recovery = self._train(model, operators, _tokens(state))
+        except RuntimeError as error:
+            for one in operators:
+                one.save(pruned[one.name])
+            self._failure = str(error)
+            logger.opt(exception=True).error(
+                "The recovery has failed, and the model is as pruning left it: "
+                f"{error}. Save it, and try 'fista-prune recover'"
+            )
+            return
+        self._zeros = counted_zeros(operators)
+        logger.info(
+            "Mean KL to the teacher on sequences that were not trained on: "
+            f"{self._recovery.start_divergence:.4f} -> {self._recovery.divergence:.4f}"
+        )
+
+    def _train(
+        self, model: PreTrainedModel, operators: Sequence[Operator], tokens: Dataset
+    ) -> RecoveryResult:
         with _trainable_model(model), torch.enable_grad(), plain_forward(model):
-            self._recovery = train_operators(
+            return train_operators(
                 model,
                 load_model(str(self.teacher)),
                 tokens,
@@ -198,11 +227,6 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 resume=None if self.resume_dir is None else Path(self.resume_dir),
                 teacher_name=str(self.teacher),
             )
-        self._zeros = counted_zeros(operators)
-        logger.info(
-            "Mean KL to the teacher on sequences that were not trained on: "
-            f"{self._recovery.start_divergence:.4f} -> {self._recovery.divergence:.4f}"
-        )
 
     def _data(self, tokens: Dataset) -> Calibration:
         length = len(tokens[0]["input_ids"])

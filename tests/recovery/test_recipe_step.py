@@ -27,8 +27,10 @@ from fista_modifier.checkpoint.verification import verify
 from fista_modifier.models import loading
 from fista_modifier.models.loading import load_model
 from fista_modifier.pruning.results import Calibration, PruningReport
-from fista_modifier.recovery.recover import Training, recover
+from fista_modifier.recovery.distillation import DistillationTrainer
+from fista_modifier.recovery.recover import recover
 from fista_modifier.recovery.resume import last_state
+from fista_modifier.recovery.training import Training
 
 IGNORE = ["re:.*lm_head"]
 DATA = {"dataset": calibration(samples(20, 12))}
@@ -177,6 +179,39 @@ def test_a_training_without_room_is_told_before_the_pruning(
             pruned(dense, PRUNERS["sparse"](), RecoveryModifier(**SETTINGS))
         told = [index for index, one in enumerate(messages) if "will take" in one]
         assert bool(told) == warned
+
+
+@pytest.mark.parametrize("failure", ["no room", "divergence"])
+def test_a_training_that_fails_costs_nobody_the_pruning(
+    failure: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is the one without --recover, and the command says that it is."""
+    small = ("--dataset", text, "--samples", 4, "--seq-len", 16)
+    options = ("--pattern", "2:4", "--preset", "fast", *small)
+    assert invoke("prune", model, "-o", tmp_path / "a", *options).exit_code == 0
+    inner = DistillationTrainer.compute_loss
+
+    def failing(trainer: Any, *given: Any, **more: Any) -> Any:
+        loss = inner(trainer, *given, **more)
+        if trainer.state.global_step == 0:
+            return loss
+        if failure == "no room":
+            raise torch.OutOfMemoryError("no room for 1 GiB")
+        return loss * float("nan")
+
+    with pytest.MonkeyPatch.context() as patch, logged("ERROR") as messages:
+        patch.setattr(DistillationTrainer, "compute_loss", failing)
+        result = invoke("prune", model, "-o", tmp_path / "b", *options, "--recover")
+    assert result.exit_code == 1
+    assert "is pruned, and not recovered" in " ".join(result.output.split())
+    (message,) = messages
+    assert "The recovery has failed" in message
+    found, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in "ba"
+    )
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+    assert not PruningReport.load(tmp_path / "b").recovery
+    assert verify(tmp_path / "b").problems == []
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,10 @@ from transformers import (
 
 from fista_modifier.models.loading import load_model
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
-from fista_modifier.recovery import recover as module
-from fista_modifier.recovery.recover import (
-    Training,
-    held_out,
-    recover,
-    with_recovery,
-)
+from fista_modifier.recovery import training as module
+from fista_modifier.recovery.recover import recover, with_recovery
 from fista_modifier.recovery.resume import last_state
+from fista_modifier.recovery.training import Training, held_out
 from fista_modifier.solver import NofM
 
 SEQUENCES, LENGTH = 20, 12
