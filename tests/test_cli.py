@@ -272,6 +272,28 @@ def test_a_structured_method_writes_a_smaller_checkpoint(
     assert verified.exit_code == 0, verified.output
 
 
+def test_smaller_models_are_recovered_by_default(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Layers are trained one by one only without that."""
+
+    def pruned(*more: str) -> tuple[bytes, PruningReport]:
+        output = tmp_path / "-".join(("pruned", *more))
+        result = prune(model, text, output, *SMALLER, *more)
+        assert result.exit_code == 0, result.output
+        weights = (output / "model.safetensors").read_bytes()
+        return weights, PruningReport.load(output)
+
+    by_default, report = pruned()
+    assert report.recovery and not report.layers
+    assert by_default == pruned("--recover")[0] == pruned("--preset", "default")[0]
+    layerwise, report = pruned("--no-recover")
+    assert layerwise != by_default
+    assert report.layers and not report.recovery
+    _, report = pruned("--preset", "paper")
+    assert not report.layers and not report.recovery
+
+
 def test_dimensions_of_values_are_told_of_as_zeros(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -857,7 +879,7 @@ def test_a_structured_run_goes_on_where_it_stopped(
     ("family", "options"),
     [
         # tied embeddings, and new shapes
-        ("opt", SMALLER),
+        ("opt", [*SMALLER, "--no-recover"]),
         # these are loaded as a whole to be verified
         ("mixtral", ["--pattern", "2:4"]),
         ("llama", ["--recipe", RECIPES / "fista-2of4-w8a8.yaml"]),

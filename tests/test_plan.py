@@ -21,7 +21,14 @@ from fista_modifier import (
     SPAPPruningModifier,
 )
 from fista_modifier.checkpoint.on_save import report_of
-from fista_modifier.cost import layer_cost, peak_device_memory, shape_of
+from fista_modifier.cost import (
+    DEVICES,
+    layer_cost,
+    peak_device_memory,
+    recovery_memory,
+    shape_of,
+)
+from fista_modifier.models.loading import load_config
 from fista_modifier.modifiers.forecast import Forecast, forecasts
 from fista_modifier.pruning.presets import PRESETS
 from fista_modifier.pruning.structured import StructuredProcedure
@@ -152,7 +159,7 @@ def test_the_table_of_channels_has_the_widths(tmp_path: Path) -> None:
     model = checkpoint("mistral", **HEADS)
     options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]
     options += ["--structure", "mlp", "--structure", "heads"]
-    result = invoke("plan", model, "--seq-len", 16, *options)
+    result = invoke("plan", model, "--seq-len", 16, "--no-recover", *options)
     assert result.exit_code == 0, result.output
     output = words(result.output)
     assert "gate_proj, up_proj: channels down_proj 2 48 36" in output
@@ -230,6 +237,29 @@ def test_a_recovery_needs_memory_for_the_whole_model(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "The recovery takes about" in words(result.output)
     assert "RecoveryModifier" not in result.output
+
+
+def test_a_recovery_by_default_leaves_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]
+    llama = checkpoint("llama")
+    needed = recovery_memory(shape_of(load_config(str(llama)), 16))
+    device = DEVICES["h100-80gb"]
+
+    def planned(room: float, *more: object) -> str:
+        smaller = replace(device, memory=room * needed)
+        monkeypatch.setitem(DEVICES, "h100-80gb", smaller)
+        given = (*options, "--seq-len", 16, "--device", "h100-80gb", *more)
+        result = invoke("plan", llama, *given)
+        assert result.exit_code == 0, result.output
+        return words(result.output)
+
+    assert "so that there is none by default" in planned(1.1)
+    assert "which fits, beside the activations and logits" in planned(1.5)
+    assert "which fits, beside the activations and logits" in planned(1.1, "--recover")
+    assert "recovery" not in planned(1.5, "--no-recover")
+    assert "recovery" not in planned(1.5, "--preset", "paper")
 
 
 def test_other_modifiers_are_named(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class Request:
     :param structures: what leaves; None for the default
     :param multiple_of: the number of channels stays a multiple of this; None for the
         default
-    :param recover: whether to train what pruning keeps
+    :param recover: whether to train what pruning keeps; None for the default, which is
+        to train smaller models where that can be, but with ``preset: paper``
     :param options: the modifier's fields that other options give; None for those that
         are left out
     """
@@ -59,7 +60,7 @@ class Request:
     sparsity: float | None = None
     structures: Sequence[str] | None = None
     multiple_of: int | None = None
-    recover: bool = False
+    recover: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,6 +77,13 @@ class Request:
         undecided = self.method == "fista" and not self.recover
         return undecided and all(value is None for value in named)
 
+    @property
+    def recovers(self) -> bool:
+        """Whether what pruning keeps is trained, if it can be."""
+        if self.recover is not None:
+            return self.recover
+        return self.method in STRUCTURED and self.fields.get("preset") != "paper"
+
     def read(self) -> Recipe:
         """
         Return the recipe that the options ask for.
@@ -85,7 +93,7 @@ class Request:
             no sense
         :raises FileNotFoundError: if there is no such recipe
         """
-        if not self.recover:
+        if not self.recovers:
             return self._pruning()
         if self.recipe is not None:
             raise ValueError(
@@ -95,7 +103,8 @@ class Request:
             )
         layers = self.fields.get("resume_dir")
         states = layers and str(Path(layers) / STATES)
-        recovery = RecoveryModifier(resume_dir=states)
+        optional = self.recover is None
+        recovery = RecoveryModifier(resume_dir=states, optional=optional)
         return read_recipe([*self._pruning().modifiers, recovery])
 
     def _pruning(self) -> Recipe:
@@ -162,6 +171,8 @@ class Request:
                     f"--structure {name} is none of {', '.join(get_args(Structure))}"
                 )
         sizes: dict[str, Any] = {"sparsity": self.sparsity}
+        if self.recovers and preset != "paper":  # layers need no training before it
+            sizes["reconstruction_epochs"] = 0
         if self.structures:
             sizes["structures"] = list(dict.fromkeys(self.structures))
         if self.multiple_of is not None:

@@ -53,7 +53,7 @@ def plan(
     preset: PresetName = None,
     error_correction: ErrorCorrectionName = None,
     warm_start: WarmStartName = None,
-    recover: Recovers = False,
+    recover: Recovers = None,
     device: Annotated[
         str, typer.Option(help=f"that prunes: {', '.join(DEVICES)}")
     ] = "a100-80gb",
@@ -103,8 +103,9 @@ def plan(
             console.print(
                 memory_sentence(*work, forecast.kept, offload_hessians=offload)
             )
-        if any(isinstance(one, RecoveryModifier) for one in modifiers):
-            console.print(recovery_sentence(forecast.shape, chosen))
+        for one in modifiers:
+            if isinstance(one, RecoveryModifier):
+                console.print(recovery_sentence(forecast.shape, chosen, one.optional))
         if others := [
             type(one).__name__
             for one in modifiers

@@ -83,7 +83,7 @@ def prune(
     preset: PresetName = None,
     error_correction: ErrorCorrectionName = None,
     warm_start: WarmStartName = None,
-    recover: Recovers = False,
+    recover: Recovers = None,
     dtype: Annotated[
         DtypeName, typer.Option(help="dtype to load and save the weights in")
     ] = "auto",

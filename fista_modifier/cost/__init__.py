@@ -8,6 +8,7 @@ Use the names below. The folder may import ``pruning``, ``calibration``, ``model
 from fista_modifier.cost.devices import DEVICES, Device, seconds
 from fista_modifier.cost.memory import (
     KEPT,
+    ROOM,
     finished_memory,
     peak_device_memory,
     peak_host_memory,
@@ -22,6 +23,7 @@ from fista_modifier.cost.shape import LayerShape, StageShape, shape_of
 __all__ = [
     "DEVICES",
     "KEPT",
+    "ROOM",
     "Cost",
     "Device",
     "LayerShape",

@@ -158,6 +158,13 @@ def finished_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     return weight_bytes * shape.weights * len(shape.names)
 
 
+ROOM = 0.8
+"""
+The share of a device's memory that a training that is optional may be predicted to
+take. The rest is for activations and logits, which are not predicted.
+"""
+
+
 def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     """
     Predict the memory on the device for a recovery, without the activations and logits

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report, when_saved
-from fista_modifier.cost import training_memory
+from fista_modifier.cost import ROOM, training_memory
 from fista_modifier.distributed import current_ranks
+from fista_modifier.models.classes import check_predicts_text
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.operators import Operator
@@ -126,7 +127,16 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         ),
     )
 
+    optional: bool = Field(
+        default=False,
+        description=(
+            "go on without recovery, with a warning, where the model cannot be trained "
+            "or the device seems to have no room for that"
+        ),
+    )
+
     _pruners: list[LayerwiseModifier] = PrivateAttr(default_factory=list)
+    _skipped: bool = PrivateAttr(default=False)
     _training: Training = PrivateAttr()
     _recovery: RecoveryResult | None = PrivateAttr(default=None)
     _failure: str | None = PrivateAttr(default=None)
@@ -142,12 +152,13 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         Refuse what cannot be trained, before any long work.
 
         :raises FileNotFoundError: if there is no such teacher
-        :raises ValueError: if there are no calibration data, they are not texts of one
-            length, too few or too long for the model, nothing is pruned before this
-            step or something is quantised, the teacher is another model, the model has
+        :raises ValueError: if nothing is pruned before this step or something is
+            quantised, the settings would train nothing, or ``resume_dir`` belongs to
+            another run. If the step is not optional, also if there are no calibration
+            data, they are not texts of one length, too few or too long for the model,
+            the model does not predict text, the teacher is another model, the model has
             changed since it was loaded and no teacher is named, there are several
-            processes, weights are on a disk, the settings would train nothing, or
-            ``resume_dir`` belongs to another run
+            processes, or weights are on a disk
         """
         self._training = Training(
             self.epochs,
@@ -156,20 +167,16 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             self.gradient_checkpointing,
             self.seed,
         )
-        if current_ranks().size > 1:
-            raise ValueError(
-                "RecoveryModifier needs a single process: prune with several, and run "
-                "'torchrun … -m fista_modifier.cli recover' afterwards"
-            )
         check_own_folder(self)
-        _check_in_memory(state.model)
-        _check_data(state)
         self._pruners = _pruners(self)
-        if not self.teacher:
-            self.teacher = _origin(state.model)
-        dense = load_config(self.teacher)
-        check_architecture(state.model.config, dense, self.teacher)
-        check_vocabulary_size(state.model.config, dense, self.teacher)
+        try:
+            self._check(state)
+        except ValueError as error:
+            if not self.optional:
+                raise
+            logger.warning(f"There will be no recovery: {error}")
+            self._skipped = True
+            return True
         if self.resume_dir is not None:
             tokens = _tokens(state)
             check_resume(
@@ -177,10 +184,35 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 tokens,
                 self._data(tokens),
                 self._training,
-                self.teacher,
+                str(self.teacher),
             )
-        _warn_of_little_memory(state.model, self._pruners)
         return True
+
+    def _check(self, state: State) -> None:
+        """
+        Refuse what cannot be trained.
+
+        :raises ValueError: as for :meth:`on_initialize`
+        """
+        model = state.model
+        if current_ranks().size > 1:
+            raise ValueError(
+                "RecoveryModifier needs a single process: prune with several, and run "
+                "'torchrun … -m fista_modifier.cli recover' afterwards"
+            )
+        check_predicts_text(model.config)
+        _check_in_memory(model)
+        _check_data(state)
+        if not self.teacher:
+            self.teacher = _origin(model)
+        dense = load_config(self.teacher)
+        check_architecture(model.config, dense, self.teacher)
+        check_vocabulary_size(model.config, dense, self.teacher)
+        share = ROOM if self.optional else 1.0
+        if lack := _lack_of_memory(model, self._pruners, share):
+            if self.optional:
+                raise ValueError(lack)
+            logger.warning(lack)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """
@@ -188,6 +220,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         nobody the pruning: the model gets back the weights that pruning left, and an
         error is logged.
         """
+        if self._skipped:
+            return
         if any(pruner.unfinished for pruner in self._pruners):
             logger.warning("RecoveryModifier waits for the layers that are not pruned")
             return
@@ -284,10 +318,10 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
     return pruners
 
 
-def _warn_of_little_memory(
-    model: PreTrainedModel, pruners: Iterable[LayerwiseModifier]
-) -> None:
-    """Warn of a training that may not fit on the device, before hours of pruning."""
+def _lack_of_memory(
+    model: PreTrainedModel, pruners: Iterable[LayerwiseModifier], share: float
+) -> str:
+    """Say that a training may not fit on the device; nothing if it seems to."""
     found = chain.from_iterable(one.find_operators(model) for one in pruners)
     trained = {one.module: prod(one.shape) for one in found}
     with disable_onloading():  # a list of onloaded weights is the whole model
@@ -296,14 +330,13 @@ def _warn_of_little_memory(
     device = get_main_device()
     place = "cpu" if device.type == "cpu" else device.index or 0
     free = get_max_memory().get(place)  # accelerate does not know every accelerator
-    if free is not None and needed > free:
-        logger.warning(
-            f"The recovery will take about {needed / 1e9:.1f} GB beside activations "
-            f"and logits of a batch, and {device} has {free / 1e9:.1f} GB free. Give "
-            "the pruning a resume_dir (--resume), so that it is not lost if there is "
-            "no room, or leave this step out, and run 'fista-prune recover' on a "
-            "larger device"
-        )
+    if free is None or needed <= share * free:
+        return ""
+    return (
+        f"the recovery would take about {needed / 1e9:.1f} GB beside activations and "
+        f"logits of a batch, and {device} has {free / 1e9:.1f} GB free: leave it out "
+        "(--no-recover), and run 'fista-prune recover' on a larger device"
+    )
 
 
 def _check_in_memory(model: PreTrainedModel) -> None:

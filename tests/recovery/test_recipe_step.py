@@ -124,7 +124,16 @@ def test_the_recipe_in_yaml_and_its_checkpoint(
     "options",
     [
         ("--pattern", "2:4", "--preset", "fast"),
-        ("--method", "fasp", "--sparsity", 0.3, "--multiple-of", 4),
+        (
+            "--method",
+            "fasp",
+            "--sparsity",
+            0.3,
+            "--multiple-of",
+            4,
+            "--preset",
+            "paper",
+        ),
     ],
     ids=["sparse", "smaller"],
 )
@@ -173,12 +182,36 @@ def test_a_training_without_room_is_told_before_the_pruning(
 ) -> None:
     room = {"cpu": 1_000_000}
     monkeypatch.setattr("fista_modifier.recovery.modifier.get_max_memory", lambda: room)
-    for free, warned in [(1_000_000_000, False), (10_000, True)]:
+    for free, optional, warned in [
+        (1_000_000_000, False, False),
+        (10_000, False, True),
+        (10_000, True, True),
+    ]:
         room["cpu"] = free
+        step = RecoveryModifier(**SETTINGS, optional=optional)
         with logged() as messages:
-            pruned(dense, PRUNERS["sparse"](), RecoveryModifier(**SETTINGS))
-        told = [index for index, one in enumerate(messages) if "will take" in one]
-        assert bool(told) == warned
+            model = pruned(dense, PRUNERS["sparse"](), step)
+        assert any("would take about" in one for one in messages) == warned
+        report = report_of(model)
+        assert report is not None
+        assert bool(report.recovery) != optional
+
+
+def test_an_optional_step_is_left_out_where_the_model_cannot_be_trained(
+    dense: Path,
+) -> None:
+    rows = [{"input_ids": [2] * n, "attention_mask": [1] * n} for n in (5, 7, 9)]
+    trained, expected = (load_model(str(dense)) for _ in range(2))
+    data = {"dataset": Dataset.from_list(rows)}
+    step = RecoveryModifier(optional=True)
+    with logged() as messages:
+        run(trained, [PRUNERS["sparse"](), step], **data)
+    assert any("There will be no recovery: the calib" in one for one in messages)
+    run(expected, PRUNERS["sparse"](), **data)
+    for name, weight in weights(expected).items():
+        assert torch.equal(weights(trained)[name], weight), name
+    with pytest.raises(ValueError, match="train nothing"):
+        pruned(dense, PRUNERS["sparse"](), RecoveryModifier(epochs=0, optional=True))
 
 
 @pytest.mark.parametrize("failure", ["no room", "divergence"])
