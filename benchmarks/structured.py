@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "OSSCAR's local search": {"selector": "local", **BARE},
     "FLAP's score": {"selector": "flap", **BARE},
     "SPAP's choice": {"selector": "spap", **BARE},
+    "SPAP's choice, recovered": {"selector": "spap", **BARE},
     "FASP, default": {},
     "SPAP, default": {"selector": "spap"},
     "ZipLM's elimination, trained": {"selector": "greedy"},
@@ -54,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "reconstruction_rate": 0.003,
     },
 }
-RECOVERED = {"FASP, paper, recovered"}
+RECOVERED = {"FASP, paper, recovered", "SPAP's choice, recovered"}
 """
 The methods whose model is trained end to end after the pruning, on the same tokens.
 """

@@ -93,8 +93,9 @@ class Request:
             no sense
         :raises FileNotFoundError: if there is no such recipe
         """
+        pruning = self._pruning()
         if not self.recovers:
-            return self._pruning()
+            return pruning
         if self.recipe is not None:
             raise ValueError(
                 "--recover can be given only with --pattern or --method: put a "
@@ -105,7 +106,7 @@ class Request:
         states = layers and str(Path(layers) / STATES)
         optional = self.recover is None
         recovery = RecoveryModifier(resume_dir=states, optional=optional)
-        return read_recipe([*self._pruning().modifiers, recovery])
+        return read_recipe([*pruning.modifiers, recovery])
 
     def _pruning(self) -> Recipe:
         if self.method in STRUCTURED:
