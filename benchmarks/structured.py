@@ -39,12 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     REFERENCE: {"selector": "fasp", "restorer": "none", **BARE},
     "magnitude": {"selector": "magnitude", "restorer": "none", **BARE},
     "FASP, paper": {"preset": "paper"},
-    "FASP, paper, recovered": {"preset": "paper"},
     "ZipLM's elimination": {"selector": "greedy", **BARE},
     "OSSCAR's local search": {"selector": "local", **BARE},
     "FLAP's score": {"selector": "flap", **BARE},
     "SPAP's choice": {"selector": "spap", **BARE},
-    "SPAP's choice, recovered": {"selector": "spap", **BARE},
     "FASP, default": {},
     "SPAP, default": {"selector": "spap"},
     "ZipLM's elimination, trained": {"selector": "greedy"},
@@ -55,10 +53,21 @@ METHODS: dict[str, dict[str, Any]] = {
         "reconstruction_rate": 0.003,
     },
 }
-RECOVERED = {"FASP, paper, recovered", "SPAP's choice, recovered"}
+RECOVERED = {
+    f"{name}, recovered": METHODS[name]
+    for name in (
+        "FASP, paper",
+        "SPAP's choice",
+        "ZipLM's elimination",
+        "OSSCAR's local search",
+        "FLAP's score",
+    )
+}
 """
 The methods whose model is trained end to end after the pruning, on the same tokens.
+"FASP, paper, recovered" is what the command line does by default.
 """
+METHODS |= RECOVERED
 SPARSEGPT = "SparseGPT 2:4"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import plain_forward
@@ -130,8 +131,9 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     optional: bool = Field(
         default=False,
         description=(
-            "go on without recovery, with a warning, where the model cannot be trained "
-            "or the device seems to have no room for that"
+            "go on without recovery, with a warning, where the model cannot be "
+            "trained, the device seems to have no room for that, or the training "
+            "raises the divergence on the sequences that are held out"
         ),
     )
 
@@ -230,21 +232,28 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         operators = operators_to_train(model, results)
         pruned = {one.name: one.weight.to("cpu", copy=True) for one in operators}
         try:
-            self._recovery = self._train(model, operators, _tokens(state))
+            recovery = self._train(model, operators, _tokens(state))
         except RuntimeError as error:
-            for one in operators:
-                one.save(pruned[one.name])
+            _give_back(operators, pruned)
             self._failure = str(error)
             logger.opt(exception=True).error(
                 "The recovery has failed, and the model is as pruning left it: "
                 f"{error}. Save it, and try 'fista-prune recover'"
             )
             return
-        self._zeros = counted_zeros(operators)
         logger.info(
             "Mean KL to the teacher on sequences that were not trained on: "
-            f"{self._recovery.start_divergence:.4f} -> {self._recovery.divergence:.4f}"
+            f"{recovery.start_divergence:.4f} -> {recovery.divergence:.4f}"
         )
+        if self.optional and recovery.divergence > recovery.start_divergence:
+            _give_back(operators, pruned)
+            logger.warning(
+                "The recovery has not helped, and the model is as pruning left it: "
+                "use more samples, or insist on it (--recover)"
+            )
+            return
+        self._recovery = recovery
+        self._zeros = counted_zeros(operators)
 
     def _train(
         self, model: PreTrainedModel, operators: Sequence[Operator], tokens: Dataset
@@ -277,6 +286,12 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             if self.resume_dir is not None:
                 when_saved(state.model, partial(forget, Path(self.resume_dir)))
         return True
+
+
+def _give_back(operators: Iterable[Operator], weights: Mapping[str, Tensor]) -> None:
+    """Write the weights that pruning left."""
+    for one in operators:
+        one.save(weights[one.name])
 
 
 def _origin(model: PreTrainedModel) -> str:
