@@ -141,6 +141,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     _skipped: bool = PrivateAttr(default=False)
     _training: Training = PrivateAttr()
     _recovery: RecoveryResult | None = PrivateAttr(default=None)
+    _has_ended: bool = PrivateAttr(default=False)  # well or not
     _failure: str | None = PrivateAttr(default=None)
     _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
 
@@ -231,6 +232,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         results = [one for pruner in self._pruners for one in pruner.results]
         operators = operators_to_train(model, results)
         pruned = {one.name: one.weight.to("cpu", copy=True) for one in operators}
+        self._has_ended = True
         try:
             recovery = self._train(model, operators, _tokens(state))
         except RuntimeError as error:
@@ -283,8 +285,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 return with_recovery(report, recovery, self._zeros)
 
             revise_report(state.model, trained)
-            if self.resume_dir is not None:
-                when_saved(state.model, partial(forget, Path(self.resume_dir)))
+        if self._has_ended and self.resume_dir is not None:
+            when_saved(state.model, partial(forget, Path(self.resume_dir)))
         return True
 
 

@@ -234,8 +234,10 @@ def test_a_training_that_fails_costs_nobody_the_pruning(
 
     with pytest.MonkeyPatch.context() as patch, logged("ERROR") as messages:
         patch.setattr(DistillationTrainer, "compute_loss", failing)
-        result = invoke("prune", model, "-o", tmp_path / "b", *options, "--recover")
+        options += ("--resume", tmp_path / "layers", "--recover")
+        result = invoke("prune", model, "-o", tmp_path / "b", *options)
     assert result.exit_code == 1
+    assert not (tmp_path / "layers" / "recovery").exists()
     assert "is pruned, and not recovered" in " ".join(result.output.split())
     (message,) = messages
     assert "The recovery has failed" in message
