@@ -441,6 +441,25 @@ def test_a_disk_that_is_almost_full_is_told_of_before_the_run(
     assert f"{tmp_path / 'layers'} has 0.0 GB free" in told[1]
 
 
+def test_the_states_of_a_training_may_not_fit(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a disk with room for twice the weights, two states do not."""
+    room = 2 * (model / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)._replace(free=room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    options = ("--pattern", "2:4", "--preset", "fast", "--resume", tmp_path / "layers")
+    for more, folders in (((), []), (("--recover",), [tmp_path / "layers"])):
+        output = tmp_path / f"out{len(more)}"
+        assert prune(model, text, output, *options, *more).exit_code == 0
+        told = [one for one in warnings if "a full disk ends the run" in one]
+        assert [one.split(" has ")[0] for one in told] == [*map(str, folders)]
+
+
 @pytest.mark.parametrize("option", ["--resume", "--activations", "--offload"])
 def test_a_folder_that_would_be_replaced_is_refused(
     option: str, model: Path, text: Path, tmp_path: Path

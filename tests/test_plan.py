@@ -12,6 +12,7 @@ import torch
 from command_line import invoke
 from families import checkpoint, tiny_model
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from model_kinds import OTHERS
 from runs import run
 from transformers import AutoConfig, PreTrainedModel
 
@@ -258,8 +259,17 @@ def test_a_recovery_by_default_leaves_room(
     assert "so that there is none by default" in planned(1.1)
     assert "which fits, beside the activations and logits" in planned(1.5)
     assert "which fits, beside the activations and logits" in planned(1.1, "--recover")
+    assert "no recovery: it needs a single process" in planned(1.5, "--devices", 2)
     assert "recovery" not in planned(1.5, "--no-recover")
     assert "recovery" not in planned(1.5, "--preset", "paper")
+
+
+def test_an_encoder_has_no_recovery(tmp_path: Path) -> None:
+    OTHERS["encoder"].save(tmp_path)
+    options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]
+    result = invoke("plan", tmp_path, "--seq-len", 16, *options)
+    assert result.exit_code == 0, result.output
+    assert "There is no recovery: BertForMaskedLM has no perp" in words(result.output)
 
 
 def test_other_modifiers_are_named(tmp_path: Path) -> None:

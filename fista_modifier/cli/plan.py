@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from transformers import PretrainedConfig
 
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.method import Request
@@ -30,6 +31,7 @@ from fista_modifier.cli.tables import (
     recovery_sentence,
 )
 from fista_modifier.cost import DEVICES, shape_of
+from fista_modifier.models.classes import check_predicts_text
 from fista_modifier.models.limits import longest_sequence
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.modifiers.base import LayerwiseModifier
@@ -104,7 +106,11 @@ def plan(
                 memory_sentence(*work, forecast.kept, offload_hessians=offload)
             )
         for one in modifiers:
-            if isinstance(one, RecoveryModifier):
+            if not isinstance(one, RecoveryModifier):
+                continue
+            if one.optional and (why := _no_recovery(config, devices)):
+                console.print(f"There is no recovery: {why}.")
+            else:
                 console.print(recovery_sentence(forecast.shape, chosen, one.optional))
         if others := [
             type(one).__name__
@@ -112,3 +118,14 @@ def plan(
             if not isinstance(one, LayerwiseModifier | RecoveryModifier)
         ]:
             console.print(f"What {', '.join(others)} will take is not predicted.")
+
+
+def _no_recovery(config: PretrainedConfig, devices: int) -> str:
+    """Return the reason why a run goes without recovery; nothing if there is none."""
+    if devices > 1:
+        return "it needs a single process ('fista-prune recover' can be given several)"
+    try:
+        check_predicts_text(config)
+    except ValueError as error:
+        return str(error)
+    return ""

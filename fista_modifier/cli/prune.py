@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, get_args
@@ -41,6 +41,7 @@ from fista_modifier.cli.options import (
     TextColumn,
     WarmStartName,
 )
+from fista_modifier.cost import state_files
 from fista_modifier.distributed import Ranks, join_ranks
 from fista_modifier.files import scratch
 from fista_modifier.models.classes import weightless_model
@@ -158,8 +159,13 @@ def prune(
         skeleton = weightless_model(config)
         check_length(skeleton, length)
         check_packable(storage_format, modifiers, skeleton, length)
-        written_to = [output] if resume is None else [output, resume]
-        warn_of_little_space(weight_bytes(skeleton, dtype), written_to)
+        size = weight_bytes(skeleton, dtype)
+        written = {output: size}
+        if resume is not None:
+            trains = any(isinstance(one, RecoveryModifier) for one in modifiers)
+            states = state_files(skeleton.num_parameters()) if trains else 0
+            written[resume] = size + states
+        warn_of_little_space(written)
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
         dense = load_to_prune(model, dtype, weights)
@@ -216,22 +222,21 @@ def weights_on_disk(folder: Path | None, ranks: Ranks) -> Iterator[Path | None]:
         yield weights
 
 
-def warn_of_little_space(size: int, folders: Iterable[Path]) -> None:
+def warn_of_little_space(written: Mapping[Path, int]) -> None:
     """
-    Warn of folders that the weights of a model may not fit into.
+    Warn of folders that what is written to them may not fit into.
 
-    :param size: bytes of the dense model's weights
-    :param folders: folders that its pruned weights are written to
+    :param written: the most bytes that are written to each folder
     """
-    for folder in folders:
+    for folder, size in written.items():
         there = next(
             one for one in (folder, *folder.absolute().parents) if one.exists()
         )
         free = shutil.disk_usage(there).free
         if free < size:
             logger.warning(
-                f"{folder} has {free / 1e9:.1f} GB free, and the model's weights take "
-                f"up to {size / 1e9:.1f} GB there: a full disk ends the run"
+                f"{folder} has {free / 1e9:.1f} GB free, and what is written there "
+                f"takes up to {size / 1e9:.1f} GB: a full disk ends the run"
             )
 
 

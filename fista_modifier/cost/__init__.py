@@ -15,6 +15,7 @@ from fista_modifier.cost.memory import (
     reconstruction_memory,
     recorded_memory,
     recovery_memory,
+    state_files,
     training_memory,
 )
 from fista_modifier.cost.operations import Cost, layer_cost
@@ -37,5 +38,6 @@ __all__ = [
     "recovery_memory",
     "seconds",
     "shape_of",
+    "state_files",
     "training_memory",
 ]

@@ -178,6 +178,17 @@ def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     return training_memory(trained, shape.parameters, weight_bytes)
 
 
+def state_files(trained: int) -> int:
+    """
+    Return the size of the states of a training on disk. A state has the trained weights
+    and Adam's two moments in float32, and is written before the one before it goes.
+
+    :param trained: how many weights are trained
+    :return: bytes
+    """
+    return 2 * 3 * FLOAT32 * trained
+
+
 def training_memory(trained: float, parameters: float, weight_bytes: int) -> float:
     """
     Predict the memory on the device for training a model towards itself as it was,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor
 
 from fista_modifier.calibration.digest import TensorDigest
@@ -39,15 +40,23 @@ def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
     :param model: the dense model; every parameter is read once
     :param recipe: fields of the modifier
     :return: plain JSON values in sections: "recipe", "versions" and "model", the last
-        with a digest of each parameter
+        with a digest of each parameter. Scales of a later quantisation, which are
+        allocated and not filled yet, are left out
     """
     with disable_onloading():  # torch keeps all that it has named
-        names = [name for name, _ in model.named_parameters()]
+        names = [name for name, _ in model.named_parameters() if _is_own(model, name)]
     return {
         "recipe": recipe,
         "versions": package_versions(*PACKAGES),
         "model": {name: _digest(model.get_parameter(name)) for name in names},
     }
+
+
+def _is_own(model: torch.nn.Module, name: str) -> bool:
+    """Say whether a parameter is the model's, and not one of its quantisation."""
+    module, _, own = name.rpartition(".")
+    quantised = is_module_quantized(model.get_submodule(module))
+    return not quantised or own in ("weight", "bias")
 
 
 def _digest(tensor: Tensor) -> str:

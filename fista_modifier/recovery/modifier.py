@@ -46,6 +46,7 @@ from fista_modifier.recovery.recover import (
 )
 from fista_modifier.recovery.resume import forget
 from fista_modifier.recovery.training import (
+    Diverged,
     Training,
     check_resume,
     held_out,
@@ -141,7 +142,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     _skipped: bool = PrivateAttr(default=False)
     _training: Training = PrivateAttr()
     _recovery: RecoveryResult | None = PrivateAttr(default=None)
-    _has_ended: bool = PrivateAttr(default=False)  # well or not
+    _has_ended: bool = PrivateAttr(default=False)  # so that its states have no use
     _failure: str | None = PrivateAttr(default=None)
     _zeros: dict[str, int] = PrivateAttr(default_factory=dict)
 
@@ -154,7 +155,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         """
         Refuse what cannot be trained, before any long work.
 
-        :raises FileNotFoundError: if there is no such teacher
+        :raises OSError: if there is no such teacher
         :raises ValueError: if nothing is pruned before this step or something is
             quantised, the settings would train nothing, or ``resume_dir`` belongs to
             another run. If the step is not optional, also if there are no calibration
@@ -172,12 +173,16 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         )
         check_own_folder(self)
         self._pruners = _pruners(self)
+        named = bool(self.teacher)
         try:
             self._check(state)
-        except ValueError as error:
-            if not self.optional:
+        except (ValueError, OSError) as error:
+            if not self.optional or (named and isinstance(error, OSError)):
                 raise
-            logger.warning(f"There will be no recovery: {error}")
+            logger.warning(
+                f"There will be no recovery: {error}. Without one, layers are better "
+                "trained one by one: --no-recover, or the modifier's own default"
+            )
             self._skipped = True
             return True
         if self.resume_dir is not None:
@@ -195,6 +200,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         """
         Refuse what cannot be trained.
 
+        :raises OSError: if there is no such teacher
         :raises ValueError: as for :meth:`on_initialize`
         """
         model = state.model
@@ -219,9 +225,9 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """
-        Train the model. A training that diverges, or for which there is no room, costs
-        nobody the pruning: the model gets back the weights that pruning left, and an
-        error is logged.
+        Train the model. A training that fails, as it diverges or there is no room on
+        the device or the disk, costs nobody the pruning: the model gets back the
+        weights that pruning left, and an error is logged.
         """
         if self._skipped:
             return
@@ -232,17 +238,18 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         results = [one for pruner in self._pruners for one in pruner.results]
         operators = operators_to_train(model, results)
         pruned = {one.name: one.weight.to("cpu", copy=True) for one in operators}
-        self._has_ended = True
         try:
             recovery = self._train(model, operators, _tokens(state))
-        except RuntimeError as error:
+        except Exception as error:  # transformers' code may raise anything
             _give_back(operators, pruned)
-            self._failure = str(error)
+            self._failure = f"{type(error).__name__}: {error}"
+            self._has_ended = isinstance(error, Diverged)
             logger.opt(exception=True).error(
                 "The recovery has failed, and the model is as pruning left it: "
                 f"{error}. Save it, and try 'fista-prune recover'"
             )
             return
+        self._has_ended = True
         logger.info(
             "Mean KL to the teacher on sequences that were not trained on: "
             f"{recovery.start_divergence:.4f} -> {recovery.divergence:.4f}"
@@ -251,7 +258,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             _give_back(operators, pruned)
             logger.warning(
                 "The recovery has not helped, and the model is as pruning left it: "
-                "use more samples, or insist on it (--recover)"
+                "use more samples, or insist on it (--recover, or optional: false)"
             )
             return
         self._recovery = recovery

@@ -36,7 +36,7 @@ from fista_modifier.recovery.sharding import (
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Training", "check_resume", "held_out", "train_operators"]
+__all__ = ["Diverged", "Training", "check_resume", "held_out", "train_operators"]
 
 HELD_OUT = 16
 """
@@ -121,6 +121,10 @@ class Training:
         return arguments
 
 
+class Diverged(RuntimeError):
+    """A training that made a model predict nothing."""
+
+
 @dataclass(frozen=True)
 class _Task:
     """What is trained, on what and how. The blocks are those to judge by."""
@@ -190,7 +194,7 @@ def train_operators(
     :raises ValueError: if there are fewer than two sequences, the model cannot be run
         on them, the folder is another run's, or a process has only a part of the
         weights
-    :raises RuntimeError: if the training has diverged
+    :raises Diverged: if the training has diverged
     """
     started = time.perf_counter()
     if sharded:
@@ -295,13 +299,14 @@ def _train_parts(
 def _train(model: PreTrainedModel, teacher: PreTrainedModel, task: _Task) -> int:
     """Train the parameters that require gradients, and return the number of steps."""
     use_cache = getattr(model.config, "use_cache", None)
+    zeros = KeepZeros(task.masks)
     trainer = DistillationTrainer(
         model,
         task.arguments,
         teacher=teacher,
         train_dataset=task.tokens,
         data_collator=default_data_collator,
-        callbacks=[KeepZeros(task.masks)] if task.masks else [],
+        callbacks=[zeros] if task.masks else [],
     )
     if not is_sharded(model):
         check_unsharded(model)
@@ -312,6 +317,10 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel, task: _Task) -> int
         with matmul_precision("bf16"):
             trainer.train(resume_from_checkpoint=state and str(state))
     finally:  # after a failure, too, the caller has a model to go on with
+        zeros.on_train_end()
+        if task.arguments.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         model.eval()
         if use_cache is not None:  # the Trainer has changed it
@@ -366,10 +375,10 @@ def _judge(before: float, after: float) -> None:
     """
     Judge a training by the divergence before and after. A warning says if it rose.
 
-    :raises RuntimeError: if the divergence is infinite or NaN
+    :raises Diverged: if the divergence is infinite or NaN
     """
     if not after < float("inf"):
-        raise RuntimeError(
+        raise Diverged(
             f"the training diverged: the mean KL to the teacher was {before:.4f} and "
             f"is {after}. Use a lower rate"
         )

@@ -83,6 +83,28 @@ def test_the_step_trains_as_the_command_does(kind: str, dense: Path) -> None:
     ]
 
 
+def test_a_failed_training_leaves_no_hooks(dense: Path) -> None:
+    """Nor does one that keeps no activations."""
+
+    def failing(*_given: Any, **_more: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for 1 GiB")
+
+    settings = SETTINGS | {"gradient_checkpointing": True}
+    for fails in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if fails:
+                patch.setattr(DistillationTrainer, "training_step", failing)
+            model = pruned(dense, PRUNERS["sparse"](), RecoveryModifier(**settings))
+        assert not model.is_gradient_checkpointing
+        zeros = {name: one == 0 for name, one in model.named_parameters()}
+        model.train().requires_grad_(True)
+        model(samples(2, 12), labels=samples(2, 12)).loss.backward()
+        weight = "model.layers.0.mlp.up_proj.weight"
+        assert model.get_parameter(weight).grad[zeros[weight]].abs().max() > 0
+        model.requires_grad_(False)
+        assert not model(samples(2, 12)).logits.requires_grad
+
+
 def test_what_is_quantised_afterwards_is_the_trained_model(
     dense: Path, tmp_path: Path
 ) -> None:
@@ -212,9 +234,50 @@ def test_an_optional_step_is_left_out_where_the_model_cannot_be_trained(
         assert torch.equal(weights(trained)[name], weight), name
     with pytest.raises(ValueError, match="train nothing"):
         pruned(dense, PRUNERS["sparse"](), RecoveryModifier(epochs=0, optional=True))
+    named = RecoveryModifier(teacher="no/such/model", optional=True)
+    with pytest.raises(OSError, match="no/such/model"):
+        pruned(dense, PRUNERS["sparse"](), named)
+    trained.name_or_path = "my-own-model"
+    with logged() as messages:
+        run(trained, [PRUNERS["sparse"](), RecoveryModifier(optional=True)], **DATA)
+    assert any("There will be no recovery: " in one for one in messages)
 
 
-@pytest.mark.parametrize("failure", ["no room", "divergence"])
+def test_a_killed_training_goes_on_before_a_quantisation(
+    dense: Path, tmp_path: Path
+) -> None:
+    """The scales of the quantisation are there by then, with arbitrary values."""
+    scheme = {"targets": ["Linear"], "scheme": "W8A8", "ignore": IGNORE}
+
+    def steps(**fields: str) -> list[Any]:
+        recovery = RecoveryModifier(**SETTINGS, **fields)
+        return [PRUNERS["sparse"](), recovery, QuantizationModifier(**scheme)]
+
+    inner, calls = DistillationTrainer.compute_loss, 0
+
+    def killed(trainer: Any, model: PreTrainedModel, *given: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for name, value in model.named_parameters():
+            if name.endswith("_scale"):
+                value.data.fill_(calls)
+        if calls == 20:
+            raise KeyboardInterrupt
+        return inner(trainer, model, *given, **more)
+
+    folder = str(tmp_path / "states")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillationTrainer, "compute_loss", killed)
+        pruned(dense, *steps(resume_dir=folder))
+    with logged("INFO") as messages:
+        found = pruned(dense, *steps(resume_dir=folder))
+    assert any("Resuming the training" in one for one in messages)
+    expected = pruned(dense, *steps())
+    for name, weight in weights(expected).items():
+        assert torch.equal(weights(found)[name], weight), name
+
+
+@pytest.mark.parametrize("failure", ["no room", "divergence", "full disk"])
 def test_a_training_that_fails_costs_nobody_the_pruning(
     failure: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -230,6 +293,8 @@ def test_a_training_that_fails_costs_nobody_the_pruning(
             return loss
         if failure == "no room":
             raise torch.OutOfMemoryError("no room for 1 GiB")
+        if failure == "full disk":
+            raise OSError(28, "No space left on device")
         return loss * float("nan")
 
     with pytest.MonkeyPatch.context() as patch, logged("ERROR") as messages:
@@ -237,7 +302,9 @@ def test_a_training_that_fails_costs_nobody_the_pruning(
         options += ("--resume", tmp_path / "layers", "--recover")
         result = invoke("prune", model, "-o", tmp_path / "b", *options)
     assert result.exit_code == 1
-    assert not (tmp_path / "layers" / "recovery").exists()
+    # a state is of use where there is room, and of none where it is not finite
+    states = tmp_path / "layers" / "recovery"
+    assert states.exists() == (failure != "divergence")
     assert "is pruned, and not recovered" in " ".join(result.output.split())
     (message,) = messages
     assert "The recovery has failed" in message
