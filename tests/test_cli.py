@@ -14,7 +14,6 @@ from command_line import TWO_PROCESSES
 from compressed_tensors.offload.cache import DiskCache
 from families import FAMILIES, checkpoint
 from huggingface_hub import ModelCard
-from logs import logged
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,11 +32,7 @@ from fista_modifier.checkpoint.model_card import (
 from fista_modifier.cli import app
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.models import loading
-from fista_modifier.pruning.results import (
-    Calibration,
-    PruningReport,
-    RecoveryResult,
-)
+from fista_modifier.pruning.results import Calibration, PruningReport
 from fista_modifier.solver import NofM, Unstructured
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -284,7 +279,7 @@ def test_smaller_models_are_recovered_by_default(
 
     def pruned(*more: str) -> tuple[bytes, PruningReport]:
         output = tmp_path / "-".join(("pruned", *more))
-        result = prune(model, text, output, *SMALLER, "--samples", 20, *more)
+        result = prune(model, text, output, *SMALLER, *more)
         assert result.exit_code == 0, result.output
         weights = (output / "model.safetensors").read_bytes()
         return weights, PruningReport.load(output)
@@ -298,28 +293,6 @@ def test_smaller_models_are_recovered_by_default(
     paper, report = pruned("--preset", "paper")
     assert not report.layers and not report.recovery
     assert paper not in (by_default, layerwise)
-
-
-def test_a_recovery_that_does_not_help_is_undone_unless_it_was_asked_for(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    """So few sequences are learnt by heart."""
-
-    def pruned(*more: str) -> tuple[bytes, list[RecoveryResult], list[str]]:
-        output = tmp_path / "-".join(("pruned", *more))
-        with logged() as messages:
-            result = prune(model, text, output, *SMALLER, *more)
-        assert result.exit_code == 0, result.output
-        weights = (output / "model.safetensors").read_bytes()
-        return weights, PruningReport.load(output).recovery, messages
-
-    paper, *_ = pruned("--preset", "paper")
-    by_default, recovery, messages = pruned()
-    assert by_default == paper and not recovery
-    assert any("The recovery has not helped" in one for one in messages)
-    trained, (recovery,), _ = pruned("--recover")
-    assert trained != paper
-    assert recovery.divergence > recovery.start_divergence
 
 
 def test_dimensions_of_values_are_told_of_as_zeros(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -22,7 +22,6 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import plain_forward
@@ -132,9 +131,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     optional: bool = Field(
         default=False,
         description=(
-            "go on without recovery, with a warning, where the model cannot be "
-            "trained, the device seems to have no room for that, or the training "
-            "raises the divergence on the sequences that are held out"
+            "go on without recovery, with a warning, where the model cannot be trained "
+            "or the device seems to have no room for that"
         ),
     )
 
@@ -241,7 +239,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         try:
             recovery = self._train(model, operators, _tokens(state))
         except Exception as error:  # transformers' code may raise anything
-            _give_back(operators, pruned)
+            for one in operators:
+                one.save(pruned[one.name])
             self._failure = f"{type(error).__name__}: {error}"
             self._has_ended = isinstance(error, Diverged)
             logger.opt(exception=True).error(
@@ -254,13 +253,6 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             "Mean KL to the teacher on sequences that were not trained on: "
             f"{recovery.start_divergence:.4f} -> {recovery.divergence:.4f}"
         )
-        if self.optional and recovery.divergence > recovery.start_divergence:
-            _give_back(operators, pruned)
-            logger.warning(
-                "The recovery has not helped, and the model is as pruning left it: "
-                "use more samples, or insist on it (--recover, or optional: false)"
-            )
-            return
         self._recovery = recovery
         self._zeros = counted_zeros(operators)
 
@@ -295,12 +287,6 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         if self._has_ended and self.resume_dir is not None:
             when_saved(state.model, partial(forget, Path(self.resume_dir)))
         return True
-
-
-def _give_back(operators: Iterable[Operator], weights: Mapping[str, Tensor]) -> None:
-    """Write the weights that pruning left."""
-    for one in operators:
-        one.save(weights[one.name])
 
 
 def _origin(model: PreTrainedModel) -> str:
