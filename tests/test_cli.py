@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -397,15 +398,27 @@ def test_channels_cannot_leave_after_zeros_were_made(
     assert not output.exists()
 
 
+@pytest.fixture
+def free_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], None]:
+    """Makes it seem that every disk has so many bytes free."""
+
+    def leave(free: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+
+    return leave
+
+
 def test_a_disk_that_is_almost_full_is_told_of_before_the_run(
     model: Path,
     text: Path,
     tmp_path: Path,
     warnings: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    free_on_disk: Callable[[int], None],
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    free_on_disk(1000)
     options = ("--pattern", "2:4", "--resume", tmp_path / "layers")
     assert prune(model, text, tmp_path / "out", *options).exit_code == 0
     told = [one for one in warnings if "a full disk ends the run" in one]
@@ -419,12 +432,10 @@ def test_the_states_of_a_training_may_not_fit(
     text: Path,
     tmp_path: Path,
     warnings: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    free_on_disk: Callable[[int], None],
 ) -> None:
     """On a disk with room for twice the weights, two states do not."""
-    room = 2 * (model / "model.safetensors").stat().st_size
-    usage = shutil.disk_usage(tmp_path)._replace(free=room)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    free_on_disk(2 * (model / "model.safetensors").stat().st_size)
     options = ("--pattern", "2:4", "--preset", "fast", "--resume", tmp_path / "layers")
     for more, folders in (((), []), (("--recover",), [tmp_path / "layers"])):
         output = tmp_path / f"out{len(more)}"

@@ -171,14 +171,14 @@ class Request:
                 raise ValueError(
                     f"--structure {name} is none of {', '.join(get_args(Structure))}"
                 )
-        sizes: dict[str, Any] = {"sparsity": self.sparsity}
+        chosen: dict[str, Any] = {"sparsity": self.sparsity}
         if self.recovers and preset != "paper":  # layers need no training before it
-            sizes["reconstruction_epochs"] = 0
+            chosen["reconstruction_epochs"] = 0
         if self.structures:
-            sizes["structures"] = list(dict.fromkeys(self.structures))
+            chosen["structures"] = list(dict.fromkeys(self.structures))
         if self.multiple_of is not None:
-            sizes["multiple_of"] = self.multiple_of
-        return STRUCTURED[self.method](ignore=IGNORE, **sizes, **self.fields)
+            chosen["multiple_of"] = self.multiple_of
+        return STRUCTURED[self.method](ignore=IGNORE, **chosen, **self.fields)
 
     def _of_file(self, file: Path) -> Recipe:
         recipe = read_recipe(file)

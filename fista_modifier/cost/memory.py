@@ -21,6 +21,11 @@ KEPT = 0.5
 """
 The share of the weights that pruning leaves. It is assumed where nothing else is known.
 """
+ROOM = 0.8
+"""
+The share of a device's memory that a training that is optional may be predicted to
+take. The rest is for activations and logits, which are not predicted.
+"""
 ACTIVATION = 5
 """
 The bytes that a training step keeps for each token and each in and out feature of an
@@ -156,13 +161,6 @@ def finished_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
     :return: bytes
     """
     return weight_bytes * shape.weights * len(shape.names)
-
-
-ROOM = 0.8
-"""
-The share of a device's memory that a training that is optional may be predicted to
-take. The rest is for activations and logits, which are not predicted.
-"""
 
 
 def recovery_memory(shape: LayerShape, weight_bytes: int = 2) -> float:
