@@ -38,7 +38,15 @@ SEQUENCES, LENGTH = 20, 12
 DATA = Calibration("text.txt", SEQUENCES, LENGTH, 0)
 FAST = Training(epochs=3, rate=0.025, batch_size=2)
 TWO_OF_FOUR = ("--pattern", "2:4", "--preset", "fast")
-SMALLER = ("--method", "fasp", "--sparsity", "0.3", "--multiple-of", "4")
+SMALLER = (
+    "--method",
+    "fasp",
+    "--sparsity",
+    "0.3",
+    "--multiple-of",
+    "4",
+    "--no-recover",
+)
 
 
 @pytest.fixture
