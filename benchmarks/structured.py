@@ -142,7 +142,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
     assert dense is not None
     texts = dense["perplexity"]
     lines = [
-        ["", "dense", "", "", *(f"{value:.2f}" for value in texts.values()), "", ""]
+        ["", "dense", "", "", *(f"{value:.2f}" for value in texts.values()), "", "", ""]
     ]
     rows = [row for row in results.rows if row["method"] != "dense"]
     order = [*METHODS, SPARSEGPT]
@@ -156,7 +156,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
                 if (row["method"], row["level"]) == (method, level)
             ]
             if of_seeds:
-                lines.append(line(level, method, dense, of_seeds))
+                lines.append(line(level, method, results, of_seeds))
     header = [
         "sparsity",
         "method",
@@ -164,20 +164,24 @@ def table(args: argparse.Namespace, results: Results) -> str:
         "removed",
         *texts,
         "share of the excess",
+        "processor time",
         "seconds",
     ]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name}, {args.samples} × {args.seq_len} tokens of "
         f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
         f"of the excess: of that of {REFERENCE} without restoration, at the same level "
-        "with the same tokens, mean of the texts and seeds. Seconds: of the seed that "
-        "was measured last.\n"
+        "with the same tokens, mean of the texts and seeds. Processor time: of "
+        f"calibration, pruning and recovery, as a ratio to that of {SPARSEGPT}. "
+        "Seconds: of the seed that was measured last, with whatever else ran then.\n"
     )
 
 
 def line(
-    level: float, method: str, dense: Row, of_seeds: list[tuple[Row, Row | None]]
+    level: float, method: str, results: Results, of_seeds: list[tuple[Row, Row | None]]
 ) -> list[str]:
+    dense = results.find(method="dense")
+    assert dense is not None
     texts = dense["perplexity"]
     found = [row for row, _ in of_seeds]
     values = [fmean(row["perplexity"][text] for row in found) for text in texts]
@@ -194,8 +198,18 @@ def line(
         f"{100 * fmean(row['removed'] for row in found):.1f} %",
         *(f"{value:.2f}" for value in values),
         f"{fmean(shares):.2f}" if shares else "",
+        ratio(found, results),
         mean_seconds(found[-1:]),
     ]
+
+
+def ratio(rows: list[Row], results: Results) -> str:
+    """Return the mean processor time of the rows that have one, in SparseGPT's."""
+    times = [one["processor_seconds"] for one in rows if one.get("processor_seconds")]
+    reference = results.find(method=SPARSEGPT) or {}
+    if not times or not reference.get("processor_seconds"):
+        return ""
+    return f"{fmean(times) / reference['processor_seconds']:.2f}"
 
 
 if __name__ == "__main__":

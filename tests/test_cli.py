@@ -15,6 +15,7 @@ from command_line import TWO_PROCESSES
 from compressed_tensors.offload.cache import DiskCache
 from families import FAMILIES, checkpoint
 from huggingface_hub import ModelCard
+from logs import logged
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -294,6 +295,39 @@ def test_smaller_models_are_recovered_by_default(
     paper, report = pruned("--preset", "paper")
     assert not report.layers and not report.recovery
     assert paper not in (by_default, layerwise)
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "why"),
+    [
+        ([], 10_000.0, "recovery would take about 0.0 GB beside activations"),
+        (["--offload", "offload"], None, "weights are on a disk (--offload)"),
+        (["--samples", "1"], None, "1 sequence is too little"),
+    ],
+)
+def test_layers_are_trained_where_the_model_cannot_be(
+    options: list[str],
+    memory: float | None,
+    why: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fista_modifier.cli.prune.free_memory", lambda: memory)
+    files = []
+    for more in ([], ["--no-recover"]):
+        output = tmp_path / "-".join(("pruned", *more))
+        with logged() as messages:
+            result = prune(model, text, output, *SMALLER, *options, *more)
+        assert result.exit_code == 0, result.output
+        told = [one for one in messages if "There is no recovery" in one]
+        assert len(told) == (not more)
+        assert all(f"layers are trained: {why}" in one for one in told)
+        files.append((output / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert PruningReport.load(output).layers
 
 
 def test_dimensions_of_values_are_told_of_as_zeros(
@@ -910,7 +944,7 @@ def test_a_structured_run_goes_on_where_it_stopped(
     ("family", "options", "alone"),
     [
         # tied embeddings, and new shapes; the recovery needs a single process
-        ("opt", SMALLER, ["--preset", "paper"]),
+        ("opt", SMALLER, ["--no-recover"]),
         # these are loaded as a whole to be verified
         ("mixtral", ["--pattern", "2:4"], []),
         ("llama", ["--recipe", RECIPES / "fista-2of4-w8a8.yaml"], []),
@@ -937,7 +971,7 @@ def test_torchrun_shares_the_layers_out(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Wrote") == 1
-    told = "There will be no recovery: RecoveryModifier needs a single process"
+    told = "layers are trained: recovery needs a single process"
     assert (told in done.stdout + done.stderr) == bool(alone)
     result = prune(model, text, tmp_path / "one", *options, *alone)
     assert result.exit_code == 0, result.output

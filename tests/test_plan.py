@@ -254,12 +254,18 @@ def test_a_recovery_by_default_leaves_room(
         given = (*options, "--seq-len", 16, "--device", "h100-80gb", *more)
         result = invoke("plan", llama, *given)
         assert result.exit_code == 0, result.output
-        return words(result.output)
+        return words(result.output).partition("Channels that leave")[2]
 
-    assert "so that there is none by default" in planned(1.1)
-    assert "which fits, beside the activations and logits" in planned(1.5)
-    assert "which fits, beside the activations and logits" in planned(1.1, "--recover")
-    assert "no recovery: it needs a single process" in planned(1.5, "--devices", 2)
+    fits = "which fits, beside the activations and logits"
+    without = "There is no recovery, and layers are trained: "
+    little = planned(1.1)
+    assert little.startswith(planned(1.1, "--no-recover"))
+    assert f"{without}recovery would take about" in little
+    assert fits in planned(1.5)
+    assert fits in planned(1.1, "--recover")
+    several = planned(1.5, "--devices", 2)
+    assert several.startswith(planned(1.5, "--devices", 2, "--no-recover"))
+    assert f"{without}recovery needs a single process" in several
     assert "recovery" not in planned(1.5, "--no-recover")
     assert "recovery" not in planned(1.5, "--preset", "paper")
 
@@ -269,7 +275,7 @@ def test_an_encoder_has_no_recovery(tmp_path: Path) -> None:
     options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]
     result = invoke("plan", tmp_path, "--seq-len", 16, *options)
     assert result.exit_code == 0, result.output
-    assert "There is no recovery: BertForMaskedLM has no perp" in words(result.output)
+    assert "layers are trained: BertForMaskedLM has no perp" in words(result.output)
 
 
 def test_other_modifiers_are_named(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -84,6 +84,21 @@ class Request:
             return self.recover
         return self.method in STRUCTURED and self.fields.get("preset") != "paper"
 
+    def without_recovery_if(self, check: Callable[[], None]) -> tuple[Request, str]:
+        """
+        Leave out a recovery that nobody has insisted on, if it cannot be. Then the
+        layers are trained instead.
+
+        :param check: raises a ``ValueError`` if the model cannot be trained
+        :return: the request to go on with, and why there is no recovery
+        """
+        if self.recovers and self.recover is None:
+            try:
+                check()
+            except ValueError as error:
+                return replace(self, recover=False), str(error)
+        return self, ""
+
     def read(self) -> Recipe:
         """
         Return the recipe that the options ask for.
@@ -104,8 +119,7 @@ class Request:
             )
         layers = self.fields.get("resume_dir")
         states = layers and str(Path(layers) / STATES)
-        optional = self.recover is None
-        recovery = RecoveryModifier(resume_dir=states, optional=optional)
+        recovery = RecoveryModifier(resume_dir=states)
         return read_recipe([*pruning.modifiers, recovery])
 
     def _pruning(self) -> Recipe:

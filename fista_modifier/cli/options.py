@@ -92,7 +92,7 @@ Recovers = Annotated[
         help="after pruning, train what is left towards the dense model, for one epoch "
         "on the calibration data; the device needs room for training the whole model "
         "(default: with 'fasp' and 'spap', where that can be, but with 'paper'; "
-        "without it they train what is left of each layer)",
+        "otherwise they train what is left of each layer)",
     ),
 ]
 PresetName = Annotated[

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
-from transformers import PretrainedConfig
 
 from fista_modifier.cli.console import console, errors_as_messages
 from fista_modifier.cli.method import Request
@@ -31,13 +31,13 @@ from fista_modifier.cli.tables import (
     recovery_sentence,
 )
 from fista_modifier.cost import DEVICES, shape_of
-from fista_modifier.models.classes import check_predicts_text
 from fista_modifier.models.limits import longest_sequence
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.recovery.modifier import RecoveryModifier
+from fista_modifier.recovery.obstacles import check_recoverable
 
 __all__ = ["plan"]
 
@@ -92,6 +92,17 @@ def plan(
             console.print(cost_table(shape, samples, procedure, chosen, devices))
             console.print(memory_sentence(shape, samples, procedure, chosen))
             return
+        check_recovery = partial(
+            check_recoverable,
+            config,
+            request.read().modifiers,
+            processes=devices,
+            sequences=samples,
+            length=length,
+            memory=chosen.memory,
+            dtype="bfloat16",  # as all that is predicted here
+        )
+        request, no_recovery = request.without_recovery_if(check_recovery)
         modifiers = request.read().modifiers
         for forecast in forecasts(modifiers, config, length, lambda: load_model(model)):
             console.print(
@@ -105,27 +116,15 @@ def plan(
             console.print(
                 memory_sentence(*work, forecast.kept, offload_hessians=offload)
             )
-        for one in modifiers:
-            if not isinstance(one, RecoveryModifier):
-                continue
-            if one.optional and (why := _no_recovery(config, devices)):
-                console.print(f"There is no recovery: {why}.")
-            else:
-                console.print(recovery_sentence(forecast.shape, chosen, one.optional))
+        if no_recovery:
+            console.print(
+                f"There is no recovery, and layers are trained: {no_recovery}."
+            )
+        if any(isinstance(one, RecoveryModifier) for one in modifiers):
+            console.print(recovery_sentence(forecast.shape, chosen))
         if others := [
             type(one).__name__
             for one in modifiers
             if not isinstance(one, LayerwiseModifier | RecoveryModifier)
         ]:
             console.print(f"What {', '.join(others)} will take is not predicted.")
-
-
-def _no_recovery(config: PretrainedConfig, devices: int) -> str:
-    """Return the reason why a run goes without recovery; nothing if there is none."""
-    if devices > 1:
-        return "it needs a single process ('fista-prune recover' can be given several)"
-    try:
-        check_predicts_text(config)
-    except ValueError as error:
-        return str(error)
-    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -59,6 +60,7 @@ from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.modifier import RecoveryModifier
+from fista_modifier.recovery.obstacles import check_recoverable, free_memory
 from fista_modifier.solver.patterns import reported_pattern
 
 __all__ = ["prune"]
@@ -147,17 +149,33 @@ def prune(
             "layers": layers,
             "activations_dir": activations and str(activations),
         }
-        wanted = Request(
+        request = Request(
             method, pattern, recipe, sparsity, structure, multiple_of, recover, fields
-        ).read()
-        modifiers = wanted.modifiers
-        check_format(storage_format, modifiers)
+        )
+        wanted = request.read()
+        check_format(storage_format, wanted.modifiers)
         tokenizer = load_tokenizer(model)
         config = load_config(model)
         check_not_packed(model, config)
         length = seq_len or longest_sequence(config)
         skeleton = weightless_model(config)
         check_length(skeleton, length)
+        check_recovery = partial(
+            check_recoverable,
+            config,
+            wanted.modifiers,
+            processes=ranks.size,
+            sequences=samples,
+            length=length,
+            memory=free_memory(),
+            dtype=dtype,
+            on_disk=offload is not None,
+        )
+        request, why = request.without_recovery_if(check_recovery)
+        if why:
+            logger.warning(f"There is no recovery, and layers are trained: {why}")
+            wanted = request.read()
+        modifiers = wanted.modifiers
         check_packable(storage_format, modifiers, skeleton, length)
         size = weight_bytes(skeleton, dtype)
         written = {output: size}

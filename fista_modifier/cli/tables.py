@@ -16,7 +16,6 @@ from fista_modifier.channels.groups import Members
 from fista_modifier.checkpoint.verification import OperatorCheck, Verification
 from fista_modifier.cost import (
     KEPT,
-    ROOM,
     Device,
     LayerShape,
     finished_memory,
@@ -405,19 +404,16 @@ def memory_sentence(
     )
 
 
-def recovery_sentence(shape: LayerShape, device: Device, optional: bool) -> str:
+def recovery_sentence(shape: LayerShape, device: Device) -> str:
     """
     Say how much memory a recovery is predicted to take, and whether the device has it.
 
     :param shape: the shape of the model's layers
     :param device: the kind of device that trains
-    :param optional: whether the run goes without it if there is little room
     :return: the sentence
     """
     needed = recovery_memory(shape)
     fits = "which fits" if needed < device.memory else "which does [bold]not[/] fit"
-    if optional and needed > ROOM * device.memory:
-        fits = "which leaves too little room, so that there is [bold]none[/] by default"
     return (
         f"The recovery takes about {needed / 1e9:.1f} GB on a device of "
         f"{device.memory / 1e9:.0f} GB, {fits}, beside the activations and logits of a "

@@ -23,8 +23,8 @@ The share of the weights that pruning leaves. It is assumed where nothing else i
 """
 ROOM = 0.8
 """
-The share of a device's memory that a training that is optional may be predicted to
-take. The rest is for activations and logits, which are not predicted.
+The share of a device's memory that a recovery by default may be predicted to take. The
+rest is for activations and logits, which are not predicted.
 """
 ACTIVATION = 5
 """

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.dispatch import remove_dispatch
 from datasets import Dataset
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.replay import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report, when_saved
-from fista_modifier.cost import ROOM, training_memory
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.classes import check_predicts_text
 from fista_modifier.models.limits import check_length
@@ -37,6 +32,11 @@ from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.steps import check_own_folder, modifiers_before
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
+from fista_modifier.recovery.obstacles import (
+    check_processes,
+    free_memory,
+    lack_of_memory,
+)
 from fista_modifier.recovery.recover import (
     counted_zeros,
     kept_entries,
@@ -128,17 +128,9 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         ),
     )
 
-    optional: bool = Field(
-        default=False,
-        description=(
-            "go on without recovery, with a warning, where the model cannot be trained "
-            "or the device seems to have no room for that"
-        ),
-    )
-
     _pruners: list[LayerwiseModifier] = PrivateAttr(default_factory=list)
-    _skipped: bool = PrivateAttr(default=False)
     _training: Training = PrivateAttr()
+    _tokens: Dataset = PrivateAttr()
     _recovery: RecoveryResult | None = PrivateAttr(default=None)
     _has_ended: bool = PrivateAttr(default=False)  # so that its states have no use
     _failure: str | None = PrivateAttr(default=None)
@@ -155,12 +147,11 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
 
         :raises OSError: if there is no such teacher
         :raises ValueError: if nothing is pruned before this step or something is
-            quantised, the settings would train nothing, or ``resume_dir`` belongs to
-            another run. If the step is not optional, also if there are no calibration
-            data, they are not texts of one length, too few or too long for the model,
-            the model does not predict text, the teacher is another model, the model has
-            changed since it was loaded and no teacher is named, there are several
-            processes, or weights are on a disk
+            quantised, the settings would train nothing, ``resume_dir`` belongs to
+            another run, there are no calibration data, they are not texts of one
+            length, too few or too long for the model, the model does not predict text,
+            the teacher is another model, the model has changed since it was loaded and
+            no teacher is named, there are several processes, or weights are on a disk
         """
         self._training = Training(
             self.epochs,
@@ -171,55 +162,33 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         )
         check_own_folder(self)
         self._pruners = _pruners(self)
-        named = bool(self.teacher)
-        try:
-            self._check(state)
-        except (ValueError, OSError) as error:
-            if not self.optional or (named and isinstance(error, OSError)):
-                raise
-            logger.warning(
-                f"There will be no recovery: {error}. Without one, layers are better "
-                "trained one by one: --no-recover, or the modifier's own default"
-            )
-            self._skipped = True
-            return True
-        if self.resume_dir is not None:
-            tokens = _tokens(state)
-            check_resume(
-                Path(self.resume_dir),
-                tokens,
-                self._data(tokens),
-                self._training,
-                str(self.teacher),
-            )
-        return True
-
-    def _check(self, state: State) -> None:
-        """
-        Refuse what cannot be trained.
-
-        :raises OSError: if there is no such teacher
-        :raises ValueError: as for :meth:`on_initialize`
-        """
         model = state.model
-        if current_ranks().size > 1:
-            raise ValueError(
-                "RecoveryModifier needs a single process: prune with several, and run "
-                "'torchrun … -m fista_modifier.cli recover' afterwards"
-            )
+        check_processes(current_ranks().size)
         check_predicts_text(model.config)
         _check_in_memory(model)
         _check_data(state)
+        self._tokens = _tokens(state)  # a sampler that shuffles draws others later
+        held_out(self._tokens)
         if not self.teacher:
             self.teacher = _origin(model)
         dense = load_config(self.teacher)
         check_architecture(model.config, dense, self.teacher)
         check_vocabulary_size(model.config, dense, self.teacher)
-        share = ROOM if self.optional else 1.0
-        if lack := _lack_of_memory(model, self._pruners, share):
-            if self.optional:
-                raise ValueError(lack)
-            logger.warning(lack)
+        memory = free_memory()
+        if memory and (lack := lack_of_memory(model, self._pruners, memory)):
+            logger.warning(
+                f"{lack}: leave it out (--no-recover), and run 'fista-prune recover' "
+                "on a larger device"
+            )
+        if self.resume_dir is not None:
+            check_resume(
+                Path(self.resume_dir),
+                self._tokens,
+                self._data(),
+                self._training,
+                self.teacher,
+            )
+        return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """
@@ -227,8 +196,6 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         the device or the disk, costs nobody the pruning: the model gets back the
         weights that pruning left, and an error is logged.
         """
-        if self._skipped:
-            return
         if any(pruner.unfinished for pruner in self._pruners):
             logger.warning("RecoveryModifier waits for the layers that are not pruned")
             return
@@ -237,7 +204,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         operators = operators_to_train(model, results)
         pruned = {one.name: one.weight.to("cpu", copy=True) for one in operators}
         try:
-            recovery = self._train(model, operators, _tokens(state))
+            recovery = self._train(model, operators)
         except Exception as error:  # transformers' code may raise anything
             for one in operators:
                 one.save(pruned[one.name])
@@ -257,24 +224,24 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         self._zeros = counted_zeros(operators)
 
     def _train(
-        self, model: PreTrainedModel, operators: Sequence[Operator], tokens: Dataset
+        self, model: PreTrainedModel, operators: Sequence[Operator]
     ) -> RecoveryResult:
         with _trainable_model(model), torch.enable_grad(), plain_forward(model):
             return train_operators(
                 model,
                 load_model(str(self.teacher)),
-                tokens,
+                self._tokens,
                 operators,
                 kept_entries(operators),
-                self._data(tokens),
+                self._data(),
                 self._training,
                 resume=None if self.resume_dir is None else Path(self.resume_dir),
                 teacher_name=str(self.teacher),
             )
 
-    def _data(self, tokens: Dataset) -> Calibration:
-        length = len(tokens[0]["input_ids"])
-        return Calibration("oneshot's data", len(tokens), length, self.seed)
+    def _data(self) -> Calibration:
+        count, length = len(self._tokens), len(self._tokens[0]["input_ids"])
+        return Calibration("oneshot's data", count, length, self.seed)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if self._recovery is not None:
@@ -328,27 +295,6 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
     return pruners
 
 
-def _lack_of_memory(
-    model: PreTrainedModel, pruners: Iterable[LayerwiseModifier], share: float
-) -> str:
-    """Say that a training may not fit on the device; nothing if it seems to."""
-    found = chain.from_iterable(one.find_operators(model) for one in pruners)
-    trained = {one.module: prod(one.shape) for one in found}
-    with disable_onloading():  # a list of onloaded weights is the whole model
-        parameters, width = model.num_parameters(), model.dtype.itemsize
-    needed = training_memory(sum(trained.values()), parameters, width)
-    device = get_main_device()
-    place = "cpu" if device.type == "cpu" else device.index or 0
-    free = get_max_memory().get(place)  # accelerate does not know every accelerator
-    if free is None or needed <= share * free:
-        return ""
-    return (
-        f"the recovery would take about {needed / 1e9:.1f} GB beside activations and "
-        f"logits of a batch, and {device} has {free / 1e9:.1f} GB free: leave it out "
-        "(--no-recover), and run 'fista-prune recover' on a larger device"
-    )
-
-
 def _check_in_memory(model: PreTrainedModel) -> None:
     """
     Refuse a model of which weights are on a disk.
@@ -369,7 +315,7 @@ def _check_data(state: State) -> None:
     """
     Refuse calibration data that are not whole sequences of text of one length.
 
-    :raises ValueError: if there are none or too few, sequences have different lengths,
+    :raises ValueError: if there are none, sequences have different lengths,
         padding or more tokens than the model can be given, or the model is given more
         than text
     """
@@ -401,7 +347,6 @@ def _check_data(state: State) -> None:
             f"{padded} of {len(data)} calibration sequences are padded, and "
             f"RecoveryModifier needs whole ones: {advice}"
         )
-    held_out(_tokens(state))
     check_length(state.model, max(lengths))
 
 

@@ -36,7 +36,14 @@ from fista_modifier.recovery.sharding import (
 from fista_modifier.recovery.zeros import KeepZeros, check_unsharded
 from fista_modifier.solver.precision import matmul_precision
 
-__all__ = ["Diverged", "Training", "check_resume", "held_out", "train_operators"]
+__all__ = [
+    "Diverged",
+    "Training",
+    "check_enough",
+    "check_resume",
+    "held_out",
+    "train_operators",
+]
 
 HELD_OUT = 16
 """
@@ -240,19 +247,29 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
         sixteenth and at least one
     :raises ValueError: if there are not enough for both, or they are of one token
     """
-    count = max(1, len(tokens) // HELD_OUT)
-    if len(tokens) < 2:
+    check_enough(len(tokens), len(tokens[0]["input_ids"]) if len(tokens) else 0)
+    border = len(tokens) - max(1, len(tokens) // HELD_OUT)
+    return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
+
+
+def check_enough(sequences: int, length: int) -> None:
+    """
+    Refuse data that are too few to train on some and judge by others.
+
+    :param sequences: how many there are
+    :param length: their tokens
+    :raises ValueError: if there are not enough
+    """
+    if sequences < 2:
         raise ValueError(
-            f"{len(tokens)} sequence is too little: one is held out, and at least one "
-            "is trained on: use more samples"
+            f"{sequences} sequence is too little: one is held out, and at least one is "
+            "trained on: use more samples"
         )
-    if len(tokens[0]["input_ids"]) < 2:
+    if length < 2:
         raise ValueError(
             "sequences of one token have no next token to predict: use a longer "
             "--seq-len"
         )
-    border = len(tokens) - count
-    return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
 
 
 def _train_wholes(

@@ -194,44 +194,49 @@ def test_a_training_without_room_is_told_before_the_pruning(
     dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = {"cpu": 1_000_000}
-    monkeypatch.setattr("fista_modifier.recovery.modifier.get_max_memory", lambda: room)
-    for free, optional, warned in [
-        (1_000_000_000, False, False),
-        (10_000, False, True),
-        (10_000, True, True),
-    ]:
+    monkeypatch.setattr(
+        "fista_modifier.recovery.obstacles.get_max_memory", lambda: room
+    )
+    for free, warned in [(1_000_000_000, False), (10_000, True)]:
         room["cpu"] = free
-        step = RecoveryModifier(**SETTINGS, optional=optional)
         with logged() as messages:
-            model = pruned(dense, PRUNERS["sparse"](), step)
+            model = pruned(dense, PRUNERS["sparse"](), RecoveryModifier(**SETTINGS))
         assert any("would take about" in one for one in messages) == warned
         report = report_of(model)
         assert report is not None
-        assert bool(report.recovery) != optional
+        assert report.recovery
 
 
-def test_an_optional_step_is_left_out_where_the_model_cannot_be_trained(
-    dense: Path,
+def test_a_killed_training_goes_on_with_shuffled_sequences(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"input_ids": [2] * n, "attention_mask": [1] * n} for n in (5, 7, 9)]
-    trained, expected = (load_model(str(dense)) for _ in range(2))
-    data = {"dataset": Dataset.from_list(rows)}
-    step = RecoveryModifier(optional=True)
-    with logged() as messages:
-        run(trained, [PRUNERS["sparse"](), step], **data)
-    assert any("There will be no recovery: the calib" in one for one in messages)
-    run(expected, PRUNERS["sparse"](), **data)
-    for name, weight in weights(expected).items():
-        assert torch.equal(weights(trained)[name], weight), name
-    with pytest.raises(ValueError, match="train nothing"):
-        pruned(dense, PRUNERS["sparse"](), RecoveryModifier(epochs=0, optional=True))
-    named = RecoveryModifier(teacher="no/such/model", optional=True)
-    with pytest.raises(OSError, match="no/such/model"):
-        pruned(dense, PRUNERS["sparse"](), named)
-    trained.name_or_path = "my-own-model"
-    with logged() as messages:
-        run(trained, [PRUNERS["sparse"](), RecoveryModifier(optional=True)], **DATA)
-    assert any("There will be no recovery: " in one for one in messages)
+    some = {"num_calibration_samples": 10, "shuffle_calibration_samples": True}
+    folder = tmp_path / "states"
+
+    def trained() -> PreTrainedModel:
+        torch.manual_seed(0)  # as a new process has
+        model = load_model(str(dense))
+        step = RecoveryModifier(**SETTINGS, resume_dir=str(folder))
+        run(model, [PRUNERS["sparse"](), step], **DATA, **some)
+        assert step.failure is None
+        return model
+
+    inner, calls = DistillationTrainer.compute_loss, 0
+
+    def killed(*given: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyboardInterrupt
+        return inner(*given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillationTrainer, "compute_loss", killed)
+        trained()
+    assert last_state(folder) is not None
+    report = report_of(trained())
+    assert report is not None
+    assert report.recovery
 
 
 def test_a_killed_training_goes_on_before_a_quantisation(
