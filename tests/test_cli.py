@@ -324,7 +324,9 @@ def test_layers_are_trained_where_the_model_cannot_be(
         assert result.exit_code == 0, result.output
         told = [one for one in messages if "There is no recovery" in one]
         assert len(told) == (not more)
-        assert all(f"layers are trained: {why}" in one for one in told)
+        assert all(
+            f"layers are trained as by --no-recover: {why}" in one for one in told
+        )
         files.append((output / "model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert PruningReport.load(output).layers
@@ -971,7 +973,7 @@ def test_torchrun_shares_the_layers_out(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Wrote") == 1
-    told = "layers are trained: recovery needs a single process"
+    told = "layers are trained as by --no-recover: recovery needs a single process"
     assert (told in done.stdout + done.stderr) == bool(alone)
     result = prune(model, text, tmp_path / "one", *options, *alone)
     assert result.exit_code == 0, result.output

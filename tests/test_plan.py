@@ -257,7 +257,7 @@ def test_a_recovery_by_default_leaves_room(
         return words(result.output).partition("Channels that leave")[2]
 
     fits = "which fits, beside the activations and logits"
-    without = "There is no recovery, and layers are trained: "
+    without = "There is no recovery, and layers are trained as by --no-recover: "
     little = planned(1.1)
     assert little.startswith(planned(1.1, "--no-recover"))
     assert f"{without}recovery would take about" in little
@@ -275,7 +275,10 @@ def test_an_encoder_has_no_recovery(tmp_path: Path) -> None:
     options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]
     result = invoke("plan", tmp_path, "--seq-len", 16, *options)
     assert result.exit_code == 0, result.output
-    assert "layers are trained: BertForMaskedLM has no perp" in words(result.output)
+    assert (
+        "layers are trained as by --no-recover: BertForMaskedLM has no perp"
+        in words(result.output)
+    )
 
 
 def test_other_modifiers_are_named(tmp_path: Path) -> None:

@@ -90,13 +90,17 @@ class Request:
         layers are trained instead.
 
         :param check: raises a ``ValueError`` if the model cannot be trained
-        :return: the request to go on with, and why there is no recovery
+        :return: the request to go on with, and why there is no recovery; nothing if
+            there is one, or nobody expects one
         """
         if self.recovers and self.recover is None:
             try:
                 check()
             except ValueError as error:
-                return replace(self, recover=False), str(error)
+                return replace(self, recover=False), (
+                    "There is no recovery, and layers are trained as by --no-recover: "
+                    f"{error}"
+                )
         return self, ""
 
     def read(self) -> Recipe:

@@ -117,9 +117,7 @@ def plan(
                 memory_sentence(*work, forecast.kept, offload_hessians=offload)
             )
         if no_recovery:
-            console.print(
-                f"There is no recovery, and layers are trained: {no_recovery}."
-            )
+            console.print(f"{no_recovery}.")
         if any(isinstance(one, RecoveryModifier) for one in modifiers):
             console.print(recovery_sentence(forecast.shape, chosen))
         if others := [

@@ -171,9 +171,9 @@ def prune(
             dtype=dtype,
             on_disk=offload is not None,
         )
-        request, why = request.without_recovery_if(check_recovery)
-        if why:
-            logger.warning(f"There is no recovery, and layers are trained: {why}")
+        request, no_recovery = request.without_recovery_if(check_recovery)
+        if no_recovery:
+            logger.warning(no_recovery)
             wanted = request.read()
         modifiers = wanted.modifiers
         check_packable(storage_format, modifiers, skeleton, length)
