@@ -11,11 +11,14 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
-from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier.checkpoint.model_card import write_model_card
-from fista_modifier.checkpoint.on_save import report_of, saved_by_caller
+from fista_modifier.checkpoint.on_save import (
+    report_of,
+    report_of_checkpoint,
+    saved_by_caller,
+)
 from fista_modifier.checkpoint.processors import copy_processors
 from fista_modifier.checkpoint.storage import StorageFormat, convert
 from fista_modifier.data import calibration_dataset
@@ -28,7 +31,6 @@ from fista_modifier.models.loading import load_config, load_model, load_tokenize
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.pruning.results import (
-    REPORT_NAME,
     Calibration,
     OperatorResult,
     PruningReport,
@@ -240,7 +242,7 @@ def _write(
 ) -> None:
     """Write a checkpoint as :func:`save` does, in the one process that writes."""
     refused: ValueError | None = None
-    report = report or report_of(model) or _of_checkpoint(model)
+    report = report or report_of(model) or report_of_checkpoint(model)
     with saved_by_caller(model), whole(folder) as unfinished:
         try:
             with native_experts(model):
@@ -267,18 +269,3 @@ def _write(
         raise ValueError(
             f"{refused}. The checkpoint {folder} is whole, with dense weights"
         ) from refused
-
-
-def _of_checkpoint(model: PreTrainedModel) -> PruningReport | None:
-    """
-    Return the report of the checkpoint that a model came from; None, with a warning, if
-    it cannot be read.
-    """
-    folder = Path(model.name_or_path)
-    if not model.name_or_path or not (folder / REPORT_NAME).is_file():
-        return None
-    try:
-        return PruningReport.load(folder)
-    except ValueError as error:  # the work must not be lost for it
-        logger.warning(f"The new checkpoint has no report: {error}")
-        return None

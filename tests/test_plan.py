@@ -270,6 +270,20 @@ def test_a_recovery_by_default_leaves_room(
     assert "recovery" not in planned(1.5, "--preset", "paper")
 
 
+def test_a_recovery_that_would_be_refused_is_refused(tmp_path: Path) -> None:
+    sparse = SPARSE + "      mask_structure: '2:4'\n"
+    file = recipe(tmp_path, sparse, "RecoveryModifier: {}\n")
+    for asked in (["--pattern", "2:4", "--recover"], ["--recipe", file]):
+        given = ("plan", checkpoint("llama"), "--seq-len", 16, *asked)
+        for more, why in [
+            (["--samples", 1], "1 sequence is too little"),
+            (["--devices", 2], "recovery needs a single process"),
+        ]:
+            result = invoke(*given, *more)
+            assert result.exit_code == 1
+            assert why in words(result.output)
+
+
 def test_an_encoder_has_no_recovery(tmp_path: Path) -> None:
     OTHERS["encoder"].save(tmp_path)
     options = ["--method", "fasp", "--sparsity", 0.25, "--multiple-of", 4]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce, wraps
@@ -12,17 +12,19 @@ from typing import Any
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.dist_utils import is_source_process
 from compressed_tensors.utils import patch_attr
+from loguru import logger
 from transformers import PreTrainedModel
 
 from fista_modifier.checkpoint.model_card import update_model_card
 from fista_modifier.checkpoint.sparsity_config import write_sizes, write_sparsity
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.experts import native_experts
-from fista_modifier.pruning.results import PruningReport
+from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
 __all__ = [
     "describe_on_save",
     "report_of",
+    "report_of_checkpoint",
     "revise_report",
     "saved_by_caller",
     "when_saved",
@@ -41,10 +43,12 @@ def describe_on_save(model: PreTrainedModel, report: PruningReport) -> None:
     stays as it is: see ``native_experts``.
 
     :param model: the pruned model
-    :param report: what was done to it; added to what was done before
+    :param report: what was done to it; added to what was done before, also to the
+        checkpoint that it came from
     """
     if _state(model) is None:
-        _write_on_save(model)
+        earlier = report_of_checkpoint(model)
+        _write_on_save(model, [earlier] if earlier else [])
     state = _state(model)
     assert state is not None
     state.reports.append(report)
@@ -76,6 +80,24 @@ def report_of(model: PreTrainedModel) -> PruningReport | None:
     """
     state = _state(model)
     return state.report if state else None
+
+
+def report_of_checkpoint(model: PreTrainedModel) -> PruningReport | None:
+    """
+    Return the report of the checkpoint that a model came from.
+
+    :param model: any model
+    :return: the report; None if there is none in a local folder, or, with a warning, if
+        it cannot be read
+    """
+    folder = Path(model.name_or_path)
+    if not model.name_or_path or not (folder / REPORT_NAME).is_file():
+        return None
+    try:
+        return PruningReport.load(folder)
+    except ValueError as error:  # the work must not be lost for it
+        logger.warning(f"The new report leaves out what {folder} went through: {error}")
+        return None
 
 
 def when_saved(model: PreTrainedModel, action: Callable[[], object]) -> None:
@@ -141,9 +163,9 @@ def _state(model: PreTrainedModel) -> _OnSave | None:
     return getattr(model.save_pretrained, "on_save", None)
 
 
-def _write_on_save(model: PreTrainedModel) -> None:
+def _write_on_save(model: PreTrainedModel, earlier: Iterable[PruningReport]) -> None:
     save = model.save_pretrained
-    state = _OnSave()
+    state = _OnSave([*earlier])
 
     @wraps(save)
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

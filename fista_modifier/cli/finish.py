@@ -28,7 +28,6 @@ __all__ = ["finish"]
 
 
 def finish(
-    model: str,
     run: pipeline.PruningRun,
     tokenizer: PreTrainedTokenizerBase,
     data: Calibration,
@@ -38,7 +37,6 @@ def finish(
     """
     Write the checkpoint of a run, verify it, and print what was done.
 
-    :param model: name of the model that was pruned
     :param run: the pruned model
     :param tokenizer: the model's tokenizer
     :param data: the data that the model was calibrated on
@@ -47,9 +45,7 @@ def finish(
     :raises RuntimeError: if the checkpoint on disk is not what it should be
     """
     named = replace(data, dataset=recorded_name(data.dataset))
-    report = run.report and replace(
-        run.report, model=recorded_name(model), calibration=named
-    )
+    report = run.report and replace(run.report, calibration=named)
     pipeline.save(run.model, tokenizer, folder, report, storage_format)
     if leave_ranks().rank:
         return

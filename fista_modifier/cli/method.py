@@ -52,6 +52,7 @@ class Request:
         to train smaller models where that can be, but with ``preset: paper``
     :param options: the modifier's fields that other options give; None for those that
         are left out
+    :param seed: seed of the order of the sequences in a recovery
     """
 
     method: Method = "fista"
@@ -62,6 +63,7 @@ class Request:
     multiple_of: int | None = None
     recover: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class Request:
             )
         layers = self.fields.get("resume_dir")
         states = layers and str(Path(layers) / STATES)
-        recovery = RecoveryModifier(resume_dir=states)
+        recovery = RecoveryModifier(resume_dir=states, seed=self.seed)
         return read_recipe([*pruning.modifiers, recovery])
 
     def _pruning(self) -> Recipe:

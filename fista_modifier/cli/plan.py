@@ -37,7 +37,7 @@ from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.recovery.modifier import RecoveryModifier
-from fista_modifier.recovery.obstacles import check_recoverable
+from fista_modifier.recovery.obstacles import check_recoverable, check_trainable
 
 __all__ = ["plan"]
 
@@ -104,6 +104,9 @@ def plan(
         )
         request, no_recovery = request.without_recovery_if(check_recovery)
         modifiers = request.read().modifiers
+        recovers = any(isinstance(one, RecoveryModifier) for one in modifiers)
+        if recovers:
+            check_trainable(config, devices, samples, length)
         for forecast in forecasts(modifiers, config, length, lambda: load_model(model)):
             console.print(
                 pattern_table(forecast)
@@ -118,7 +121,7 @@ def plan(
             )
         if no_recovery:
             console.print(f"{no_recovery}.")
-        if any(isinstance(one, RecoveryModifier) for one in modifiers):
+        if recovers:
             console.print(recovery_sentence(forecast.shape, chosen))
         if others := [
             type(one).__name__

@@ -150,7 +150,15 @@ def prune(
             "activations_dir": activations and str(activations),
         }
         request = Request(
-            method, pattern, recipe, sparsity, structure, multiple_of, recover, fields
+            method,
+            pattern,
+            recipe,
+            sparsity,
+            structure,
+            multiple_of,
+            recover,
+            fields,
+            seed,
         )
         wanted = request.read()
         check_format(storage_format, wanted.modifiers)
@@ -172,7 +180,7 @@ def prune(
             on_disk=offload is not None,
         )
         request, no_recovery = request.without_recovery_if(check_recovery)
-        if no_recovery:
+        if no_recovery and ranks.rank == 0:
             logger.warning(no_recovery)
             wanted = request.read()
         modifiers = wanted.modifiers
@@ -187,6 +195,9 @@ def prune(
         data = Calibration(dataset, samples, length, seed, text_column)
         calibration = pipeline.calibration_tokens(data, tokenizer)
         dense = load_to_prune(model, dtype, weights)
+        for modifier in modifiers:
+            if isinstance(modifier, RecoveryModifier):
+                modifier.name_data(data)
         run = pipeline.prune(
             dense, tokenizer, calibration, wanted, batch_size=batch_size
         )
@@ -197,7 +208,7 @@ def prune(
                 "again without choosing layers."
             )
             return
-        finish(model, run, tokenizer, data, output, storage_format)
+        finish(run, tokenizer, data, output, storage_format)
         check_recovered(modifiers, output)
 
 

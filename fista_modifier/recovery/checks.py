@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from loguru import logger
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
@@ -92,13 +93,18 @@ def check_architecture(
     config: PretrainedConfig, dense: PretrainedConfig, teacher: str
 ) -> None:
     """
-    Refuse a teacher of another architecture.
+    Refuse a teacher of another architecture, and warn of one that is pruned.
 
     :param config: the configuration of the pruned model
     :param dense: that of the teacher
     :param teacher: folder of the teacher, or its id on the hub
     :raises ValueError: if the architectures differ
     """
+    if (Path(teacher) / REPORT_NAME).is_file():
+        logger.warning(
+            f"{teacher}, the teacher, is a pruned model itself: if you have the dense "
+            "model, name that"
+        )
     own, other = model_class(config).__name__, model_class(dense).__name__
     if own != other:
         raise ValueError(

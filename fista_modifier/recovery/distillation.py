@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -132,6 +133,22 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         outputs = model(**given, use_cache=False)
         loss = mean_divergence(dense, outputs.logits, given.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        """
+        Make the arguments' schedule. The rate is zero at the first step of a rise, so
+        there is none where the arguments ask for a share that is less than a step.
+
+        :param num_training_steps: steps of the training
+        :param optimizer: the optimizer; the trainer's own by default
+        :return: the schedule
+        """
+        if num_training_steps * self.args.warmup_steps < 1:
+            self.args.warmup_steps = 0
+        schedule: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        return schedule
 
     def create_optimizer(self, model: Module | None = None) -> Optimizer:
         """

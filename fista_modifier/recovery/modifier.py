@@ -131,6 +131,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     _pruners: list[LayerwiseModifier] = PrivateAttr(default_factory=list)
     _training: Training = PrivateAttr()
     _tokens: Dataset = PrivateAttr()
+    _named: Calibration | None = PrivateAttr(default=None)
     _recovery: RecoveryResult | None = PrivateAttr(default=None)
     _has_ended: bool = PrivateAttr(default=False)  # so that its states have no use
     _failure: str | None = PrivateAttr(default=None)
@@ -140,6 +141,14 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     def failure(self) -> str | None:
         """Why the training failed; None if it did not."""
         return self._failure
+
+    def name_data(self, data: Calibration) -> None:
+        """
+        Say which data the run has, which it does not know itself, for the report.
+
+        :param data: the data that ``oneshot()`` is about to be given
+        """
+        self._named = data
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
@@ -240,6 +249,8 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             )
 
     def _data(self) -> Calibration:
+        if self._named is not None:
+            return self._named
         count, length = len(self._tokens), len(self._tokens[0]["input_ids"])
         return Calibration("oneshot's data", count, length, self.seed)
 

@@ -19,7 +19,13 @@ from fista_modifier.models.loading import weight_bytes
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.recovery.training import check_enough
 
-__all__ = ["check_processes", "check_recoverable", "free_memory", "lack_of_memory"]
+__all__ = [
+    "check_processes",
+    "check_recoverable",
+    "check_trainable",
+    "free_memory",
+    "lack_of_memory",
+]
 
 
 def check_recoverable(
@@ -43,15 +49,13 @@ def check_recoverable(
     :param length: their tokens
     :param memory: the device's free memory in bytes; None if that is not known
     :param dtype: dtype of the model's weights; "auto" is the model's own
-    :param on_disk: whether weights are on a disk
+    :param on_disk: whether weights may be on a disk
     :raises ValueError: if the model cannot be trained in this run, or the prediction of
         the memory leaves less than a fifth of what is free
     """
-    check_processes(processes)
+    check_trainable(config, processes, sequences, length)
     if on_disk:
-        raise ValueError("weights are on a disk (--offload)")
-    check_predicts_text(config)
-    check_enough(sequences, length)
+        raise ValueError("weights may be on a disk (--offload)")
     if memory is None:
         return
     model = weightless_model(config)
@@ -59,6 +63,23 @@ def check_recoverable(
     pruners = [one for one in modifiers if isinstance(one, LayerwiseModifier)]
     if lack := lack_of_memory(model, pruners, ROOM * memory, dtype):
         raise ValueError(f"{lack} ({100 * ROOM:.0f} % of what is free)")
+
+
+def check_trainable(
+    config: PretrainedConfig, processes: int, sequences: int, length: int
+) -> None:
+    """
+    Refuse to train a model, whatever memory there is.
+
+    :param config: the model's configuration
+    :param processes: how many processes the run has
+    :param sequences: how many calibration sequences there are
+    :param length: their tokens
+    :raises ValueError: if the model cannot be trained in this run
+    """
+    check_processes(processes)
+    check_predicts_text(config)
+    check_enough(sequences, length)
 
 
 def check_processes(processes: int) -> None:

@@ -62,9 +62,9 @@ The share of the steps between two states on disk, and between two lines of the 
 class Training:
     """
     The settings of a training, which is by AdamW without weight decay. The learning
-    rate rises linearly over the first twentieth of the steps, and falls linearly to
-    zero. A gradient's norm is at most 1. A step of AdamW is as long as the rate,
-    whatever the weights are, so the rate is a share of them.
+    rate rises linearly over the first twentieth of the steps, if that is a step at
+    least, and falls linearly to zero. A gradient's norm is at most 1. A step of AdamW
+    is as long as the rate, whatever the weights are, so the rate is a share of them.
 
     :param epochs: how often each sequence is seen
     :param rate: the highest learning rate, as a share of an operator's mean kept |W_ij|

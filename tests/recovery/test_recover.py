@@ -152,6 +152,56 @@ def test_a_smaller_model_is_trained_as_it_is(
     assert invoke("verify", output).exit_code == 0
 
 
+def test_a_training_of_one_step_trains(
+    model: Path, pruned: Callable[..., Path]
+) -> None:
+    folder = pruned(*TWO_OF_FOUR)
+    before = load_model(str(folder)).state_dict()
+    after, report = run(folder, model, Training(batch_size=SEQUENCES))
+    [recovery] = report.recovery
+    assert recovery.steps == 1
+    assert recovery.divergence < recovery.start_divergence
+    for one in report.operators:
+        name = f"{one.name}.weight"
+        assert not torch.equal(after.state_dict()[name], before[name])
+
+
+def test_one_command_does_what_two_do(
+    model: Path, pruned: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    seed, output = ("--seed", 5), tmp_path / "recovered"
+    folder = pruned(*TWO_OF_FOUR, *seed)
+    small = ("--dataset", text, "--samples", 4, "--seq-len", 16, *seed)
+    result = invoke("recover", folder, "--teacher", model, "-o", output, *small)
+    assert result.exit_code == 0, result.output
+    expected = (output / "model.safetensors").read_bytes()
+    [told] = PruningReport.load(output).recovery
+    shutil.rmtree(folder)
+    folder = pruned(*TWO_OF_FOUR, *seed, "--recover")
+    assert (folder / "model.safetensors").read_bytes() == expected
+    [recovery] = PruningReport.load(folder).recovery
+    assert recovery == replace(told, seconds=recovery.seconds)
+
+
+def test_a_pruned_model_is_pruned_and_recovered_again(
+    model: Path, pruned: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """The report is of all that became of the dense model."""
+    folder = pruned("--method", "fasp", "--sparsity", "0.3", "--multiple-of", 4)
+    first, output = PruningReport.load(folder), tmp_path / "again"
+    small = ("--dataset", text, "--samples", 4, "--seq-len", 16, "--recover")
+    with logged() as messages:
+        result = invoke("prune", folder, "-o", output, *TWO_OF_FOUR, *small)
+    assert result.exit_code == 0, result.output
+    assert any("the teacher, is a pruned model itself" in one for one in messages)
+    report = PruningReport.load(output)
+    assert report.model == first.model
+    assert report.removed_share == first.removed_share
+    assert (report.smaller, len(report.sparse)) == (first.smaller, 14)
+    assert [one.teacher for one in report.recovery] == [str(model), str(folder)]
+    assert invoke("verify", output).exit_code == 0
+
+
 def test_dimensions_of_values_that_are_zero_stay_zero(
     pruned: Callable[..., Path], model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def demo(
         )
         run = pipeline.prune(model, tokenizer, calibration, recipe)
         pruned = output / "SmolLM2-135M-Instruct-2of4"
-        finish(dense, run, tokenizer, data, pruned)
+        finish(run, tokenizer, data, pruned)
         measure("2:4, FISTAPruner", str(pruned))
         of_pruned = measured[-1][1]
         stated = StatedPerplexity(of_pruned.value, of_pruned.tokens, SEQ_LEN)
