@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization import (
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from families import MIXTURES, checkpoint, tiny_model
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, linearize_moe
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from logs import logged
 from runs import prune, run, samples, weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import (
@@ -247,6 +252,44 @@ def test_quantised_experts_are_saved_as_the_toolkit_does(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     assert [one for _, one in get_linearized_moes(model)] == [one for _, one in experts]
     assert "model.layers.1.mlp.experts.3.up_proj.weight_scale" in locate(tmp_path)[0]
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_quantised_experts_are_verified(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    """Transformers cannot load them."""
+    model = tiny_model(family, tie_word_embeddings=scheme == "W8A8")
+    quantisation = QuantizationModifier(
+        targets=["Linear"], ignore=["lm_head"], config_groups=groups(scheme)
+    )
+    modifier = FISTAPruningModifier(mask_structure="2:4", preset="fast")
+    run(model, [modifier, quantisation])
+    model.save_pretrained(tmp_path)
+    verification = verify(tmp_path)
+    assert verification.passed, verification
+    assert {one.name for one in verification.operators} == {
+        result.name for result in modifier.results
+    }
+    [file] = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(
+        one for one in tensors if one.endswith("experts.3.up_proj.weight_scale")
+    )
+    scales = tensors.pop(name)
+    save_file(tensors, file, {"format": "pt"})
+    assert any("up_proj.weight_scale" in one for one in verify(tmp_path).problems)
+    save_file(tensors | {name: scales, "more": scales.clone()}, file, {"format": "pt"})
+    assert any("more is no part" in one for one in verify(tmp_path).problems)
+
+
+def groups(scheme: str) -> dict[str, QuantizationScheme]:
+    """Return a preset whose groups of columns, if it has some, fit tiny experts."""
+    found = preset_name_to_scheme(scheme, ["Linear"])
+    if found.weights is not None and found.weights.group_size:
+        found.weights.group_size = 16
+    return {"group_0": found}
 
 
 def gpt_oss() -> PreTrainedModel:

@@ -22,6 +22,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from fista_modifier.checkpoint.names import disagreements, names_in_memory
 from fista_modifier.checkpoint.packing import parts_of, stored_twice
+from fista_modifier.checkpoint.quantised_experts import (
+    are_quantised,
+    load_quantised_experts,
+)
 from fista_modifier.checkpoint.shards import as_value_error, locate, read
 from fista_modifier.models.classes import model_class, weightless_model
 from fista_modifier.models.experts import linearize, linearize_weightless
@@ -171,23 +175,17 @@ def _verify_loaded(
 ) -> Verification:
     """Check a checkpoint that transformers loads as a whole."""
     quantised = _is_quantised(config)
-    how: dict[str, Any] = {"config": config}
-    if quantised:
-        how = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    files, _ = locate(folder)
     try:
         with as_value_error(f"{folder} cannot be loaded"):
-            model, loading = model_class(config).from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **how,
-            )
-            linearize(model)
+            if quantised and are_quantised(files):
+                loaded = load_quantised_experts(files.values(), config)
+            else:
+                loaded = _load(folder, config)
+            model, missing, unknown = loaded
     except (OSError, ValueError) as error:
         return Verification(problems=[*problems, str(error)])
-    missing, unknown = loading["missing_keys"], loading["unexpected_keys"]
-    problems = problems + disagreements(model, sorted(missing), sorted(unknown))
+    problems = problems + disagreements(model, missing, unknown)
     for name, parameter in model.named_parameters():
         problems += _faults(name, parameter, parameter)
     expectations = _expectations(folder, model, pattern)
@@ -205,6 +203,27 @@ def _verify_loaded(
         expected = replace(expected, exact=not quantised)
         checks.append(_check(name, weight, expected))
     return Verification(checks, problems)
+
+
+def _load(
+    folder: Path, config: PretrainedConfig
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """
+    Load a checkpoint in dense form with transformers, experts as linear operators. Also
+    return the names that only the model has, and those that only the files have.
+    """
+    how: dict[str, Any] = {"config": config}
+    if _is_quantised(config):
+        how = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    model, loading = model_class(config).from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **how,
+    )
+    linearize(model)
+    return model, sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
 
 
 def _described(folder: Path, tensors: int) -> PretrainedConfig:
