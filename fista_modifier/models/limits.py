@@ -163,7 +163,7 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
             f"which has {positions} positions: use --seq-len {positions} or less"
         )
     if tokens > maximum:
-        logger.warning(
+        logger.bind(log_once=True).warning(
             f"Sequences of {tokens} tokens are longer than the {maximum} that "
             f"{type(model).__name__} was made for"
         )
