@@ -182,7 +182,7 @@ def prune(
         request, no_recovery = request.without_recovery_if(check_recovery)
         if no_recovery and ranks.rank == 0:
             logger.warning(no_recovery)
-            wanted = request.read()
+        wanted = request.read()
         modifiers = wanted.modifiers
         check_packable(storage_format, modifiers, skeleton, length)
         size = weight_bytes(skeleton, dtype)
