@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import SimpleNamespace
 
 from compressed_tensors.offload import disable_onloading
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -15,7 +16,23 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-__all__ = ["disagreements", "names_in_memory", "names_on_disk"]
+__all__ = ["disagreements", "names_in_memory", "names_on_disk", "unmatched"]
+
+
+def unmatched(
+    parameters: Mapping[str, Tensor], present: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """
+    Find the names that only a model or only a checkpoint has. A parameter that has
+    several names may be stored under one of them.
+
+    :param parameters: the model's parameters and buffers, the tied ones as one object
+    :param present: the names in the model of the checkpoint's tensors
+    :return: the names that only the model has, and those that only the checkpoint has
+    """
+    stored = {id(parameters[name]) for name in present if name in parameters}
+    missing = [name for name, value in parameters.items() if id(value) not in stored]
+    return missing, sorted(set(present) - parameters.keys())
 
 
 def names_in_memory(

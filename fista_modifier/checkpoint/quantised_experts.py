@@ -12,7 +12,7 @@ from compressed_tensors.quantization import apply_quantization_config
 from safetensors.torch import load_file
 from transformers import CompressedTensorsConfig, PretrainedConfig, PreTrainedModel
 
-from fista_modifier.checkpoint.names import names_in_memory
+from fista_modifier.checkpoint.names import names_in_memory, unmatched
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.experts import linearize_weightless
 
@@ -67,7 +67,6 @@ def load_quantised_experts(
         loaded |= named.keys()
     model.tie_weights()
     described = model.state_dict(keep_vars=True)
-    there = {id(described[name]) for name in loaded & described.keys()}
-    missing = [name for name, value in described.items() if id(value) not in there]
+    missing, unknown = unmatched(described, loaded)
     compressor.decompress_model(model)
-    return model, missing, sorted(loaded - described.keys())
+    return model, missing, unknown

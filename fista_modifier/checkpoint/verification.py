@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from fista_modifier.checkpoint.names import disagreements, names_in_memory
+from fista_modifier.checkpoint.names import disagreements, names_in_memory, unmatched
 from fista_modifier.checkpoint.packing import parts_of, stored_twice
 from fista_modifier.checkpoint.quantised_experts import (
     are_quantised,
@@ -126,7 +126,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         return Verification(problems=[str(error)])
     config = _described(folder, len(files))
     if _is_quantised(config):
-        return _verify_loaded(folder, pattern, problems, config)
+        return _verify_loaded(folder, files, pattern, problems, config)
     model = _skeleton(folder, config, len(files))
     expected = _expectations(folder, model, pattern)
     names = names_in_memory(model, {_dense_name(name) for name in files})
@@ -135,11 +135,11 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
         if model.num_parameters() > size:  # do not load what is not there
             problems.append(f"the files have {size} bytes, too few for config.json")
             return Verification(problems=problems)
-        return _verify_loaded(folder, pattern, problems, config)
+        return _verify_loaded(folder, files, pattern, problems, config)
     parameters = model.state_dict(keep_vars=True)
     present = set(names.values())
     problems += stored_twice(files)
-    problems += _disagreements(model, parameters, present)
+    problems += disagreements(model, *unmatched(parameters, present))
     checks = []
     zero_rows = _ZeroRows(_zero_rows(folder, pattern), expected)
     first_of: dict[int, tuple[str, Tensor]] = {}
@@ -169,13 +169,13 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
 
 def _verify_loaded(
     folder: Path,
+    files: Mapping[str, Path],
     pattern: SparsityPattern | None,
     problems: list[str],
     config: PretrainedConfig,
 ) -> Verification:
     """Check a checkpoint that transformers loads as a whole."""
     quantised = _is_quantised(config)
-    files, _ = locate(folder)
     try:
         with as_value_error(f"{folder} cannot be loaded"):
             if quantised and are_quantised(files):
@@ -366,15 +366,6 @@ class _ZeroRows:
 def _operator(model: PreTrainedModel, name: str) -> Operator:
     module: Any = model.get_submodule(name)
     return Operator(name, module)
-
-
-def _disagreements(
-    model: PreTrainedModel, parameters: dict[str, Tensor], present: set[str]
-) -> list[str]:
-    """Describe the names that only the model or only the files have."""
-    stored = {id(parameters[name]) for name in present if name in parameters}
-    missing = [name for name, value in parameters.items() if id(value) not in stored]
-    return disagreements(model, missing, sorted(present - set(parameters)))
 
 
 def _sharing(parameters: dict[str, Tensor]) -> dict[int, list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -168,18 +167,19 @@ def prune(
         length = seq_len or longest_sequence(config)
         skeleton = weightless_model(config)
         check_length(skeleton, length)
-        check_recovery = partial(
-            check_recoverable,
-            config,
-            wanted.modifiers,
-            processes=ranks.size,
-            sequences=samples,
-            length=length,
-            memory=free_memory(),
-            dtype=dtype,
-            on_disk=offload is not None,
+        # only a run that recovers has to ask the devices for their memory
+        request, no_recovery = request.without_recovery_if(
+            lambda: check_recoverable(
+                config,
+                wanted.modifiers,
+                processes=ranks.size,
+                sequences=samples,
+                length=length,
+                memory=free_memory(),
+                dtype=dtype,
+                on_disk=offload is not None,
+            )
         )
-        request, no_recovery = request.without_recovery_if(check_recovery)
         if no_recovery and ranks.rank == 0:
             logger.warning(no_recovery)
         wanted = request.read()
