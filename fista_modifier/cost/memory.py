@@ -192,18 +192,17 @@ def training_memory(trained: float, parameters: float, weight_bytes: int) -> flo
     Predict the memory on the device for training a model towards itself as it was,
     without the activations and logits of a batch. It holds trained weights, gradients
     and Adam's two moments in float32, a mask, the other weights in float32, and the
-    teacher. Weights of 16 bits are multiplied as such, and the backward pass needs
-    these copies, too (without gradient checkpointing).
+    teacher. Products are in 16 bits, and the backward pass needs copies of the weights,
+    too (without gradient checkpointing); a float32 model on a GPU has none.
 
     :param trained: how many weights are trained
     :param parameters: how many there are
     :param weight_bytes: bytes of one of the model's weights
     :return: bytes
     """
-    mask = 1
-    copies = weight_bytes if weight_bytes < FLOAT32 else 0
+    mask, copy = 1, 2
     return (
-        (4 * FLOAT32 + mask + copies) * trained
+        (4 * FLOAT32 + mask + copy) * trained
         + FLOAT32 * (parameters - trained)
         + weight_bytes * parameters
     )

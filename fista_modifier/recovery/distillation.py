@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from fista_modifier.evaluation.perplexity import in_chunks
 from fista_modifier.models.operators import mean_kept
 from fista_modifier.recovery.sharding import is_sharded, whole
+from fista_modifier.solver.precision import bfloat16_on_cpu
 
 __all__ = ["DistillationTrainer", "mean_divergence"]
 
@@ -128,9 +129,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         :return: nats per token, a scalar; with the model's outputs if asked for
         """
         given = {name: value for name, value in inputs.items() if name != "labels"}
-        with torch.no_grad():
-            dense = self.teacher(**given, use_cache=False).logits
-        outputs = model(**given, use_cache=False)
+        with bfloat16_on_cpu():
+            with torch.no_grad():
+                dense = self.teacher(**given, use_cache=False).logits
+            outputs = model(**given, use_cache=False)
         loss = mean_divergence(dense, outputs.logits, given.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
 

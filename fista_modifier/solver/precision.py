@@ -1,14 +1,15 @@
-"""Products of float32 matrices that may be less precise than float32."""
+"""Products that may be less precise than float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import backends
 
-__all__ = ["Precision", "matmul_precision"]
+__all__ = ["Precision", "bfloat16_on_cpu", "matmul_precision"]
 
 Precision = Literal["float32", "tf32", "bf16"]
 
@@ -33,3 +34,17 @@ def matmul_precision(lowest: Precision) -> Iterator[None]:
         yield
     finally:
         gpu.fp32_precision, cpu.fp32_precision = before
+
+
+def bfloat16_on_cpu() -> AbstractContextManager[object]:
+    """
+    Let operators compute and return bfloat16 on a CPU that has instructions for it, by
+    PyTorch's autocast. A weight that is trained has one rounded copy from its first use
+    to the end, so it may not change in between.
+
+    :return: the context; it does nothing on other devices
+    """
+    # public names for this are younger than the oldest PyTorch that is supported
+    if torch.cpu._is_avx512_bf16_supported():
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()

@@ -14,7 +14,7 @@ from fista_modifier.solver.admm import ADMM
 from fista_modifier.solver.fista import fista
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.solver.patterns import NofM
-from fista_modifier.solver.precision import matmul_precision
+from fista_modifier.solver.precision import bfloat16_on_cpu, matmul_precision
 from fista_modifier.solver.quadratic import Quadratic
 from fista_modifier.solver.support import refit_
 
@@ -100,6 +100,23 @@ def test_each_device_has_its_own_and_then_again_what_it_had(lowest, gpu, cpu):
         assert (GPU.fp32_precision, CPU.fp32_precision) == (gpu, cpu)
         raise RuntimeError("inside")
     assert (GPU.fp32_precision, CPU.fp32_precision) == ("none", "none")
+
+
+def test_a_step_multiplies_in_bfloat16_where_that_is_fast_and_rounds_nothing_else():
+    weight = normal(ROWS, FEATURES).requires_grad_()
+    tokens = inputs(TOKENS, FEATURES)
+    for _ in range(2):  # a rounded copy must not outlive the change of the weight
+        # two factors and a result have each an error of 2⁻⁹
+        bound = 2**-7 * (tokens.abs() @ weight.detach().abs().T)
+        exact = tokens @ weight.detach().T
+        with bfloat16_on_cpu():
+            outputs = tokens @ weight.T
+        assert outputs.dtype in (torch.bfloat16, torch.float32)
+        assert bool(((outputs.float() - exact).abs() <= bound).all())
+        outputs.sum().backward()
+        assert weight.grad is not None and weight.grad.dtype == torch.float32
+        weight.data.mul_(-3)
+    assert (tokens @ weight.T).dtype == torch.float32
 
 
 @pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
