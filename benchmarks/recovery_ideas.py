@@ -1,7 +1,8 @@
 """
 What could be added to the recovery: sharpness-aware steps, the training of norms and
-embeddings, and masks that move once under the loss of the whole model. The model is
-pruned to 2:4 by one method, and recovered in one epoch on the same tokens.
+embeddings, masks that move once under the loss of the whole model, and more steps on
+shorter pieces of the sequences. The model is pruned to 2:4 by one method, and recovered
+in one epoch on the same tokens.
 
     python benchmarks/recovery_ideas.py --model DIR --calibration FILE.txt \\
         --text FILE.txt FILE.txt --work FOLDER --out benchmarks/results/recovery-ideas
@@ -96,6 +97,7 @@ class WithEmbeddings(WithNorms):
     names = ("norm", "embed")
 
 
+PIECES = {f"pieces of {length} tokens": length for length in (1024, 512, 256, 128)}
 TRAINERS: dict[str, type[DistillationTrainer] | None] = {
     "not recovered": None,
     "as it is": DistillationTrainer,
@@ -104,6 +106,7 @@ TRAINERS: dict[str, type[DistillationTrainer] | None] = {
     "norms, too": WithNorms,
     "norms and embeddings, too": WithEmbeddings,
     "masks moved before": DistillationTrainer,
+    **dict.fromkeys(PIECES, DistillationTrainer),
 }
 MOVED = "masks moved before"
 MOST = 50
@@ -155,8 +158,17 @@ def recovered(
             model.get_submodule(name).weight.data.copy_(weight)
     if (kind := TRAINERS[idea]) is None:
         return pipeline.PruningRun(model)
+    tokens = cut(calibration, PIECES[idea]) if idea in PIECES else calibration
     with patch_attr(training, "DistillationTrainer", kind):
-        return train(model, calibration, teacher, Training())
+        return train(model, tokens, teacher, Training())
+
+
+def cut(tokens: Dataset, length: int) -> Dataset:
+    """Cut sequences into pieces of a length that divides theirs."""
+    pieces = torch.tensor(tokens["input_ids"]).reshape(-1, length)
+    return Dataset.from_dict(
+        {"input_ids": pieces.tolist(), "attention_mask": [[1] * length] * len(pieces)}
+    )
 
 
 def moved(

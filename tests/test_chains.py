@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from runs import calibration, run, samples
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -15,9 +16,10 @@ from fista_modifier.solver import parse_pattern
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PRUNING = RECIPES / "fista-2of4.yaml"
-CHAINS = sorted(
+QUANTISED = sorted(
     path for path in RECIPES.glob("*.yaml") if "quantization_stage" in path.read_text()
 )
+CHAINS = [path for path in QUANTISED if "structured_stage" not in path.read_text()]
 # wide enough for the groups of 128 columns of 4-bit schemes
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 TOKENS = samples(16, 32, seed=1)
@@ -39,6 +41,7 @@ def pruned() -> dict[str, Tensor]:
 
 def test_there_are_chains():
     assert len(CHAINS) == 7
+    assert len(QUANTISED) == 8
 
 
 @pytest.mark.parametrize("recipe", CHAINS, ids=lambda path: path.stem)
@@ -62,5 +65,27 @@ def test_what_pruning_set_to_zero_is_zero_in_the_loaded_checkpoint(
         assert pattern.holds(loaded.get_submodule(name).weight), name
         # rounding may add zeros, to the smallest weights only
         assert found.float().mean() < 0.65, name
+    with torch.no_grad():
+        assert bool(loaded(TOKENS[:1]).logits.isfinite().all())
+
+
+def test_a_smaller_model_gets_zeros_and_is_quantised(tiny_tokenizer, tmp_path):
+    run(
+        tiny_model("llama", **WIDE),
+        str(RECIPES / "fasp-2of4-w8a8.yaml"),
+        dataset=calibration(TOKENS),
+        output_dir=tmp_path,
+        processor=tiny_tokenizer,
+    )
+    stored = load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    assert loaded.config.intermediate_size == WIDE["intermediate_size"] - 64
+    pattern = parse_pattern("2:4", None)
+    for name, found in zeros(loaded).items():
+        assert stored[f"{name}.weight"].dtype == torch.int8, name
+        assert pattern.holds(loaded.get_submodule(name).weight), name
+        assert 0.5 <= found.float().mean() < 0.65, name
     with torch.no_grad():
         assert bool(loaded(TOKENS[:1]).logits.isfinite().all())

@@ -39,7 +39,9 @@ def test_an_example_runs_and_shows_its_zeros(
     assert 50 <= percentage(output, "zeros: ") < 65
 
 
-@pytest.mark.parametrize("recipe, zeros", [("fasp", 0), ("spap", 0), ("fasp-2of4", 50)])
+@pytest.mark.parametrize(
+    "recipe, zeros", [("fasp", 0), ("spap", 0), ("fasp-recovery", 0), ("fasp-2of4", 50)]
+)
 def test_the_structured_example_shows_what_left(
     recipe: str, zeros: float, model: Path, tmp_path: Path
 ) -> None:

@@ -37,7 +37,10 @@ def check_cut(group: ChannelGroup, call: LayerCall, kept: Tensor) -> str | None:
             try:
                 found = call.run()
             except (RuntimeError, ValueError, IndexError) as error:
-                return f"The layer does not run without them: {error}"
+                return (
+                    "The layer does not run without them, as not all sizes that it "
+                    f"computes with are those of its weights ({error})."
+                )
     if not same_output(found, expected):
         return "The layer computes something else without them."
     return None

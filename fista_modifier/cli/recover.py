@@ -69,6 +69,14 @@ def recover(
             "weight; it rises at first, then falls",
         ),
     ] = Training.rate,
+    piece_len: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="tokens of the longest sequence that is trained on; longer ones are "
+            "cut into equal pieces, each for a step of its own",
+        ),
+    ] = Training.piece_length,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
@@ -105,7 +113,9 @@ def recover(
     with errors_as_messages():
         kept = [resume, Path(teacher), Path(dataset)]
         pipeline.check_output(output, overwrite, kept, [str(checkpoint)])
-        training = Training(epochs, rate, batch_size, gradient_checkpointing, seed)
+        training = Training(
+            epochs, rate, batch_size, gradient_checkpointing, seed, piece_len
+        )
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)
         tokenizer = load_tokenizer(str(checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import chain, combinations, product
 from typing import Any
 
@@ -56,11 +57,14 @@ def changes_for(
     reasons = []
     for changes in _candidates(model.config, sizes):
         if _builds(model.config, changes, wanted):
-            reason = _refusal(model.config, changes)
+            reason = _refusal(model, changes, wanted)
             if reason is None:
                 return list(changes)
             reasons.append(reason)
-    reasons.append("its layers cannot lose these channels")
+    reasons.append(
+        "no setting leads to layers of these sizes, as where the size of a head "
+        "follows from the width of the model"
+    )
     raise ValueError(
         f"transformers has no configuration of {type(model).__name__} with the smaller "
         f"sizes {dict(sizes)}: {reasons[0]}"
@@ -128,15 +132,45 @@ def _builds(
     return shapes_of(model) == dict(wanted)
 
 
-def _refusal(config: PretrainedConfig, changes: Sequence[ConfigChange]) -> str | None:
+def _refusal(
+    model: PreTrainedModel, changes: Sequence[ConfigChange], wanted: Shapes
+) -> str | None:
     """
-    Return the reason why transformers would not load a changed configuration, though it
-    builds a model from it in memory; None if it would.
+    Return the reason why transformers or an engine would not load a changed
+    configuration, though a model is built from it in memory; None if they would.
     """
-    changed = copy.deepcopy(config)
-    apply_changes(changed, changes)
+    config = copy.deepcopy(model.config)
+    apply_changes(config, changes)
     try:
-        type(changed).from_dict(changed.to_dict())
+        type(config).from_dict(config.to_dict())
     except (ValueError, TypeError, StrictDataclassError) as error:
         return f"{error.__cause__ or error} Choose another sparsity"
+    new = _undeclared(config, wanted) - _undeclared(model.config, shapes_of(model))
+    if new:
+        return (
+            f"they need {', '.join(sorted(new))}, which {type(config).__name__} does "
+            "not declare, so that an engine may not read it"
+        )
     return None
+
+
+def _undeclared(config: PretrainedConfig, shapes: Shapes) -> set[str]:
+    """
+    Return the names of settings that the shapes of a model need, and that its
+    configuration was given though its class has no such field. Engines may know only
+    those that it has.
+    """
+    if not is_dataclass(config):  # a class of the model's own code
+        return set()
+    declared = {one.name for one in fields(config)}
+    return {
+        name
+        for name in vars(config).keys() - declared
+        if not _builds(_without(config, name), (), shapes)
+    }
+
+
+def _without(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    changed = copy.deepcopy(config)
+    delattr(changed, name)
+    return changed

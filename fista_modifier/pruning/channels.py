@@ -312,7 +312,12 @@ def _problem(
     """Return the reason why a group cannot be pruned; None if it can."""
     names = ", ".join(sorted(operator.name for operator in group.operators))
     if not group.operators <= targets:
-        return f"The channels of {names} are not all among targets."
+        missing = min(operator.name for operator in group.operators - targets)
+        return (
+            f"The channels of {names} are not all among targets: {missing} is none. "
+            "Let targets match it; if several layers share its weight, nothing can "
+            "leave."
+        )
     if len(group.consumers) > 1:
         return f"Several operators read the channels of {names}."
     operator, columns = group.consumers[0]

@@ -206,6 +206,8 @@ class RecoveryResult:
     :param start_divergence: divergence of the model as pruning left it
     :param divergence: divergence of the model as it is stored
     :param seconds: wall time of the process that finished the training
+    :param sequence_length: tokens of a sequence in a step; None if that is the
+        calibration's, as in reports of earlier versions
     """
 
     teacher: str
@@ -219,6 +221,7 @@ class RecoveryResult:
     start_divergence: float
     divergence: float
     seconds: float
+    sequence_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,13 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     seed: int = Field(
         default=Training.seed, description="seed of the order of the sequences"
     )
+    piece_length: int = Field(
+        default=Training.piece_length,
+        description=(
+            "tokens of the longest sequence that is trained on; longer ones are cut "
+            "into equal pieces"
+        ),
+    )
     resume_dir: str | None = Field(
         default=None,
         description=(
@@ -168,6 +175,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             self.batch_size,
             self.gradient_checkpointing,
             self.seed,
+            self.piece_length,
         )
         check_own_folder(self)
         self._pruners = _pruners(self)

@@ -42,6 +42,7 @@ __all__ = [
     "check_enough",
     "check_resume",
     "held_out",
+    "in_pieces",
     "train_operators",
 ]
 
@@ -72,6 +73,8 @@ class Training:
     :param gradient_checkpointing: whether layers run again in the backward pass, so
         that their activations need not be kept
     :param seed: seed of the order of the sequences
+    :param piece_length: tokens of the longest sequence that is trained on. Longer ones
+        are cut into equal pieces, as a step of AdamW is worth more than a long context
     :raises ValueError: if nothing would be trained
     """
 
@@ -80,6 +83,7 @@ class Training:
     batch_size: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
+    piece_length: int = 512
 
     def __post_init__(self) -> None:
         positive = self.epochs > 0 and self.rate > 0 and self.batch_size >= 1
@@ -88,6 +92,11 @@ class Training:
                 f"{self.epochs:g} epochs, rate {self.rate:g} and "
                 f"batches of {self.batch_size} train nothing: each has to be positive "
                 "and finite"
+            )
+        if self.piece_length < 2:
+            raise ValueError(
+                f"pieces of {self.piece_length} tokens have no next token to predict: "
+                "the length has to be 2 at least"
             )
 
     def arguments(self, folder: Path, kept: bool, bf16: bool) -> TrainingArguments:
@@ -207,6 +216,7 @@ def train_operators(
     if sharded:
         check_shardable(model, resume)
     train, held = held_out(tokens)
+    train = in_pieces(train, training.piece_length)
     check_calibration(model, tokens)
     check_calibration(teacher, tokens)
     dtypes = {one.dtype for one in model.parameters()}
@@ -231,6 +241,7 @@ def train_operators(
         epochs=training.epochs,
         rate=training.rate,
         batch_size=training.batch_size,
+        sequence_length=len(train[0]["input_ids"]),
         steps=steps,
         start_divergence=before.divergence,
         divergence=after.divergence,
@@ -250,6 +261,32 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
     check_enough(len(tokens), len(tokens[0]["input_ids"]) if len(tokens) else 0)
     border = len(tokens) - max(1, len(tokens) // HELD_OUT)
     return tokens.select(range(border)), tokens.select(range(border, len(tokens)))
+
+
+def in_pieces(tokens: Dataset, longest: int) -> Dataset:
+    """
+    Cut sequences into as few pieces of one length as possible. Of a sequence of which
+    that is no divisor, the last tokens are left out, fewer than it has pieces.
+
+    :param tokens: sequences of one length
+    :param longest: the most tokens of a piece
+    :return: the pieces, in the order of the tokens
+    """
+    length = len(tokens[0]["input_ids"])
+    pieces = math.ceil(length / longest)
+    size = length // pieces
+    if pieces == 1:
+        return tokens
+    return Dataset.from_dict(
+        {
+            column: [
+                row[start : start + size]
+                for row in tokens[column]
+                for start in range(0, pieces * size, size)
+            ]
+            for column in tokens.column_names
+        }
+    )
 
 
 def check_enough(sequences: int, length: int) -> None:

@@ -185,24 +185,25 @@ def test_vllm_agrees_with_transformers_on_a_tiny_model(
 
 
 @pytest.mark.parametrize(
-    "quantiser",
+    "recipe",
     [
-        "w8a8",
-        "gptq-w8a8",
-        "smoothquant-w8a8",
-        pytest.param("gptq-w4a16", marks=FOUR_BITS),
-        pytest.param("gptq-w4a16-asym", marks=FOUR_BITS),
-        pytest.param("awq-w4a16", marks=FOUR_BITS),
+        "fista-2of4-w8a8",
+        "fista-2of4-gptq-w8a8",
+        "fista-2of4-smoothquant-w8a8",
+        "fasp-2of4-w8a8",
+        pytest.param("fista-2of4-gptq-w4a16", marks=FOUR_BITS),
+        pytest.param("fista-2of4-gptq-w4a16-asym", marks=FOUR_BITS),
+        pytest.param("fista-2of4-awq-w4a16", marks=FOUR_BITS),
     ],
 )
 def test_vllm_generates_from_pruned_weights_in_integers(
-    quantiser: str, tiny: Callable[[str], Path], ask: Ask
+    recipe: str, tiny: Callable[[str], Path], ask: Ask
 ) -> None:
     """
     In bfloat16, the only dtype that its integer kernels take, and 8-bit products
     saturate on CPUs without VNNI: no parity is asked for.
     """
-    checkpoint = tiny(f"fista-2of4-{quantiser}.yaml")
+    checkpoint = tiny(f"{recipe}.yaml")
     answers = ask(checkpoint, [[5, 9, 33, 2, 17, 60]], dtype="bfloat16")
     assert [len(tokens) for tokens in answers["tokens"]] == [NEW_TOKENS]
     assert all(math.isfinite(one) for one in answers["logprobs"][0])
