@@ -43,6 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "OSSCAR's local search": {"selector": "local", **BARE},
     "FLAP's score": {"selector": "flap", **BARE},
     "SPAP's choice": {"selector": "spap", **BARE},
+    "FASP, paper, with values": {
+        "preset": "paper",
+        "structures": ["mlp", "value_dims"],
+    },
+    "SPAP, paper": {"selector": "spap", "restorer": "alternating", **BARE},
     "FASP, default": {},
     "SPAP, default": {"selector": "spap"},
     "ZipLM's elimination, trained": {"selector": "greedy"},

@@ -10,6 +10,9 @@ from types import ModuleType
 import ablations
 import compare
 import pytest
+import recovery
+import recovery_ideas
+import structured
 
 from fista_modifier.evaluation.comparison import comparison_table
 from fista_modifier.evaluation.results import Results
@@ -28,6 +31,15 @@ SEEDS = {
 PATTERNS = {
     "compare": ["2:4", "0.5"],
     "compare-32": ["0.5", "0.6", "0.7", "2:4", "4:8"],
+}
+SCRIPTS = {
+    "structured": structured,
+    "structured-512": structured,
+    "structured-gemma": structured,
+    "recovery": recovery,
+    "recovery-gemma": recovery,
+    "recovery-headline": recovery,
+    "recovery-ideas": recovery_ideas,
 }
 
 
@@ -59,3 +71,17 @@ def test_ablations_are_continued_where_they_ended() -> None:
     for variant in (None, *sum(ablations.VARIANTS.values(), [])):
         assert results.find(variant=variant), variant
     assert (RESULTS / "ablations.md").read_text() == ablations.table(results)
+
+
+@pytest.mark.parametrize("name", ["headline", "headline-gemma"])
+def test_a_headline_is_the_table_of_its_results(name: str) -> None:
+    table = (RESULTS / f"{name}.md").read_text()
+    assert table == comparison_table(continued(name, compare))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_table_is_that_of_its_results(name: str) -> None:
+    setup = json.loads((RESULTS / f"{name}.json").read_text())["setup"]
+    results = Results.resume(RESULTS / f"{name}.json", setup)
+    table = (RESULTS / f"{name}.md").read_text()
+    assert table == SCRIPTS[name].table(Namespace(**setup), results)
