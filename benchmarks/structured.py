@@ -137,8 +137,8 @@ def measured(args: argparse.Namespace, job: Job) -> Row:
     row = measurement(args).run(prune, inputs.calibration(args, seed=job.seed))
     if states is not None:
         forget(states)
-    removed = {"removed": getattr(modifier, "removed", 0.0)}
-    return row | removed | (WITHOUT_TIME if resumes else {})
+    left = getattr(modifier, "removed", 0.0) + getattr(modifier, "zeroed", 0.0)
+    return row | {"removed": left} | (WITHOUT_TIME if resumes else {})
 
 
 def table(args: argparse.Namespace, results: Results) -> str:
@@ -176,8 +176,9 @@ def table(args: argparse.Namespace, results: Results) -> str:
         f"\n\n{Path(args.model).name}, {args.samples} × {args.seq_len} tokens of "
         f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
         f"of the excess: of that of {REFERENCE} without restoration, at the same level "
-        "with the same tokens, mean of the texts and seeds. Processor time: of "
-        f"calibration, pruning and recovery, as a ratio to that of {SPARSEGPT}. "
+        "with the same tokens, mean of the texts and seeds. Removed: with values that "
+        "are zeros in place. Processor time: of calibration, pruning and recovery, as a "
+        f"ratio to that of {SPARSEGPT}. "
         "Seconds: of the seed that was measured last, with whatever else ran then.\n"
     )
 
