@@ -177,8 +177,8 @@ def table(args: argparse.Namespace, results: Results) -> str:
         f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
         f"of the excess: of that of {REFERENCE} without restoration, at the same level "
         "with the same tokens, mean of the texts and seeds. Removed: with values that "
-        "are zeros in place. Processor time: of calibration, pruning and recovery, as a "
-        f"ratio to that of {SPARSEGPT}. "
+        "are zeros in place. Processor time: of calibration, pruning and recovery, as "
+        f"a ratio to that of {SPARSEGPT} with the same seed. "
         "Seconds: of the seed that was measured last, with whatever else ran then.\n"
     )
 
@@ -210,12 +210,15 @@ def line(
 
 
 def ratio(rows: list[Row], results: Results) -> str:
-    """Return the mean processor time of the rows that have one, in SparseGPT's."""
-    times = [one["processor_seconds"] for one in rows if one.get("processor_seconds")]
-    reference = results.find(method=SPARSEGPT) or {}
-    if not times or not reference.get("processor_seconds"):
-        return ""
-    return f"{fmean(times) / reference['processor_seconds']:.2f}"
+    """Return the mean of the rows' processor times, in SparseGPT's with their seeds."""
+    key = "processor_seconds"
+    ratios = [
+        row[key] / reference[key]
+        for row in rows
+        for reference in [results.find(method=SPARSEGPT, seed=row["seed"]) or {}]
+        if row.get(key) and reference.get(key)
+    ]
+    return f"{fmean(ratios):.2f}" if ratios else ""
 
 
 if __name__ == "__main__":
