@@ -34,7 +34,12 @@ from fista_modifier.recovery.training import Training
 
 IGNORE = ["re:.*lm_head"]
 DATA = {"dataset": calibration(samples(20, 12))}
-SETTINGS: dict[str, Any] = {"epochs": 3, "rate": 0.025, "batch_size": 2}
+SETTINGS: dict[str, Any] = {
+    "epochs": 3,
+    "rate": 0.025,
+    "batch_size": 2,
+    "piece_length": 6,
+}
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "fista-2of4-recovery.yaml"
 PRUNERS: dict[str, Any] = {
     "sparse": lambda: FISTAPruningModifier(

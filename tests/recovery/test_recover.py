@@ -31,7 +31,7 @@ from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryR
 from fista_modifier.recovery import training as module
 from fista_modifier.recovery.recover import recover, with_recovery
 from fista_modifier.recovery.resume import last_state
-from fista_modifier.recovery.training import Training, held_out
+from fista_modifier.recovery.training import Training, held_out, in_pieces
 from fista_modifier.solver import NofM
 
 SEQUENCES, LENGTH = 20, 12
@@ -164,6 +164,47 @@ def test_a_training_of_one_step_trains(
     for one in report.operators:
         name = f"{one.name}.weight"
         assert not torch.equal(after.state_dict()[name], before[name])
+
+
+@pytest.mark.parametrize(("longest", "size"), [(4, 4), (5, 4), (7, 6), (11, 6)])
+def test_pieces_are_of_one_length_and_in_order(longest: int, size: int) -> None:
+    whole = tokens()
+    pieces = in_pieces(whole, longest)
+    assert pieces.column_names == whole.column_names
+    for column in whole.column_names:
+        expected = [row[:size] for row in whole[column]]
+        assert list(pieces[column])[:: LENGTH // size] == expected
+        assert sum(pieces[column], []) == sum(whole[column], [])
+
+
+def test_what_does_not_make_a_piece_is_left_out() -> None:
+    [row] = calibration(samples(1, 11, 0))["input_ids"]
+    pieces = in_pieces(calibration(samples(1, 11, 0)), 4)
+    assert list(pieces["input_ids"]) == [row[:3], row[3:6], row[6:9]]
+    whole = tokens()
+    assert in_pieces(whole, LENGTH)["input_ids"] == whole["input_ids"]
+
+
+def test_a_training_on_pieces_is_that_on_shorter_sequences(
+    model: Path, pruned: Callable[..., Path]
+) -> None:
+    folder, length = pruned(*TWO_OF_FOUR), LENGTH // 3
+    training = replace(FAST, piece_length=length)
+    after, report = run(folder, model, training)
+    [recovery] = report.recovery
+    assert recovery.sequence_length == length
+    assert recovery.steps == 3 * len(range(0, 19 * 3, 2))
+    assert (recovery.tokens, recovery.held_out_tokens) == (19 * LENGTH, LENGTH - 1)
+    # those that are judged by are whole
+    _, held = held_out(tokens())
+    expected = divergence(
+        load_model(str(model)), after, torch.tensor(held["input_ids"])
+    )
+    assert recovery.divergence == pytest.approx(expected)
+    other, _ = run(folder, model)
+    name = report.operators[0].name
+    weights = (one.get_submodule(name).weight for one in (after, other))
+    assert not torch.equal(*weights)
 
 
 def test_one_command_does_what_two_do(
@@ -326,9 +367,8 @@ def test_the_command_writes_a_checkpoint_like_any_other(
 ) -> None:
     folder, output = pruned(*TWO_OF_FOUR), tmp_path / "recovered"
     states = tmp_path / "states"
-    result = recovered(
-        folder, model, text, output, "--resume", states, "--gradient-checkpointing"
-    )
+    options = ("--resume", states, "--gradient-checkpointing", "--piece-len", 8)
+    result = recovered(folder, model, text, output, *options)
     assert result.exit_code == 0, result.output
     assert not states.exists()
     before, after = PruningReport.load(folder), PruningReport.load(output)
@@ -337,6 +377,7 @@ def test_the_command_writes_a_checkpoint_like_any_other(
     assert recovery.teacher == str(model)
     assert recovery.calibration == Calibration(str(text), 18, 16, 0)
     assert (recovery.tokens, recovery.held_out_tokens) == (17 * 16, 15)
+    assert (recovery.sequence_length, recovery.steps) == (8, 2 * 17)
     told = " ".join(result.output.split())
     values = f"{recovery.start_divergence:.4f} → {recovery.divergence:.4f}"
     assert f"mean KL to the teacher {values} nats per token" in told
