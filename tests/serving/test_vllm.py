@@ -72,16 +72,16 @@ def tiny(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     awq_on_cpu: None,
-) -> Callable[[str], Path]:
-    """A tiny model to which a recipe was applied."""
+) -> Callable[..., Path]:
+    """A tiny model to which a recipe was applied, by its file or as an object."""
     tokens = torch.randint(
         2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1)
     )
 
-    def make(recipe: str) -> Path:
+    def make(recipe: Any, **settings: Any) -> Path:
         run(
-            tiny_model("llama", **WIDE),
-            str(ROOT / "recipes" / recipe),
+            tiny_model("llama", **WIDE | settings),
+            str(ROOT / "recipes" / recipe) if isinstance(recipe, str) else recipe,
             dataset=calibration(tokens),
             output_dir=tmp_path / "tiny",
             processor=tiny_tokenizer,
@@ -172,6 +172,20 @@ def test_vllm_agrees_with_transformers_on_a_smaller_smollm2(
     assert run.model.num_parameters() < 0.8 * dense
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     checkpoint = tmp_path / "smaller"
+    assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
+
+
+def test_vllm_agrees_with_transformers_on_a_model_with_fewer_heads(
+    tiny: Callable[..., Path], ask: Ask
+) -> None:
+    fields: dict[str, Any] = {"sparsity": 0.5, "structures": ["mlp", "heads"]}
+    modifier = FASPPruningModifier(**fields, ignore=HASTE["ignore"], preset="paper")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    checkpoint = tiny(modifier, **heads)
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
+    assert (config["intermediate_size"], config["head_dim"]) == (128, 32)
+    prompts = [[5, 9, 33, 2, 17, 60], [7, 7, 12]]
     assert_same(ask(checkpoint, prompts), expected(checkpoint, prompts))
 
 
