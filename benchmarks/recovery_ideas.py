@@ -158,17 +158,10 @@ def recovered(
             model.get_submodule(name).weight.data.copy_(weight)
     if (kind := TRAINERS[idea]) is None:
         return pipeline.PruningRun(model)
-    tokens = cut(calibration, PIECES[idea]) if idea in PIECES else calibration
+    whole = len(calibration[0]["input_ids"])
+    settings = Training(piece_length=PIECES.get(idea, whole))
     with patch_attr(training, "DistillationTrainer", kind):
-        return train(model, tokens, teacher, Training())
-
-
-def cut(tokens: Dataset, length: int) -> Dataset:
-    """Cut sequences into pieces of a length that divides theirs."""
-    pieces = torch.tensor(tokens["input_ids"]).reshape(-1, length)
-    return Dataset.from_dict(
-        {"input_ids": pieces.tolist(), "attention_mask": [[1] * length] * len(pieces)}
-    )
+        return train(model, calibration, teacher, settings)
 
 
 def moved(
