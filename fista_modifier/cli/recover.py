@@ -70,11 +70,11 @@ def recover(
         ),
     ] = Training.rate,
     piece_len: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=2,
             help="tokens of the longest sequence that is trained on; longer ones are "
-            "cut into equal pieces, each for a step of its own",
+            "cut into equal pieces, for more steps",
         ),
     ] = Training.piece_length,
     gradient_checkpointing: Annotated[

@@ -120,11 +120,11 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     seed: int = Field(
         default=Training.seed, description="seed of the order of the sequences"
     )
-    piece_length: int = Field(
+    piece_length: int | None = Field(
         default=Training.piece_length,
         description=(
             "tokens of the longest sequence that is trained on; longer ones are cut "
-            "into equal pieces"
+            "into equal pieces, for more steps"
         ),
     )
     resume_dir: str | None = Field(

@@ -74,7 +74,7 @@ class Training:
         that their activations need not be kept
     :param seed: seed of the order of the sequences
     :param piece_length: tokens of the longest sequence that is trained on. Longer ones
-        are cut into equal pieces, as a step of AdamW is worth more than a long context
+        are cut into equal pieces, for more steps; None leaves all whole
     :raises ValueError: if nothing would be trained
     """
 
@@ -83,7 +83,7 @@ class Training:
     batch_size: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
-    piece_length: int = 512
+    piece_length: int | None = None
 
     def __post_init__(self) -> None:
         positive = self.epochs > 0 and self.rate > 0 and self.batch_size >= 1
@@ -93,7 +93,7 @@ class Training:
                 f"batches of {self.batch_size} train nothing: each has to be positive "
                 "and finite"
             )
-        if self.piece_length < 2:
+        if self.piece_length is not None and self.piece_length < 2:
             raise ValueError(
                 f"pieces of {self.piece_length} tokens have no next token to predict: "
                 "the length has to be 2 at least"
@@ -216,7 +216,8 @@ def train_operators(
     if sharded:
         check_shardable(model, resume)
     train, held = held_out(tokens)
-    train = in_pieces(train, training.piece_length)
+    if training.piece_length is not None:
+        train = in_pieces(train, training.piece_length)
     check_calibration(model, tokens)
     check_calibration(teacher, tokens)
     dtypes = {one.dtype for one in model.parameters()}
