@@ -40,6 +40,7 @@ SCRIPTS = {
     "recovery-gemma": recovery,
     "recovery-headline": recovery,
     "recovery-ideas": recovery_ideas,
+    "recovery-pieces-gemma": recovery_ideas,
 }
 
 
