@@ -145,8 +145,8 @@ def _refusal(
         type(config).from_dict(config.to_dict())
     except (ValueError, TypeError, StrictDataclassError) as error:
         return f"{error.__cause__ or error} Choose another sparsity"
-    new = _undeclared(config, wanted) - _undeclared(model.config, shapes_of(model))
-    if new:
+    new = _undeclared(config, wanted)
+    if new and (new := new - _undeclared(model.config, shapes_of(model))):
         return (
             f"they need {', '.join(sorted(new))}, which {type(config).__name__} does "
             "not declare, so that an engine may not read it"
@@ -166,7 +166,7 @@ def _undeclared(config: PretrainedConfig, shapes: Shapes) -> set[str]:
     return {
         name
         for name in vars(config).keys() - declared
-        if not _builds(_without(config, name), (), shapes)
+        if not name.startswith("_") and not _builds(_without(config, name), (), shapes)
     }
 
 
