@@ -115,11 +115,16 @@ def table(
         bound = [sizes[DENSE][kind] / sizes[level][kind] for kind in (0, 1)]
         lines.append(
             [engine, f"{100 * float(level):g} %", f"{100 * removed[level]:.1f} %"]
-            + [f"{median(values):.2f}" for values in ratios.values()]
+            + [spread(values) for values in ratios.values()]
             + [f"{value:.2f}" for value in bound]
         )
     header = ["engine", "sparsity", "removed", "prefill", "decode", "peak memory"]
     return markdown_table([*header, "bound of prefill", "bound of decode"], lines)
+
+
+def spread(values: list[float]) -> str:
+    """Give the median, and the lowest and highest, which other work would set apart."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
@@ -162,8 +167,8 @@ def note(args: argparse.Namespace) -> str:
         f"\n\n{Path(args.model).name}, {args.dtype}, {threads} threads, "
         f"{args.sequences} sequences: prompts of {args.prompt} tokens, and {args.new} "
         "new ones after a prompt of one. Ratios to the dense model of the same round, "
-        f"median of {args.rounds} rounds. Bounds: what the parameters that a token "
-        "passes through leave at best.\n"
+        f"median (and range) of {args.rounds} rounds. Bounds: what the parameters that "
+        "a token passes through leave at best.\n"
     )
 
 

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from fista_modifier.calibration.replay import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report, when_saved
 from fista_modifier.distributed import current_ranks
-from fista_modifier.models.classes import check_predicts_text
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.operators import Operator
@@ -33,7 +32,7 @@ from fista_modifier.modifiers.steps import check_own_folder, modifiers_before
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.obstacles import (
-    check_processes,
+    check_trainable,
     free_memory,
     lack_of_memory,
 )
@@ -48,7 +47,6 @@ from fista_modifier.recovery.training import (
     Diverged,
     Training,
     check_resume,
-    held_out,
     train_operators,
 )
 
@@ -180,12 +178,10 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
         check_own_folder(self)
         self._pruners = _pruners(self)
         model = state.model
-        check_processes(current_ranks().size)
-        check_predicts_text(model.config)
         _check_in_memory(model)
         _check_data(state)
         self._tokens = _tokens(state)  # a sampler that shuffles draws others later
-        held_out(self._tokens)
+        check_trainable(model.config, current_ranks().size, *_size(self._tokens))
         if not self.teacher:
             self.teacher = _origin(model)
         dense = load_config(self.teacher)
@@ -259,8 +255,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     def _data(self) -> Calibration:
         if self._named is not None:
             return self._named
-        count, length = len(self._tokens), len(self._tokens[0]["input_ids"])
-        return Calibration("oneshot's data", count, length, self.seed)
+        return Calibration("oneshot's data", *_size(self._tokens), self.seed)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if self._recovery is not None:
@@ -381,6 +376,11 @@ def _tokens(state: State) -> Dataset:
     return Dataset.from_dict(
         {column: [row[:longest] for row in data[column]] for column in columns}
     )
+
+
+def _size(tokens: Dataset) -> tuple[int, int]:
+    """Return the number of sequences and their tokens."""
+    return len(tokens), len(tokens[0]["input_ids"])
 
 
 def _longest(state: State) -> int | None:

@@ -20,7 +20,6 @@ from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.recovery.training import check_enough
 
 __all__ = [
-    "check_processes",
     "check_recoverable",
     "check_trainable",
     "free_memory",
@@ -77,23 +76,13 @@ def check_trainable(
     :param length: their tokens
     :raises ValueError: if the model cannot be trained in this run
     """
-    check_processes(processes)
-    check_predicts_text(config)
-    check_enough(sequences, length)
-
-
-def check_processes(processes: int) -> None:
-    """
-    Refuse a run of several processes.
-
-    :param processes: how many there are
-    :raises ValueError: if there are several
-    """
     if processes > 1:
         raise ValueError(
             "recovery needs a single process: prune with several, and run 'torchrun … "
             "-m fista_modifier.cli recover' afterwards"
         )
+    check_predicts_text(config)
+    check_enough(sequences, length)
 
 
 def lack_of_memory(
