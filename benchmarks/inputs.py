@@ -1,12 +1,13 @@
 """
-What the benchmarks have in common: the model, its calibration data, and the file of
-the table.
+What the benchmarks have in common: the model, its calibration data, and cells and the
+file of the table.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from datasets import Dataset
@@ -15,10 +16,26 @@ from transformers import AutoConfig, PreTrainedModel
 from fista_modifier import pipeline
 from fista_modifier.data import calibration_dataset
 from fista_modifier.evaluation.methods import IGNORE
+from fista_modifier.evaluation.results import Row
 from fista_modifier.files import write_whole
 from fista_modifier.models.classes import model_class
 
-__all__ = ["arguments", "calibration", "first_layers", "ignored", "show"]
+__all__ = [
+    "AGREEMENT",
+    "agreement",
+    "agreement_header",
+    "arguments",
+    "calibration",
+    "first_layers",
+    "ignored",
+    "show",
+]
+
+AGREEMENT = (
+    "Same: share of the next tokens for which the model and the dense one hold the "
+    "same for the most likely. KL: mean KL(dense ‖ model), in nats per token."
+)
+"""What the cells of :func:`agreement` are, for the note of a table."""
 
 
 def arguments(
@@ -78,6 +95,24 @@ def ignored(args: argparse.Namespace) -> list[str]:
     layers = AutoConfig.from_pretrained(args.model).num_hidden_layers
     left = (number for number in range(layers) if number % args.every)
     return IGNORE + [rf"re:.*layers\.{number}\..*" for number in left]
+
+
+def agreement(rows: list[Row], text: str) -> list[str]:
+    """
+    Return two cells of a table, for how near rows are to the dense model on a text: the
+    share of the next tokens for which both hold the same for the most likely, and the
+    mean KL in nats. They are means over the rows, and empty for the dense model.
+    """
+    if any("same_token" not in row for row in rows):
+        return ["", ""]
+    same = fmean(row["same_token"][text] for row in rows)
+    divergence = fmean(row["divergence"][text] for row in rows)
+    return [f"{100 * same:.1f} %", f"{divergence:.3f}"]
+
+
+def agreement_header(text: str) -> list[str]:
+    """Return the heads of the columns of :func:`agreement`."""
+    return [f"same, {text}", f"KL, {text}"]
 
 
 def show(file: Path, table: str) -> None:

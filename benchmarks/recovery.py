@@ -201,7 +201,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
     texts = dense["perplexity"]
     lines = [["dense", ""]]
     for text in texts:
-        lines[0] += [f"{texts[text]:.2f}", "", ""]
+        lines[0] += [f"{texts[text]:.2f}", *inputs.agreement([dense], text)]
     lines[0] += ["", ""]
     rows = [row for row in results.rows if row["method"] != "dense"]
     for method, times in product(METHODS, sorted({row["times"] for row in rows})):
@@ -211,17 +211,15 @@ def table(args: argparse.Namespace, results: Results) -> str:
             lines.append(line(found, dense, results))
     header = ["method", "recovered on"]
     for text in texts:
-        header += [text, f"same, {text}", f"KL, {text}"]
+        header += [text, *inputs.agreement_header(text)]
     header += ["share of the excess", "seconds"]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
         f"of {Path(args.calibration).name}, recovered with --epochs {args.epochs:g} "
         f"--rate {args.rate:g}; "
-        f"{args.eval_tokens} tokens of each text. Same: share of the next tokens for "
-        "which the model and the dense one hold the same for the most likely. KL: mean "
-        "KL(dense ‖ model), in nats per token. Share of the excess: of that of "
-        f"{REFERENCE} alone, mean of the texts and seeds. Seconds: of pruning and of "
-        "recovery.\n"
+        f"{args.eval_tokens} tokens of each text. {inputs.AGREEMENT} Share of the "
+        f"excess: of that of {REFERENCE} alone, mean of the texts and seeds. Seconds: "
+        "of pruning and of recovery.\n"
     )
 
 
@@ -232,8 +230,7 @@ def line(rows: list[Row], dense: Row, results: Results) -> list[str]:
     for text in dense["perplexity"]:
         cells += [
             f"{fmean(row['perplexity'][text] for row in rows):.2f}",
-            f"{100 * fmean(row['same_token'][text] for row in rows):.1f} %",
-            f"{fmean(row['divergence'][text] for row in rows):.3f}",
+            *inputs.agreement(rows, text),
         ]
     shares = [
         excess(row, dense, text) / excess(reference, dense, text)

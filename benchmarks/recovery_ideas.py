@@ -13,6 +13,7 @@ What OUT.json has already is not measured again.
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -215,20 +216,20 @@ def moved(
 
 
 def table(args: argparse.Namespace, results: Results) -> str:
-    rows = [
-        [
-            row["method"],
-            *(f"{torch.tensor(one).log():.3f}" for one in row["perplexity"].values()),
-            f"{fmean(torch.tensor([*row['perplexity'].values()]).log()):.3f}",
-        ]
-        for row in results.rows
-    ]
-    header = ["recovery", *results.rows[0]["perplexity"], "mean"]
-    return markdown_table(header, rows) + (
+    header, rows = ["recovery"], []
+    for text in results.rows[0]["perplexity"]:
+        header += [text, *inputs.agreement_header(text)]
+    for row in results.rows:
+        cells, logs = [row["method"]], []
+        for text, perplexity in row["perplexity"].items():
+            logs.append(math.log(perplexity))
+            cells += [f"{logs[-1]:.3f}", *inputs.agreement([row], text)]
+        rows.append([*cells, f"{fmean(logs):.3f}"])
+    return markdown_table([*header, "mean"], rows) + (
         f"\n\nLn perplexity of {Path(args.model).name} on {args.eval_tokens} tokens of "
-        f"each text, pruned to 2:4 by {args.method} and recovered in one epoch on the "
-        f"same {args.samples} × {args.seq_len} tokens of "
-        f"{Path(args.calibration).name}.\n"
+        f"each text, and their mean. {inputs.AGREEMENT} The model is pruned to 2:4 by "
+        f"{args.method} and recovered in one epoch on the same {args.samples} × "
+        f"{args.seq_len} tokens of {Path(args.calibration).name}.\n"
     )
 
 

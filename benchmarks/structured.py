@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -146,9 +146,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
     dense = results.find(method="dense")
     assert dense is not None
     texts = dense["perplexity"]
-    lines = [
-        ["", "dense", "", "", *(f"{value:.2f}" for value in texts.values()), "", "", ""]
-    ]
+    lines = [["", "dense", "", "", *measures([dense], texts), "", "", ""]]
     rows = [row for row in results.rows if row["method"] != "dense"]
     order = [*METHODS, SPARSEGPT]
     for level in sorted(
@@ -167,17 +165,17 @@ def table(args: argparse.Namespace, results: Results) -> str:
         "method",
         "seeds",
         "removed",
-        *texts,
+        *(head for text in texts for head in (text, *inputs.agreement_header(text))),
         "share of the excess",
         "processor time",
         "seconds",
     ]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name}, {args.samples} × {args.seq_len} tokens of "
-        f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. Share "
-        f"of the excess: of that of {REFERENCE} without restoration, at the same level "
-        "with the same tokens, mean of the texts and seeds. Removed: with values that "
-        "are zeros in place. Processor time: of calibration, pruning and recovery, as "
+        f"{Path(args.calibration).name}, {args.eval_tokens} tokens of each text. "
+        f"{inputs.AGREEMENT} Share of the excess: of that of {REFERENCE} without "
+        "restoration, at the same level with the same tokens, mean of the texts and "
+        "seeds. Removed: with values that are zeros in place. Processor time: of calibration, pruning and recovery, as "
         f"a ratio to that of {SPARSEGPT} with the same seed. "
         "Seconds: of the seed that was measured last, with whatever else ran then.\n"
     )
@@ -190,7 +188,6 @@ def line(
     assert dense is not None
     texts = dense["perplexity"]
     found = [row for row, _ in of_seeds]
-    values = [fmean(row["perplexity"][text] for row in found) for text in texts]
     shares = [
         excess(row, dense, text) / excess(reference, dense, text)
         for row, reference in of_seeds
@@ -202,11 +199,20 @@ def line(
         method,
         str(len(found)),
         f"{100 * fmean(row['removed'] for row in found):.1f} %",
-        *(f"{value:.2f}" for value in values),
+        *measures(found, texts),
         f"{fmean(shares):.2f}" if shares else "",
         ratio(found, results),
         mean_seconds(found[-1:]),
     ]
+
+
+def measures(rows: list[Row], texts: Iterable[str]) -> list[str]:
+    """Return the cells of perplexity and agreement for each text."""
+    cells = []
+    for text in texts:
+        perplexity = fmean(row["perplexity"][text] for row in rows)
+        cells += [f"{perplexity:.2f}", *inputs.agreement(rows, text)]
+    return cells
 
 
 def ratio(rows: list[Row], results: Results) -> str:

@@ -77,6 +77,10 @@ def recover(
             "cut into equal pieces, for more steps",
         ),
     ] = Training.piece_length,
+    report_to: Annotated[
+        str,
+        typer.Option(help="the tracker that is sent the loss: wandb, tensorboard, …"),
+    ] = Training.report_to,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
@@ -114,7 +118,13 @@ def recover(
         kept = [resume, Path(teacher), Path(dataset)]
         pipeline.check_output(output, overwrite, kept, [str(checkpoint)])
         training = Training(
-            epochs, rate, batch_size, gradient_checkpointing, seed, piece_len
+            epochs,
+            rate,
+            batch_size,
+            gradient_checkpointing,
+            seed,
+            piece_len,
+            report_to,
         )
         report = check_pruned(checkpoint)
         check_teacher(checkpoint, teacher)

@@ -125,6 +125,12 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             "into equal pieces, for more steps"
         ),
     )
+    report_to: str = Field(
+        default=Training.report_to,
+        description=(
+            'the tracker that is sent the loss, such as "wandb" or "tensorboard"'
+        ),
+    )
     resume_dir: str | None = Field(
         default=None,
         description=(
@@ -174,6 +180,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             self.gradient_checkpointing,
             self.seed,
             self.piece_length,
+            self.report_to,
         )
         check_own_folder(self)
         self._pruners = _pruners(self)

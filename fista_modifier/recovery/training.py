@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from datasets import Dataset
 from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
+from transformers.integrations import get_available_reporting_integrations
 
 from fista_modifier.data.records import recorded_name
 from fista_modifier.evaluation.agreement import Agreement, block_agreement
@@ -57,6 +59,8 @@ STATES = 0.1
 """
 The share of the steps between two states on disk, and between two lines of the log.
 """
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+"""The variable of the environment that names TensorBoard's folder."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class Training:
     :param seed: seed of the order of the sequences
     :param piece_length: tokens of the longest sequence that is trained on. Longer ones
         are cut into equal pieces, for more steps; None leaves all whole
-    :raises ValueError: if nothing would be trained
+    :param report_to: the tracker that transformers' ``Trainer`` sends the loss to, such
+        as "wandb"; "none" for none
+    :raises ValueError: if nothing would be trained, the tracker is not installed, or
+        TensorBoard has no folder
     """
 
     epochs: float = 1.0
@@ -84,6 +91,7 @@ class Training:
     gradient_checkpointing: bool = False
     seed: int = 0
     piece_length: int | None = None
+    report_to: str = "none"
 
     def __post_init__(self) -> None:
         positive = self.epochs > 0 and self.rate > 0 and self.batch_size >= 1
@@ -98,6 +106,7 @@ class Training:
                 f"pieces of {self.piece_length} tokens have no next token to predict: "
                 "the length has to be 2 at least"
             )
+        _check_tracker(self.report_to)
 
     def arguments(self, folder: Path, kept: bool, bf16: bool) -> TrainingArguments:
         """
@@ -127,7 +136,7 @@ class Training:
             save_total_limit=1,
             logging_steps=STATES,
             logging_nan_inf_filter=False,
-            report_to="none",
+            report_to=self.report_to,
             remove_unused_columns=False,
             dataloader_pin_memory=False,  # a batch is a few tokens
             use_cpu=not torch.accelerator.is_available(),
@@ -135,6 +144,19 @@ class Training:
         # a process that sees several GPUs would take a batch for each of them
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
+
+
+def _check_tracker(name: str) -> None:
+    installed = get_available_reporting_integrations()
+    if name not in ("none", *installed):
+        raise ValueError(
+            f"the loss cannot be sent to {name}, which transformers does not know or "
+            f"which is not installed: take one of {', '.join(['none', *installed])}"
+        )
+    if name == "tensorboard" and not os.environ.get(TENSORBOARD):
+        raise ValueError(
+            f"TensorBoard has no folder to write to: set {TENSORBOARD} to one"
+        )
 
 
 class Diverged(RuntimeError):
@@ -420,7 +442,9 @@ def _run(
 ) -> dict[str, dict[str, Any]]:
     """Return what the result of a training depends on, in sections."""
     state = state_of_checkpoint(teacher) if teacher else ""
-    return fingerprint(model, asdict(training)) | {
+    settings = asdict(training)
+    del settings["report_to"]  # which changes nothing
+    return fingerprint(model, settings) | {
         "teacher": {"name": teacher, "checkpoint": state},
         "data": asdict(data) | {"tokens": digest(list(tokens["input_ids"]))},
     }

@@ -335,6 +335,10 @@ def test_a_training_that_fails_costs_nobody_the_pruning(
             "train nothing",
         ),
         (
+            lambda: [PRUNERS["sparse"](), RecoveryModifier(report_to="wand")],
+            "take one of none",
+        ),
+        (
             lambda: [PRUNERS["sparse"](), RecoveryModifier(teacher="no/such/model")],
             "no/such/model",
         ),

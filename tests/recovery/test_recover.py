@@ -17,6 +17,7 @@ from families import checkpoint, tiny_model
 from logs import logged
 from runs import calibration, samples
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import (
@@ -164,6 +165,25 @@ def test_a_training_of_one_step_trains(
     for one in report.operators:
         name = f"{one.name}.weight"
         assert not torch.equal(after.state_dict()[name], before[name])
+
+
+def test_a_tracker_gets_the_loss_and_changes_nothing(
+    model: Path,
+    pruned: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, training = pruned(*TWO_OF_FOUR), replace(FAST, epochs=1)
+    plain, _ = run(folder, model, training)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tracked"))
+    tracked, _ = run(folder, model, replace(training, report_to="tensorboard"))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(tracked.state_dict()[name], value), name
+    events = EventAccumulator(str(tmp_path / "tracked"))
+    events.Reload()
+    losses = [one.value for one in events.Scalars("train/loss")]
+    assert len(losses) == 10
+    assert all(0 < loss < 1 for loss in losses)
 
 
 @pytest.mark.parametrize(("longest", "size"), [(4, 4), (5, 4), (7, 6), (11, 6)])
@@ -525,6 +545,8 @@ def test_what_cannot_be_recovered_is_a_message_and_leaves_nothing(
     refused("1 sequence is too little", "--samples", 1)
     refused("use a longer text", "--samples", 4000)
     refused("train nothing", "--epochs", 0)
+    refused("take one of none, ", "--report-to", "wand")
+    refused("set TENSORBOARD_LOGGING_DIR", "--report-to", "tensorboard")
     refused("is replaced in the end", "--resume", output / "states")
     refused("have no next token", "--seq-len", 1)
     over = recovered(folder, model, text, model, "--overwrite")

@@ -16,7 +16,13 @@ from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from runs import calibration, prune, samples, weights
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
 from fista_modifier import KeepZeros, apply_masks_, masks_of
 from fista_modifier.models.masks import fused_experts
@@ -140,6 +146,35 @@ def test_the_zeros_of_another_checkpoint_are_kept(tmp_path: Path) -> None:
     train(model, tmp_path, KeepZeros(masks))
     for name, mask in masks.items():
         assert torch.equal(model.get_submodule(name).weight != 0, mask)
+
+
+def test_trl_keeps_zeros(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = pruned()
+    at_first, before = zeros(model), weights(model)
+    settings = SFTConfig(
+        output_dir=str(tmp_path),
+        learning_rate=0.01,
+        max_steps=3,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    SFTTrainer(
+        model,
+        args=settings,
+        train_dataset=calibration().select_columns(["input_ids"]),
+        processing_class=tiny_tokenizer,
+        callbacks=[KeepZeros()],
+    ).train()
+    after = weights(model)
+    for name in masks_of(pruned()):
+        value = after[f"{name}.weight"]
+        assert torch.equal(value == 0, at_first[f"{name}.weight"]), name
+        assert not torch.equal(value, before[f"{name}.weight"]), name
 
 
 def test_experts_that_transformers_fuses_keep_their_zeros(tmp_path: Path) -> None:
