@@ -6,6 +6,7 @@ file of the table.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
@@ -28,6 +29,8 @@ __all__ = [
     "calibration",
     "first_layers",
     "ignored",
+    "measures",
+    "measures_header",
     "show",
 ]
 
@@ -113,6 +116,20 @@ def agreement(rows: list[Row], text: str) -> list[str]:
 def agreement_header(text: str) -> list[str]:
     """Return the heads of the columns of :func:`agreement`."""
     return [f"same, {text}", f"KL, {text}"]
+
+
+def measures(rows: list[Row], texts: Iterable[str]) -> list[str]:
+    """Return the cells of perplexity and agreement on each text, means over rows."""
+    cells = []
+    for text in texts:
+        perplexity = fmean(row["perplexity"][text] for row in rows)
+        cells += [f"{perplexity:.2f}", *agreement(rows, text)]
+    return cells
+
+
+def measures_header(texts: Iterable[str]) -> list[str]:
+    """Return the heads of the columns of :func:`measures`."""
+    return [head for text in texts for head in (text, *agreement_header(text))]
 
 
 def show(file: Path, table: str) -> None:

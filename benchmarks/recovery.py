@@ -199,19 +199,14 @@ def table(args: argparse.Namespace, results: Results) -> str:
     dense = results.find(method="dense")
     assert dense is not None
     texts = dense["perplexity"]
-    lines = [["dense", ""]]
-    for text in texts:
-        lines[0] += [f"{texts[text]:.2f}", *inputs.agreement([dense], text)]
-    lines[0] += ["", ""]
+    lines = [["dense", "", *inputs.measures([dense], texts), "", ""]]
     rows = [row for row in results.rows if row["method"] != "dense"]
     for method, times in product(METHODS, sorted({row["times"] for row in rows})):
         if found := [
             row for row in rows if (row["method"], row["times"]) == (method, times)
         ]:
             lines.append(line(found, dense, results))
-    header = ["method", "recovered on"]
-    for text in texts:
-        header += [text, *inputs.agreement_header(text)]
+    header = ["method", "recovered on", *inputs.measures_header(texts)]
     header += ["share of the excess", "seconds"]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
@@ -227,11 +222,7 @@ def line(rows: list[Row], dense: Row, results: Results) -> list[str]:
     """Return the cells of one method and number of tokens: means over the seeds."""
     method, times = rows[0]["method"], rows[0]["times"]
     cells = [method, f"{times} × the tokens" if times else ""]
-    for text in dense["perplexity"]:
-        cells += [
-            f"{fmean(row['perplexity'][text] for row in rows):.2f}",
-            *inputs.agreement(rows, text),
-        ]
+    cells += inputs.measures(rows, dense["perplexity"])
     shares = [
         excess(row, dense, text) / excess(reference, dense, text)
         for row in rows

@@ -23,6 +23,7 @@ import inputs
 import torch
 from compare import common_arguments, common_setup, measurement, resumed
 from datasets import Dataset
+from inputs import AGREEMENT, measures, measures_header
 from recovery import prune_and_train
 from tqdm.auto import tqdm
 
@@ -128,21 +129,19 @@ def table(args: argparse.Namespace, results: Results) -> str:
     dense = results.find(method="dense")
     assert dense is not None
     texts = dense["perplexity"]
-    lines = [["dense", "", "", *(f"{texts[text]:.2f}" for text in texts), "", ""]]
+    lines = [["dense", "", "", *measures([dense], texts), ""]]
     lines += [
         line(row, dense, results) for row in results.rows if row["method"] != "dense"
     ]
-    header = ["method", "calibrated on", "recovered", *texts]
-    header += ["same token", "share of the excess"]
+    header = ["method", "calibrated on", "recovered", *measures_header(texts)]
+    header.append("share of the excess")
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4. Given: {args.samples} × {args.seq_len} "
         f"tokens of {Path(args.calibration).name}. Own: sequences that the dense model "
         f"wrote from the first {args.prompt} tokens of each, so that there are "
         f"{args.times} times as many tokens in all; more given: as many of the text. "
-        f"{args.eval_tokens} tokens of each text. Same token: share of the next tokens "
-        "for which the model and the dense one hold the same for the most likely, mean "
-        "of the texts. Share of the excess: of that of the method on the given tokens, "
-        "not recovered, mean of the texts.\n"
+        f"{args.eval_tokens} tokens of each text. {AGREEMENT} Share of the excess: of "
+        "that of the method on the given tokens, not recovered, mean of the texts.\n"
     )
 
 
@@ -159,8 +158,7 @@ def line(row: Row, dense: Row, results: Results) -> list[str]:
         row["method"],
         row["source"],
         "yes" if row["recovered"] else "",
-        *(f"{row['perplexity'][text]:.2f}" for text in texts),
-        f"{100 * fmean(row['same_token'].values()):.1f} %",
+        *measures([row], texts),
         share,
     ]
 

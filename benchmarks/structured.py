@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -146,7 +146,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
     dense = results.find(method="dense")
     assert dense is not None
     texts = dense["perplexity"]
-    lines = [["", "dense", "", "", *measures([dense], texts), "", "", ""]]
+    lines = [["", "dense", "", "", *inputs.measures([dense], texts), "", "", ""]]
     rows = [row for row in results.rows if row["method"] != "dense"]
     order = [*METHODS, SPARSEGPT]
     for level in sorted(
@@ -165,7 +165,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
         "method",
         "seeds",
         "removed",
-        *(head for text in texts for head in (text, *inputs.agreement_header(text))),
+        *inputs.measures_header(texts),
         "share of the excess",
         "processor time",
         "seconds",
@@ -200,20 +200,11 @@ def line(
         method,
         str(len(found)),
         f"{100 * fmean(row['removed'] for row in found):.1f} %",
-        *measures(found, texts),
+        *inputs.measures(found, texts),
         f"{fmean(shares):.2f}" if shares else "",
         ratio(found, results),
         mean_seconds(found[-1:]),
     ]
-
-
-def measures(rows: list[Row], texts: Iterable[str]) -> list[str]:
-    """Return the cells of perplexity and agreement for each text."""
-    cells = []
-    for text in texts:
-        perplexity = fmean(row["perplexity"][text] for row in rows)
-        cells += [f"{perplexity:.2f}", *inputs.agreement(rows, text)]
-    return cells
 
 
 def ratio(rows: list[Row], results: Results) -> str:
