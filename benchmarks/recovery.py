@@ -74,8 +74,10 @@ def main() -> None:
     parser.add_argument("--times", type=int, nargs="+", default=TIMES)
     parser.add_argument("--epochs", type=float, default=Training.epochs)
     parser.add_argument("--rate", type=float, default=Training.rate)
+    parser.add_argument("--piece-len", type=int, default=Training.piece_length)
     args = parser.parse_args()
-    setup = common_setup(args) | {"epochs": args.epochs, "rate": args.rate}
+    settings = ("epochs", "rate", "piece_len")
+    setup = common_setup(args) | {name: getattr(args, name) for name in settings}
     results = resumed(args, setup)
     for seed, method, times in product(args.seeds, args.methods, args.times):
         job = Job(method, times, seed)
@@ -99,7 +101,9 @@ def measured(args: argparse.Namespace, job: Job) -> Row:
         dense = load_model(args.model, "float32")
         keep(dense, tokenizer, calibration, prune=prune, file=file)
     more = inputs.calibration(args, job.times * args.samples, job.seed)
-    training = Training(args.epochs, args.rate, seed=job.seed)
+    training = Training(
+        args.epochs, args.rate, seed=job.seed, piece_length=args.piece_len
+    )
     states = file.with_name(f"{file.name}-{job.times}-{digest(training)}")
     resumes = last_state(states) is not None
     again = partial(
@@ -206,15 +210,15 @@ def table(args: argparse.Namespace, results: Results) -> str:
             row for row in rows if (row["method"], row["times"]) == (method, times)
         ]:
             lines.append(line(found, dense, results))
+    pieces = f" --piece-len {args.piece_len}" if args.piece_len else ""
     header = ["method", "recovered on", *inputs.measures_header(texts)]
     header += ["share of the excess", "seconds"]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
         f"of {Path(args.calibration).name}, recovered with --epochs {args.epochs:g} "
-        f"--rate {args.rate:g}; "
-        f"{args.eval_tokens} tokens of each text. {inputs.AGREEMENT} Share of the "
-        f"excess: of that of {REFERENCE} alone, mean of the texts and seeds. Seconds: "
-        "of pruning and of recovery.\n"
+        f"--rate {args.rate:g}{pieces}; {args.eval_tokens} tokens of each text. "
+        f"{inputs.AGREEMENT} Share of the excess: of that of {REFERENCE} alone, mean of "
+        "the texts and seeds. Seconds: of pruning and of recovery.\n"
     )
 
 
