@@ -288,24 +288,27 @@ def held_out(tokens: Dataset) -> tuple[Dataset, Dataset]:
 
 def in_pieces(tokens: Dataset, longest: int) -> Dataset:
     """
-    Cut sequences into as few pieces of one length as possible. Of a sequence of which
-    that is no divisor, the last tokens are left out, fewer than it has pieces.
+    Cut sequences into as few pieces of one length as possible. A token that all
+    sequences begin with begins each piece, too, because some models predict badly
+    without. Of a sequence that cannot be cut into equal pieces, the last tokens are
+    left out, fewer than it has pieces.
 
     :param tokens: sequences of one length
     :param longest: the most tokens of a piece
     :return: the pieces, in the order of the tokens
     """
     length = len(tokens[0]["input_ids"])
-    pieces = math.ceil(length / longest)
-    size = length // pieces
-    if pieces == 1:
+    if length <= longest:
         return tokens
+    common = int(len({row[0] for row in tokens["input_ids"]}) == 1)
+    pieces = math.ceil((length - common) / (longest - common))
+    size = (length - common) // pieces
     return Dataset.from_dict(
         {
             column: [
-                row[start : start + size]
+                row[:common] + row[start : start + size]
                 for row in tokens[column]
-                for start in range(0, pieces * size, size)
+                for start in range(common, common + pieces * size, size)
             ]
             for column in tokens.column_names
         }

@@ -198,11 +198,25 @@ def test_pieces_are_of_one_length_and_in_order(longest: int, size: int) -> None:
 
 
 def test_what_does_not_make_a_piece_is_left_out() -> None:
-    [row] = calibration(samples(1, 11, 0))["input_ids"]
-    pieces = in_pieces(calibration(samples(1, 11, 0)), 4)
-    assert list(pieces["input_ids"]) == [row[:3], row[3:6], row[6:9]]
+    whole = calibration(samples(2, 11, 0))
+    row, other = whole["input_ids"]
+    assert row[0] != other[0]
+    pieces = in_pieces(whole, 4)
+    assert list(pieces["input_ids"])[:3] == [row[:3], row[3:6], row[6:9]]
     whole = tokens()
     assert in_pieces(whole, LENGTH)["input_ids"] == whole["input_ids"]
+
+
+def test_a_token_that_begins_each_sequence_begins_each_piece() -> None:
+    ids = samples(3, 12)
+    ids[:, 0] = 7
+    pieces = in_pieces(calibration(ids), 5)
+    rows = ids.tolist()
+    expected = [
+        [7, *row[start : start + 3]] for row in rows for start in range(1, 10, 3)
+    ]
+    assert list(pieces["input_ids"]) == expected
+    assert all(mask == [1] * 4 for mask in pieces["attention_mask"])
 
 
 def test_a_training_on_pieces_is_that_on_shorter_sequences(
