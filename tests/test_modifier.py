@@ -179,6 +179,21 @@ pruning_stage:
 """
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"error_correction": "full"}, {"preset": "paper"}]
+)
+def test_the_default_dtype_changes_nothing(fields: dict[str, Any]) -> None:
+    plain, other = tiny_model("llama"), tiny_model("llama")
+    prune(plain, **fields)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        prune(other, **fields)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in weights(plain).items():
+        assert torch.equal(weights(other)[name], value), name
+
+
 def test_a_recipe_may_be_yaml_a_file_or_an_object(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(YAML)

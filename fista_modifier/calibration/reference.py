@@ -244,7 +244,8 @@ def _outputs(output: Any) -> _Outputs | None:
     if not tensors or tensors[0].ndim < 2 or not tensors[0].is_floating_point():
         return None
     flat = tensors[0].flatten(0, -2)
-    chosen = torch.linspace(0, len(flat) - 1, min(ROWS, len(flat))).long()
+    rows = min(ROWS, len(flat))
+    chosen = torch.linspace(0, len(flat) - 1, rows, dtype=torch.float64).long()
     return _Outputs(len(flat), chosen, flat[chosen.to(flat.device)].float().cpu())
 
 

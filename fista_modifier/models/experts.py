@@ -23,13 +23,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
+from fista_modifier.models.operators import Operator
+
 __all__ = [
+    "check_expert_width",
     "linearize",
     "linearize_weightless",
     "native_experts",
     "note_sizes",
     "routing_real_tokens",
 ]
+
+BLOCK_BYTES = 16
+"""PyTorch's grouped products take rows whose length is a multiple of this."""
 
 
 def linearize(model: PreTrainedModel) -> None:
@@ -61,6 +67,26 @@ def linearize_weightless(model: PreTrainedModel) -> None:
 
     with torch.device("meta"):
         _replace_fused(model, make)
+
+
+def check_expert_width(model: PreTrainedModel, operator: Operator, width: int) -> None:
+    """
+    Refuse a number of channels with which fused experts could not run: transformers
+    multiplies them in groups by a kernel that needs rows of whole blocks.
+
+    :param model: a model whose experts are linear operators
+    :param operator: one that reads the channels, in an expert or elsewhere
+    :param width: the number of channels that are to stay
+    :raises ValueError: if it is an expert's, and rows would end within a block
+    """
+    experts = (f"{name}." for name, _ in get_linearized_moes(model))
+    unit = BLOCK_BYTES // operator.module.weight.dtype.itemsize
+    if width % unit and operator.name.startswith(tuple(experts)):
+        raise ValueError(
+            f"multiple_of: experts of {width} channels would stay, and transformers "
+            f"runs those of {operator.module.weight.dtype} only in multiples of "
+            f"{unit}: let multiple_of be one"
+        )
 
 
 def _replace_fused(

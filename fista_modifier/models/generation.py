@@ -19,6 +19,12 @@ def make_generation_config_storable(model: PreTrainedModel) -> None:
     """
     config = getattr(model, "generation_config", None)
     if config is None:
+        if model.can_generate():
+            raise ValueError(
+                "the model has no generation_config, and transformers could not save "
+                "it after the run: set model.generation_config = "
+                "transformers.GenerationConfig()"
+            )
         return
     try:
         config.validate(strict=True)

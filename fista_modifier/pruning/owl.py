@@ -137,7 +137,7 @@ def _input_norms(
     Return, for each feature of an operator's inputs, the sum over batches of its norm
     in a batch. The toolkit's sums are these divided by 128; nothing depends on that.
     """
-    norms = {one: torch.zeros(one.shape[1]) for one in operators}
+    norms = {one: torch.zeros(one.shape[1], dtype=torch.float32) for one in operators}
 
     def add(
         operator: Operator, _module: torch.nn.Module, args: tuple[Tensor, ...]

@@ -208,6 +208,8 @@ class RecoveryResult:
     :param seconds: wall time of the process that finished the training
     :param sequence_length: tokens of a sequence in a step; None if that is the
         calibration's, as in reports of earlier versions
+    :param pruned_after: whether the model was pruned once more after the training, so
+        that the divergence is not that of the checkpoint
     """
 
     teacher: str
@@ -222,6 +224,7 @@ class RecoveryResult:
     divergence: float
     seconds: float
     sequence_length: int | None = None
+    pruned_after: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,9 +345,14 @@ class PruningReport:
         zeros = sum(operator.zeros for operator in operators)
         return zeros / max(_weights(operators), 1)
 
+    @property
+    def is_recovered(self) -> bool:
+        """Whether a training of the whole model was the last that changed weights."""
+        return bool(self.recovery) and not self.recovery[-1].pruned_after
+
     def followed_by(self, later: PruningReport) -> PruningReport:
         """
-        Join this report with one of what was done to the same model afterwards.
+        Join this report with one of what was pruned in the same model afterwards.
 
         :param later: the later report
         :return: a report of both
@@ -365,7 +373,10 @@ class PruningReport:
             sizes=self.sizes | later.sizes,
             sparse_by=list(dict.fromkeys((*self.sparse_by, *later.sparse_by))),
             smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
-            recovery=[*self.recovery, *later.recovery],
+            recovery=[
+                *(replace(one, pruned_after=True) for one in self.recovery),
+                *later.recovery,
+            ],
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],

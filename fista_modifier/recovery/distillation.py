@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         :return: nats per token, a scalar; with the model's outputs if asked for
         """
         given = {name: value for name, value in inputs.items() if name != "labels"}
+        # torch's norms refuse float16 weights under autocast to bfloat16
+        halves = self.teacher.dtype == torch.float16
+        with torch.no_grad(), nullcontext() if halves else bfloat16_on_cpu():
+            dense = self.teacher(**given, use_cache=False).logits
         with bfloat16_on_cpu():
-            with torch.no_grad():
-                dense = self.teacher(**given, use_cache=False).logits
             outputs = model(**given, use_cache=False)
         loss = mean_divergence(dense, outputs.logits, given.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.dispatch import remove_dispatch
+from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -26,6 +27,7 @@ from fista_modifier.distributed import current_ranks
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.operators import Operator
+from fista_modifier.models.tracing import configs_of
 from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.steps import check_own_folder, modifiers_before
@@ -246,10 +248,16 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     def _train(
         self, model: PreTrainedModel, operators: Sequence[Operator]
     ) -> RecoveryResult:
-        with _trainable_model(model), torch.enable_grad(), plain_forward(model):
+        teacher = load_model(str(self.teacher))
+        with (
+            _trainable_model(model),
+            torch.enable_grad(),
+            plain_forward(model),
+            _same_attention(model, teacher),
+        ):
             return train_operators(
                 model,
-                load_model(str(self.teacher)),
+                teacher,
                 self._tokens,
                 operators,
                 kept_entries(operators),
@@ -394,6 +402,21 @@ def _longest(state: State) -> int | None:
     """Return the length that the toolkit's loader cuts sequences to; None for any."""
     longest: int | None = getattr(state.data.calib.collate_fn, "max_seq_length", None)
     return longest
+
+
+@contextmanager
+def _same_attention(model: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[None]:
+    """
+    Give a model the teacher's implementation of attention: some leave out soft caps of
+    the scores, which the weights must not be trained to make up for.
+    """
+    name = "_attn_implementation"
+    chosen = {type(one): getattr(one, name) for one in configs_of(teacher)}
+    with ExitStack() as stack:
+        for config in configs_of(model):
+            own = getattr(config, name)
+            stack.enter_context(patch_attr(config, name, chosen.get(type(config), own)))
+        yield
 
 
 @contextmanager

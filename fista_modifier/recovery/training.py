@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 from transformers.integrations import get_available_reporting_integrations
+from transformers.modeling_layers import GradientCheckpointingLayer as _Layer
 
 from fista_modifier.data.records import recorded_name
 from fista_modifier.evaluation.agreement import Agreement, block_agreement
@@ -394,7 +395,7 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel, task: _Task) -> int
     if state is not None:
         logger.info(f"Resuming the training from {state}")
     try:
-        with matmul_precision("bf16"):
+        with matmul_precision("bf16"), _without_noise(model):
             trainer.train(resume_from_checkpoint=state and str(state))
     finally:  # after a failure, too, the caller has a model to go on with
         zeros.on_train_end()
@@ -406,6 +407,34 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel, task: _Task) -> int
         if use_cache is not None:  # the Trainer has changed it
             model.config.use_cache = use_cache
     return int(trainer.state.global_step)
+
+
+@contextmanager
+def _without_noise(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Let a model compute as in evaluation while it is trained, since the teacher has no
+    dropout either. A layer counts as in training outside its own forward pass: else it
+    would not be run once more in the backward pass.
+    """
+    layers = [one for one in model.modules() if isinstance(one, _Layer)]
+
+    def before_model(model: torch.nn.Module, _given: Any) -> None:
+        model.eval()
+        for layer in layers:
+            layer.training = True
+
+    def before_layer(layer: torch.nn.Module, _given: Any) -> None:
+        layer.training = False
+
+    def after_layer(layer: torch.nn.Module, _given: Any, _result: Any) -> None:
+        layer.training = True
+
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(before_model).remove)
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(before_layer).remove)
+            hooks.callback(layer.register_forward_hook(after_layer).remove)
+        yield
 
 
 @contextmanager
@@ -466,7 +495,7 @@ def _judge(before: float, after: float) -> None:
         )
     if after > before:
         logger.warning(
-            f"The mean KL to the teacher rose from {before:.4f} to {after:.4f} on the "
+            f"The mean KL to the teacher rose from {before:.4g} to {after:.4g} on the "
             "sequences that were not trained on: use more samples, fewer epochs or "
             "a lower rate. If pruning was calibrated on these sequences, it may have "
             "fallen on other text: 'fista-prune eval --reference' tells"

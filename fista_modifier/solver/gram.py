@@ -69,7 +69,8 @@ class GramStatistics:
         single = None
         if len(weights) == 1 and narrows(weights[0].shape[0], features):
             single = weights[0].to(device, torch.float32)
-        gram = torch.zeros(features, features, device="cpu" if offload else device)
+        place = "cpu" if offload else device
+        gram = torch.zeros(features, features, dtype=torch.float32, device=place)
         return cls(gram, weight=single, device=device)
 
     @property

@@ -121,7 +121,7 @@ def largest_eigenvalue(
     """
     features = gram.shape[0]
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(features, generator=generator).to(gram)
+    vector = torch.randn(features, generator=generator, dtype=torch.float32).to(gram)
     basis = gram.new_zeros(min(iterations, features), features)
     images = torch.zeros_like(basis)
     rounding = torch.finfo(gram.dtype).eps

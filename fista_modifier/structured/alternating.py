@@ -210,7 +210,7 @@ def down_given_up(
     :return: the damped least squares D, m×c, and the c that goes with it
     """
     # What the statistics call drift is the error of D₀, whatever the shape of D is.
-    gram = torch.zeros(down.shape[1], down.shape[1], device=down.device)
+    gram = down.new_zeros(down.shape[1], down.shape[1])
     statistics = GramStatistics(gram, weight=down)
     for batch in batches:
         statistics.accumulate(batch.hidden(up), outputs=batch.outputs)
@@ -304,6 +304,6 @@ def _diagonal(batches: Iterable[MLPBatch], up: Tensor, down: Tensor) -> Tensor:
     total = torch.zeros_like(up)
     for batch in batches:
         squares = batch.inputs.float().square()
-        ones = torch.ones(len(squares), up.shape[0], device=up.device)
+        ones = up.new_ones(len(squares), up.shape[0])
         total += batch.gated(batch.gated(ones)).T @ squares
     return total * down.square().sum(0)[:, None]

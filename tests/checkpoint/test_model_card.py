@@ -228,6 +228,11 @@ def test_a_recovery_is_told_with_its_data_and_what_it_came_to() -> None:
     ):
         assert words in text
     assert "somewhere" not in text and "/models" not in text
+    before = replace(recovery, pruned_after=True)
+    told = model_card("name", replace(REPORT, recovery=[before]), {}).text
+    assert "| mean KL to the dense model, before more was pruned | 0.4100 →" in told
+    assert "Before the last pruning, what was left was trained towards" in told
+    assert "zeros stayed" not in told and "before recovery" not in told
     assert "recovery" not in model_card("name", REPORT, {}).text
     assert "without retraining" in model_card("name", REPORT, {}).text
 

@@ -83,6 +83,15 @@ def test_what_cannot_be_mended_is_refused_before_the_run() -> None:
     assert not model.generation_config.do_sample
 
 
+def test_a_model_without_settings_is_refused_before_the_run() -> None:
+    model = tiny_model("llama")
+    model.generation_config = None
+    with pytest.raises(ValueError, match="set model.generation_config = "):
+        prune(model, preset="fast")
+    model.generation_config = GenerationConfig()
+    prune(model, preset="fast")
+
+
 def test_settings_that_can_be_saved_stay() -> None:
     model = tiny_model("llama")
     before = model.generation_config.to_dict()

@@ -642,6 +642,13 @@ def test_what_cannot_leave_is_refused(
     check_refused(tiny_model(family), message, **fields)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_could_not_run_are_refused(family: str) -> None:
+    """PyTorch's grouped products take rows of 16 bytes, or several times as many."""
+    model = tiny_model(family, torch.bfloat16)
+    check_refused(model, "only in multiples of 8: let multiple_of be one", **UNTRAINED)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_heads_leave_only_what_the_configuration_takes(
     family: str, tmp_path: Path
@@ -671,10 +678,10 @@ def test_several_shared_experts_stay_as_wide_as_so_many_experts(
     sparsity: float, tmp_path: Path
 ) -> None:
     """The configuration has the width of one of them, and their number."""
-    sizes = {"intermediate_size": 96, "moe_intermediate_size": 24}
+    sizes = {"intermediate_size": 96, "moe_intermediate_size": 48}
     model = zoo_model("deepseek_v2", tmp_path, n_shared_experts=2, **sizes)
     dense = size_of_layers(model, "llama")
-    small = shrink(model, sparsity=sparsity, multiple_of=2, **UNTRAINED)
+    small = shrink(model, sparsity=sparsity, multiple_of=4, **UNTRAINED)
     kept = model.config.moe_intermediate_size
     assert model.model.layers[1].mlp.shared_experts.up_proj.out_features == 2 * kept
     left = size_of_layers(model, "llama")

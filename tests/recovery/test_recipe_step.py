@@ -14,7 +14,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from logs import logged
 from runs import calibration, run, samples, weights
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fista_modifier import (
     FASPPruningModifier,
@@ -86,6 +86,73 @@ def test_the_step_trains_as_the_command_does(kind: str, dense: Path) -> None:
     assert [one.zeros for one in told.operators] == [
         one.zeros for one in report.operators
     ]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "run again"])
+def test_dropout_has_no_part_in_the_training(again: bool, tmp_path: Path) -> None:
+    """Layers that keep no activations are run once more in each step."""
+    settings = SETTINGS | {"gradient_checkpointing": again}
+    found, calls = [], []
+    for dropout in (0.0, 0.3):
+        folder = tmp_path / str(dropout)
+        drop = {"dropout": dropout, "attention_dropout": dropout, "layerdrop": dropout}
+        tiny_model("opt", **drop).save_pretrained(folder)
+        model = load_model(str(folder))
+        counted = 0
+
+        def count(*_given: Any) -> None:
+            nonlocal counted
+            counted += torch.is_grad_enabled()
+
+        model.model.decoder.layers[0].fc1.register_forward_hook(count)
+        run(model, [PRUNERS["sparse"](), RecoveryModifier(**settings)], **DATA)
+        found.append(weights(model))
+        calls.append(counted)
+    report = report_of(model)
+    assert report is not None
+    assert calls[0] == calls[1]
+    assert calls[0] // report.recovery[0].steps == 1 + again
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_model_in_float16_is_trained(family: str, tmp_path: Path) -> None:
+    tiny_model(family, torch.float16).save_pretrained(tmp_path)
+    for kind, pruner in PRUNERS.items():
+        before = weights(pruned(tmp_path, pruner()))
+        step = RecoveryModifier(**SETTINGS)
+        after = weights(pruned(tmp_path, pruner(), step))
+        assert step.failure is None, kind
+        changed = [name for name in after if not torch.equal(after[name], before[name])]
+        assert len(changed) == (
+            14 if family == "llama" else 8 if family == "gpt2" else 12
+        )
+        for name in changed:
+            assert after[name].dtype == torch.float16
+            assert after[name].isfinite().all(), name
+            assert not after[name][before[name] == 0].any(), name
+
+
+def test_a_model_is_trained_with_the_teachers_attention(tmp_path: Path) -> None:
+    """Gemma 2's scores have a soft cap, which transformers' default leaves out."""
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    expected = pruned(tmp_path, PRUNERS["sparse"](), RecoveryModifier(**SETTINGS))
+    assert expected.config._attn_implementation == "eager"
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    run(found, [PRUNERS["sparse"](), RecoveryModifier(**SETTINGS)], **DATA)
+    assert found.config._attn_implementation == "sdpa"
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(found)[name], value), name
+
+
+def test_what_is_pruned_after_a_recovery_is_told_apart(dense: Path) -> None:
+    for later in ([], [PRUNERS["sparse"]()]):
+        step = RecoveryModifier(**SETTINGS)
+        report = report_of(pruned(dense, PRUNERS["smaller"](), step, *later))
+        assert report is not None
+        assert [one.pruned_after for one in report.recovery] == [bool(later)]
+        assert report.is_recovered != bool(later)
 
 
 def test_a_failed_training_leaves_no_hooks(dense: Path) -> None:

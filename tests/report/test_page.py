@@ -194,4 +194,6 @@ def test_a_recovery_is_beside_the_errors_that_were_before_it(
     )
     page = render(replace(report, recovery=[recovery]))
     assert "<dt>recovery</dt><dd>0.2200<small>nats" in page and "0.4100 before" in page
+    before = replace(recovery, pruned_after=True)
+    assert "more was pruned after" in render(replace(report, recovery=[before]))
     assert "recovery" not in render(report)
