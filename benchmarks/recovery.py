@@ -210,13 +210,13 @@ def table(args: argparse.Namespace, results: Results) -> str:
             row for row in rows if (row["method"], row["times"]) == (method, times)
         ]:
             lines.append(line(found, dense, results))
-    pieces = f" --piece-len {args.piece_len}" if args.piece_len else ""
     header = ["method", "recovered on", *inputs.measures_header(texts)]
     header += ["share of the excess", "seconds"]
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
         f"of {Path(args.calibration).name}, recovered with --epochs {args.epochs:g} "
-        f"--rate {args.rate:g}{pieces}; {args.eval_tokens} tokens of each text. "
+        f"--rate {args.rate:g} --piece-len {args.piece_len}; {args.eval_tokens} tokens "
+        "of each text. "
         f"{inputs.AGREEMENT} Share of the excess: of that of {REFERENCE} alone, mean "
         "of the texts and seeds. Seconds: of pruning and of recovery.\n"
     )

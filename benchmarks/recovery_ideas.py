@@ -1,6 +1,6 @@
 """
 What could be added to the recovery: sharpness-aware steps, the training of norms and
-embeddings, masks that move once under the loss of the whole model, and more steps on
+embeddings, masks that move once under the loss of the whole model, and longer or
 shorter pieces of the sequences. The model is pruned to 2:4 by one method, and recovered
 in one epoch on the same tokens.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -98,7 +99,10 @@ class WithEmbeddings(WithNorms):
     names = ("norm", "embed")
 
 
-PIECES = {f"pieces of {length} tokens": length for length in (1024, 512, 256, 128)}
+PIECES = {
+    "whole sequences": sys.maxsize,
+    **{f"pieces of {length} tokens": length for length in (1024, 256, 128)},
+}
 TRAINERS: dict[str, type[DistillationTrainer] | None] = {
     "not recovered": None,
     "as it is": DistillationTrainer,
@@ -159,8 +163,7 @@ def recovered(
             model.get_submodule(name).weight.data.copy_(weight)
     if (kind := TRAINERS[idea]) is None:
         return pipeline.PruningRun(model)
-    whole = len(calibration[0]["input_ids"])
-    settings = Training(piece_length=PIECES.get(idea, whole))
+    settings = Training(piece_length=PIECES.get(idea, Training.piece_length))
     with patch_attr(training, "DistillationTrainer", kind):
         return train(model, calibration, teacher, settings)
 

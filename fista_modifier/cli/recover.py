@@ -70,7 +70,7 @@ def recover(
         ),
     ] = Training.rate,
     piece_len: Annotated[
-        int | None,
+        int,
         typer.Option(
             min=2,
             help="tokens of the longest sequence that is trained on; longer ones are "

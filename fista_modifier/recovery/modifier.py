@@ -120,7 +120,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
     seed: int = Field(
         default=Training.seed, description="seed of the order of the sequences"
     )
-    piece_length: int | None = Field(
+    piece_length: int = Field(
         default=Training.piece_length,
         description=(
             "tokens of the longest sequence that is trained on; longer ones are cut "

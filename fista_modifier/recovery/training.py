@@ -79,7 +79,7 @@ class Training:
         that their activations need not be kept
     :param seed: seed of the order of the sequences
     :param piece_length: tokens of the longest sequence that is trained on. Longer ones
-        are cut into equal pieces, for more steps; None leaves all whole
+        are cut into equal pieces, as more steps are worth more than a long context
     :param report_to: the tracker that transformers' ``Trainer`` sends the loss to, such
         as "wandb"; "none" for none
     :raises ValueError: if nothing would be trained, the tracker is not installed, or
@@ -91,7 +91,7 @@ class Training:
     batch_size: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
-    piece_length: int | None = None
+    piece_length: int = 512
     report_to: str = "none"
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Training:
                 f"batches of {self.batch_size} train nothing: each has to be positive "
                 "and finite"
             )
-        if self.piece_length is not None and self.piece_length < 2:
+        if self.piece_length < 2:
             raise ValueError(
                 f"pieces of {self.piece_length} tokens have no next token to predict: "
                 "the length has to be 2 at least"
@@ -239,8 +239,7 @@ def train_operators(
     if sharded:
         check_shardable(model, resume)
     train, held = held_out(tokens)
-    if training.piece_length is not None:
-        train = in_pieces(train, training.piece_length)
+    train = in_pieces(train, training.piece_length)
     check_calibration(model, tokens)
     check_calibration(teacher, tokens)
     dtypes = {one.dtype for one in model.parameters()}
