@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from fista_modifier.models.operators import Operator
 
 __all__ = [
-    "check_expert_width",
+    "check_expert_widths",
     "linearize",
     "linearize_weightless",
     "native_experts",
@@ -69,24 +69,27 @@ def linearize_weightless(model: PreTrainedModel) -> None:
         _replace_fused(model, make)
 
 
-def check_expert_width(model: PreTrainedModel, operator: Operator, width: int) -> None:
+def check_expert_widths(model: PreTrainedModel, widths: Mapping[Operator, int]) -> None:
     """
-    Refuse a number of channels with which fused experts could not run: transformers
+    Refuse numbers of channels with which fused experts could not run: transformers
     multiplies them in groups by a kernel that needs rows of whole blocks.
 
     :param model: a model whose experts are linear operators
-    :param operator: one that reads the channels, in an expert or elsewhere
-    :param width: the number of channels that are to stay
-    :raises ValueError: if it is an expert's, and rows would end within a block
+    :param widths: how many channels are to stay, by the operator that reads them, in an
+        expert or elsewhere
+    :raises ValueError: if rows of an expert would end within a block
     """
-    experts = (f"{name}." for name, _ in get_linearized_moes(model))
-    unit = BLOCK_BYTES // operator.module.weight.dtype.itemsize
-    if width % unit and operator.name.startswith(tuple(experts)):
-        raise ValueError(
-            f"multiple_of: experts of {width} channels would stay, and transformers "
-            f"runs those of {operator.module.weight.dtype} only in multiples of "
-            f"{unit}: let multiple_of be one"
-        )
+    experts = tuple(f"{name}." for name, _ in get_linearized_moes(model))
+    for operator, width in widths.items():
+        with disable_onloading():
+            dtype = operator.module.weight.dtype
+        unit = BLOCK_BYTES // dtype.itemsize
+        if width % unit and operator.name.startswith(experts):
+            raise ValueError(
+                f"multiple_of: experts of {width} channels would stay, and "
+                f"transformers runs those of {dtype} only in multiples of {unit}: let "
+                "multiple_of be one"
+            )
 
 
 def _replace_fused(

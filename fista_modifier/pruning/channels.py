@@ -17,7 +17,7 @@ from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.channels.cuts import check_cut
 from fista_modifier.channels.groups import ChannelGroup, Members
 from fista_modifier.channels.layers import ProbedLayer, probed_layers
-from fista_modifier.models.experts import check_expert_width
+from fista_modifier.models.experts import check_expert_widths
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.resizing import ConfigChange, changes_for
@@ -157,8 +157,7 @@ def plan_channels(
         check_apart(of_layer)
     every = [one for of_layer in plans.values() for one in of_layer]
     smaller = [one for one in every if not one.zeroes]
-    for one in smaller:
-        check_expert_width(model, one.consumer[0], one.keep)
+    check_expert_widths(model, {one.consumer[0]: one.keep for one in smaller})
     removed, zeroed = (
         sum(one.parameters * (one.group.size - one.keep) for one in some) / total
         for some in (smaller, [one for one in every if one.zeroes])

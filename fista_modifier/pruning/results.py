@@ -352,7 +352,7 @@ class PruningReport:
 
     def followed_by(self, later: PruningReport) -> PruningReport:
         """
-        Join this report with one of what was pruned in the same model afterwards.
+        Join this report with one of what was done to the same model afterwards.
 
         :param later: the later report
         :return: a report of both
@@ -363,6 +363,10 @@ class PruningReport:
             before = [one for one in self.stored if one.name not in again]
             left = _weights(before) / max(_weights(self.stored), 1)
             share = later.share_of_layers + left * self.share_of_layers
+        earlier = [
+            replace(one, pruned_after=one.pruned_after or bool(later.operators))
+            for one in self.recovery
+        ]
         return replace(
             later,
             model=self.model,
@@ -373,10 +377,7 @@ class PruningReport:
             sizes=self.sizes | later.sizes,
             sparse_by=list(dict.fromkeys((*self.sparse_by, *later.sparse_by))),
             smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
-            recovery=[
-                *(replace(one, pruned_after=True) for one in self.recovery),
-                *later.recovery,
-            ],
+            recovery=[*earlier, *later.recovery],
             calibration=self.calibration or later.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],

@@ -148,8 +148,10 @@ class Training:
 
 
 def _check_tracker(name: str) -> None:
+    if name == "none":
+        return
     installed = get_available_reporting_integrations()
-    if name not in ("none", *installed):
+    if name not in installed:
         raise ValueError(
             f"the loss cannot be sent to {name}, which transformers does not know or "
             f"which is not installed: take one of {', '.join(['none', *installed])}"
