@@ -36,10 +36,12 @@ SCRIPTS = {
     "structured": structured,
     "structured-512": structured,
     "structured-gemma": structured,
+    "structured-peers": structured,
     "recovery": recovery,
     "recovery-gemma": recovery,
     "recovery-headline": recovery,
     "recovery-ideas": recovery_ideas,
+    "recovery-pieces": recovery_ideas,
     "recovery-pieces-gemma": recovery_ideas,
 }
 
