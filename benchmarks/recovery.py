@@ -216,9 +216,8 @@ def table(args: argparse.Namespace, results: Results) -> str:
         f"\n\n{Path(args.model).name} at 2:4, {args.samples} × {args.seq_len} tokens "
         f"of {Path(args.calibration).name}, recovered with --epochs {args.epochs:g} "
         f"--rate {args.rate:g} --piece-len {args.piece_len}; {args.eval_tokens} tokens "
-        "of each text. "
-        f"{inputs.AGREEMENT} Share of the excess: of that of {REFERENCE} alone, mean "
-        "of the texts and seeds. Seconds: of pruning and of recovery.\n"
+        f"of each text. {inputs.AGREEMENT} Share of the excess: of that of {REFERENCE} "
+        "alone, mean of the texts and seeds. Seconds: of pruning and of recovery.\n"
     )
 
 

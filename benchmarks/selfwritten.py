@@ -23,7 +23,6 @@ import inputs
 import torch
 from compare import common_arguments, common_setup, measurement, resumed
 from datasets import Dataset
-from inputs import AGREEMENT, measures, measures_header
 from recovery import prune_and_train
 from tqdm.auto import tqdm
 
@@ -129,19 +128,20 @@ def table(args: argparse.Namespace, results: Results) -> str:
     dense = results.find(method="dense")
     assert dense is not None
     texts = dense["perplexity"]
-    lines = [["dense", "", "", *measures([dense], texts), ""]]
+    lines = [["dense", "", "", *inputs.measures([dense], texts), ""]]
     lines += [
         line(row, dense, results) for row in results.rows if row["method"] != "dense"
     ]
-    header = ["method", "calibrated on", "recovered", *measures_header(texts)]
+    header = ["method", "calibrated on", "recovered", *inputs.measures_header(texts)]
     header.append("share of the excess")
     return markdown_table(header, lines) + (
         f"\n\n{Path(args.model).name} at 2:4. Given: {args.samples} × {args.seq_len} "
         f"tokens of {Path(args.calibration).name}. Own: sequences that the dense model "
         f"wrote from the first {args.prompt} tokens of each, so that there are "
         f"{args.times} times as many tokens in all; more given: as many of the text. "
-        f"{args.eval_tokens} tokens of each text. {AGREEMENT} Share of the excess: of "
-        "that of the method on the given tokens, not recovered, mean of the texts.\n"
+        f"{args.eval_tokens} tokens of each text. {inputs.AGREEMENT} Share of the "
+        "excess: of that of the method on the given tokens, not recovered, mean of the "
+        "texts.\n"
     )
 
 
@@ -158,7 +158,7 @@ def line(row: Row, dense: Row, results: Results) -> list[str]:
         row["method"],
         row["source"],
         "yes" if row["recovered"] else "",
-        *measures([row], texts),
+        *inputs.measures([row], texts),
         share,
     ]
 

@@ -176,9 +176,9 @@ def table(args: argparse.Namespace, results: Results) -> str:
         f"{inputs.AGREEMENT} Share of the excess: of that of {REFERENCE} without "
         "restoration, at the same level with the same tokens, mean of the texts and "
         "seeds. Removed: with values that are zeros in place. Processor time: of "
-        "calibration, pruning and recovery, as a ratio to that of "
-        f"{SPARSEGPT} with the same seed. Seconds: of the seed that was measured last, "
-        "with whatever else ran then.\n"
+        f"calibration, pruning and recovery, as a ratio to that of {SPARSEGPT} with "
+        "the same seed. Seconds: of the seed that was measured last, with whatever "
+        "else ran then.\n"
     )
 
 

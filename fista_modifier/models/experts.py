@@ -80,9 +80,10 @@ def check_expert_widths(model: PreTrainedModel, widths: Mapping[Operator, int]) 
     :raises ValueError: if rows of an expert would end within a block
     """
     experts = tuple(f"{name}." for name, _ in get_linearized_moes(model))
+    with disable_onloading():
+        dtypes = {operator: operator.module.weight.dtype for operator in widths}
     for operator, width in widths.items():
-        with disable_onloading():
-            dtype = operator.module.weight.dtype
+        dtype = dtypes[operator]
         unit = BLOCK_BYTES // dtype.itemsize
         if width % unit and operator.name.startswith(experts):
             raise ValueError(

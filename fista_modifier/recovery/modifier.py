@@ -169,11 +169,12 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
 
         :raises OSError: if there is no such teacher
         :raises ValueError: if nothing is pruned before this step or something is
-            quantised, the settings would train nothing, ``resume_dir`` belongs to
-            another run, there are no calibration data, they are not texts of one
-            length, too few or too long for the model, the model does not predict text,
-            the teacher is another model, the model has changed since it was loaded and
-            no teacher is named, there are several processes, or weights are on a disk
+            quantised, the settings would train nothing or name a tracker that is not
+            installed, ``resume_dir`` belongs to another run, there are no calibration
+            data, they are not texts of one length, too few or too long for the model,
+            the model does not predict text, the teacher is another model, the model has
+            changed since it was loaded and no teacher is named, there are several
+            processes, or weights are on a disk
         """
         self._training = Training(
             self.epochs,

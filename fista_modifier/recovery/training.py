@@ -19,7 +19,7 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 from transformers.integrations import get_available_reporting_integrations
-from transformers.modeling_layers import GradientCheckpointingLayer as _Layer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fista_modifier.data.records import recorded_name
 from fista_modifier.evaluation.agreement import Agreement, block_agreement
@@ -417,7 +417,9 @@ def _without_noise(model: PreTrainedModel) -> Iterator[None]:
     dropout either. A layer counts as in training outside its own forward pass: else it
     would not be run once more in the backward pass.
     """
-    layers = [one for one in model.modules() if isinstance(one, _Layer)]
+    layers = [
+        one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)
+    ]
 
     def before_model(model: torch.nn.Module, _given: Any) -> None:
         model.eval()

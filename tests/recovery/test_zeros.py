@@ -28,6 +28,16 @@ from fista_modifier import KeepZeros, apply_masks_, masks_of
 from fista_modifier.models.masks import fused_experts
 
 HERE = Path(__file__).parent
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 0.01,
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 2,
+    "weight_decay": 0.1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 def pruned(family: str = "llama") -> PreTrainedModel:
@@ -45,19 +55,9 @@ def train(
     model: torch.nn.Module, folder: Path, *callbacks: Any, **settings: Any
 ) -> Trainer:
     """A fine-tuning of six steps, in which every entry gets a gradient."""
-    common: dict[str, Any] = {
-        "learning_rate": 0.01,
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 2,
-        "weight_decay": 0.1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
     trainer = Trainer(
         model,
-        TrainingArguments(output_dir=str(folder), **common | settings),
+        TrainingArguments(output_dir=str(folder), **SETTINGS | settings),
         train_dataset=calibration(),
         data_collator=language_modelling,
         callbacks=list(callbacks),
@@ -153,19 +153,10 @@ def test_trl_keeps_zeros(
 ) -> None:
     model = pruned()
     at_first, before = zeros(model), weights(model)
-    settings = SFTConfig(
-        output_dir=str(tmp_path),
-        learning_rate=0.01,
-        max_steps=3,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
+    own = {"bf16": False, "gradient_checkpointing": False}
     SFTTrainer(
         model,
-        args=settings,
+        args=SFTConfig(output_dir=str(tmp_path), **SETTINGS, **own),
         train_dataset=calibration().select_columns(["input_ids"]),
         processing_class=tiny_tokenizer,
         callbacks=[KeepZeros()],
