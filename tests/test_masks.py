@@ -55,6 +55,22 @@ def test_an_output_embedding_has_a_mask_if_it_was_pruned() -> None:
     assert masks_of(model)["lm_head"].float().mean() == 0.5
 
 
+def test_operators_with_few_zeros_keep_them() -> None:
+    model = tiny_model("llama")
+    prune(
+        model,
+        preset="fast",
+        mask_structure="0:0",
+        sparsity=0.02,
+        targets=["re:.*q_proj"],
+    )
+    modifier = prune(model, preset="fast", targets=["re:.*k_proj"])
+    masks = masks_of(model)
+    few = next(name for name in masks if name.endswith("q_proj"))
+    assert 0 < float((~masks[few]).float().mean()) < 0.03
+    assert masks.keys() > {result.name for result in modifier.results}
+
+
 def test_a_dense_model_has_no_masks() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM has no sparse operator"):
         masks_of(tiny_model("llama"))

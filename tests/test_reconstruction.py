@@ -17,9 +17,14 @@ from transformers import PreTrainedModel
 
 from fista_modifier.calibration.recording import Recorded, Recording
 from fista_modifier.calibration.replay import RealTokens
-from fista_modifier.models.operators import Operator
+from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.pruning.kept_weights import KeptWeights, Watch
 from fista_modifier.pruning.layer_error import _token_errors
-from fista_modifier.pruning.reconstruction import Reconstruction, reconstruct
+from fista_modifier.pruning.reconstruction import (
+    MOST_RATES,
+    Reconstruction,
+    reconstruct,
+)
 
 BATCHES = 64  # of one sequence each
 SEQUENCES = samples(BATCHES, 48, seed=1)
@@ -192,6 +197,32 @@ def test_a_rate_that_is_too_high_is_halved_until_it_is_not():
     assert 64 + 8 * halvings <= steps <= 64 + 32 * halvings
     # each rate sees every batch, in the same order
     assert torch.equal(found, trained(result.rate, good)[0])
+    kept, result, _ = trained(1000, good)
+    assert (result.rate, result.steps) == (1000 / 2 ** (MOST_RATES - 1), 0)
+    assert torch.equal(kept, good)
+
+
+def test_an_expert_takes_a_step_for_each_batch_with_tokens_for_it() -> None:
+    """Momentum must not move it on the others, which the toolkit runs it on, too."""
+    expert = Operator("expert", torch.nn.Linear(8, 5, bias=False))
+    before = expert.weight.clone()
+    batches = [torch.zeros(0, 8)] * 40
+    batches[3] = normal(16, 8)
+
+    def descend(batch: int) -> Tensor:
+        with torch.enable_grad():
+            loss = expert.module(batches[batch]).square().sum()
+            loss.backward()
+        return loss.detach()
+
+    weights = {expert: before.clone()}
+    with replaced_weights(weights):
+        trained = KeptWeights(weights, rate=0.1, steps=40)
+        trained.train(descend, range(40), Watch(lambda _: math.inf, 40))
+    warm_up, decay = 4 / 10, (1 + math.cos(math.pi * 3 / 40)) / 2
+    step = 0.1 * warm_up * decay * float(before.abs().mean())
+    moved = (weights[expert] - before).abs()
+    assert moved == pytest.approx(torch.full_like(moved, step), rel=1e-3)
 
 
 def test_small_steps_are_not_lost_in_a_coarse_dtype():

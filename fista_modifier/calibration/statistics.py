@@ -85,7 +85,10 @@ def _accumulated(
     offload: bool,
 ) -> list[GramStatistics]:
     """Return the statistics of each stage over this rank's batches."""
-    gathered = [empty_statistics(stage.operators, offload) for stage in wave]
+    gathered = [
+        empty_statistics(stage.operators, offload, drifts=replays.differ)
+        for stage in wave
+    ]
     for batch, real in enumerate(real_tokens):
         with replaced_weights(replays.weights, replays.biases):
             partly_pruned = _tokens(wave, replays.pruned[batch], real)

@@ -33,18 +33,25 @@ class PrunedStream:
         :param dense_inputs: the layer's inputs in the dense model
         :param name: the layer's name, for messages
         :return: its inputs in the model pruned so far
-        :raises ValueError: if the layer is not given what the layer before it returned
+        :raises ValueError: if the layer is not given what the layer before it returned,
+            once for each batch
         """
         if self._hidden_states is None:
             return dense_inputs
-        received = next(iter(dense_inputs)).hidden_states
-        if self._dense_output is None or not same_output(received, self._dense_output):
+        if not self._is_followed_by(dense_inputs):
             raise ValueError(
                 f"{name} is not called with the output of the decoder layer before it, "
                 "so error_correction: full cannot follow the pruned model through this "
                 "architecture; use error_correction: intra"
             )
         return dense_inputs.with_hidden_states(self._hidden_states)
+
+    def _is_followed_by(self, dense_inputs: LayerInputs) -> bool:
+        hidden_states, output = self._hidden_states, self._dense_output
+        if hidden_states is None or output is None:
+            return False
+        received = next(iter(dense_inputs)).hidden_states
+        return len(dense_inputs) == len(hidden_states) and same_output(received, output)
 
     def advance(
         self,

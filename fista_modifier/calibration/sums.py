@@ -49,7 +49,8 @@ class SumsInPass:
         """Make the matrices, unless this is not the first call or others have some."""
         if not self._started and not self._others():
             self._sums = {
-                one: empty_statistics([one], self._offload) for one in self._operators
+                one: empty_statistics([one], self._offload, drifts=False)
+                for one in self._operators
             }
         self._started = True
 
@@ -102,17 +103,20 @@ class SumsInPass:
         return taken
 
 
-def empty_statistics(operators: Sequence[Operator], offload: bool) -> GramStatistics:
+def empty_statistics(
+    operators: Sequence[Operator], offload: bool, *, drifts: bool
+) -> GramStatistics:
     """
     Return statistics of zero tokens for operators that share their input.
 
     :param operators: all operators that are given the input
     :param offload: whether to keep n×n matrices in main memory
+    :param drifts: whether X* may differ from X
     :return: the statistics, on the device that executes the operators
     """
-    weights = [operator.weight for operator in operators]
+    weights = [operator.weight for operator in operators] if drifts else []
     device = get_execution_device(operators[0].module)
-    return GramStatistics.empty(weights[0].shape[1], device, weights, offload)
+    return GramStatistics.empty(operators[0].shape[1], device, weights, offload)
 
 
 def check_finite(stage: Stage, statistics: GramStatistics) -> None:

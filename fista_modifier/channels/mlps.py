@@ -155,14 +155,14 @@ class MLPTokens:
     def _dense_outputs(self, batch: int) -> Tensor:
         """Return yᵀ = (W X)ᵀ of one batch, float32 tokens×m."""
         real, recorded = self._real_tokens[batch], self._replays.outputs
-        weight, bias = self._consumer.weight.float(), self._consumer.module.bias
+        weight, bias = self._consumer.weight, self._consumer.module.bias
         if recorded is not None:
             found = real_rows(recorded[batch], real.own).to(weight.device).float()
             return found if bias is None else found - bias.float()
         call: LayerCall = self._replays.dense[batch]
         seen = real_inputs_of({self._consumer.module: self._calls}, call, real)
         rows = seen[self._consumer.module]
-        return self._cat(rows, self._consumer).float() @ weight.T
+        return self._cat(rows, self._consumer).float() @ weight.float().T
 
 
 def _smallest_around(

@@ -21,27 +21,24 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     is trained, or an adapter is merged into it.
 
     :param model: a model with pruned linear operators
-    :return: bool out×in of each linear operator of which more than 5 % are zeros, also
-        of an output embedding, by its name: True where an entry is not zero. For a
-        mixture whose experts transformers has fused, also experts×…×… of each such
-        weight, by the weight's name
-    :raises ValueError: if the model has no such operator or weight, or has adapters
+    :return: bool out×in of each linear operator that has zeros, also of an output
+        embedding, by its name: True where an entry is not zero. For a mixture whose
+        experts transformers has fused, also experts×…×… of each such weight, by the
+        weight's name
+    :raises ValueError: if no operator or weight of the model has more than 5 % zeros,
+        or if the model has adapters
     """
     check_no_adapters(model, "take the masks before they are added")
     masks = {one.name: one.weight != 0 for one in operators_in(model, "")}
     for name, weight in fused_experts(model).items():
         masks[name] = weight.data != 0
-    sparse = {
-        name: mask
-        for name, mask in masks.items()
-        if float((~mask).float().mean()) > ZEROS
-    }
-    if not sparse:
+    zeros = {name: float((~mask).float().mean()) for name, mask in masks.items()}
+    if max(zeros.values(), default=0) <= ZEROS:
         raise ValueError(
             f"{type(model).__name__} has no sparse operator: take its masks before it "
             "is trained"
         )
-    return sparse
+    return {name: masks[name] for name, share in zeros.items() if share}
 
 
 def apply_masks_(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:

@@ -117,11 +117,9 @@ def _write(module: torch.nn.Module, name: str, value: Tensor) -> None:
     if stored.shape == value.shape:
         update_offload_parameter(module, name, value)
         return
-    parameter = torch.nn.Parameter(value.to(stored.dtype), stored.requires_grad)
-    if isinstance(module._parameters, OffloadCache):
-        module._parameters[name] = parameter
-    else:
-        setattr(module, name, torch.nn.Parameter(parameter.to(stored.device)))
+    offloaded = isinstance(module._parameters, OffloadCache)
+    value = value.to(stored.dtype) if offloaded else value.to(stored)
+    module._parameters[name] = torch.nn.Parameter(value, stored.requires_grad)
 
 
 def operators_in(module: torch.nn.Module, name: str) -> list[Operator]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -97,6 +97,7 @@ class KeptWeights:
             )
             for operator, master in self._masters.items()
         }
+        self._reached: set[Operator] = set()
         self._schedules = [
             LambdaLR(optimizer, partial(_share_of_rate, steps))
             for optimizer in self._optimizers.values()
@@ -116,6 +117,7 @@ class KeptWeights:
         """
         with self._following_gradients():
             for batch in batches:
+                self._reached.clear()
                 error = descend(batch)
                 for schedule in self._schedules:
                     schedule.step()
@@ -127,28 +129,35 @@ class KeptWeights:
     def _following_gradients(self) -> Iterator[None]:
         """
         Let the backward passes within the context take the steps. An expert that no
-        token of a batch is routed to has no gradient, and takes no step.
+        token of a batch is routed to takes no step.
         """
-        for operator in self._weights:
-            # The new gradient would be added to an old one.
-            operator.module.weight.grad = None
-        hooks = [
-            operator.module.weight.register_post_accumulate_grad_hook(
-                partial(self._step, operator)
-            )
-            for operator in self._weights
-        ]
-        try:
+        with ExitStack() as hooks:
+            for operator in self._weights:
+                module = operator.module
+                # The new gradient would be added to an old one.
+                module.weight.grad = None
+                note = partial(self._note_tokens, operator)
+                step = partial(self._step, operator)
+                hooks.enter_context(module.register_forward_pre_hook(note))
+                hooks.callback(
+                    module.weight.register_post_accumulate_grad_hook(step).remove
+                )
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def _note_tokens(
+        self, operator: Operator, _module: torch.nn.Module, args: tuple[Tensor, ...]
+    ) -> None:
+        """The toolkit runs experts on no tokens, too: their gradients are zeros."""
+        if torch.is_grad_enabled() and args[0].numel():
+            self._reached.add(operator)
 
     def _step(self, operator: Operator, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        if operator not in self._reached:
+            return
         master, weight = self._masters[operator], self._weights[operator]
-        master.grad = self._entries(operator.oriented(parameter.grad), operator)
-        parameter.grad = None
+        master.grad = self._entries(operator.oriented(gradient), operator)
         self._optimizers[operator].step()
         master.grad = None
         weight.view(-1).scatter_(0, self._kept[operator].long(), master.to(weight))

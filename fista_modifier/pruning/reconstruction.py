@@ -185,7 +185,7 @@ def _train(
     :param rate: the highest rate to try
     :param steps: number of steps
     :param on_batch: called after each batch
-    :return: the rate of the training
+    :return: the rate of the last training that was tried
     """
 
     def start_error_of(batch: int) -> float:
@@ -200,18 +200,17 @@ def _train(
         on_batch()
         return loss.detach()
 
-    for _ in range(MOST_RATES):
+    for tried in [rate * 0.5**halvings for halvings in range(MOST_RATES)]:
         order = _shuffled(range(len(layer)))
         watch = Watch(start_error_of, steps)
         # not bound to a name, so that only one training is in memory at a time
-        if KeptWeights(current, rate, steps).train(
+        if KeptWeights(current, tried, steps).train(
             descend, islice(order, steps), watch
         ):
             break
         for operator, weight in pruned.items():
             current[operator].copy_(weight)
-        rate /= 2
-    return rate
+    return tried
 
 
 def _shuffled(batches: Sequence[int]) -> Iterator[int]:

@@ -86,9 +86,8 @@ class Schedule:
         self._passes = CalibrationPasses(
             model, layers, resources.storage, self._resumption.compares_data
         )
-        self._stream = (
-            PrunedStream(resources.storage) if procedure.chains_layers else None
-        )
+        self._followed = _pruned_span(layers) if procedure.chains_layers else []
+        self._stream = PrunedStream(resources.storage)
         # A layer is to be pruned until the pipeline has left it.
         self._to_prune = {layer for layer in chosen if layer.operators}
         self._to_prune -= self._resumption.look_for(layers)
@@ -116,7 +115,7 @@ class Schedule:
         for layer in self.layers:
             if layer in self._to_prune:
                 wanted = self.procedure.recorded(layer)
-            elif self._stream:
+            elif layer in self._followed:
                 wanted = Recorded()
             else:
                 continue
@@ -148,12 +147,16 @@ class Schedule:
         here = set(modules)
         if self._model in here:
             self._passes.check_any_ran()
-        with calibration_runs(self._model):
-            for layer in self.layers:
-                if layer.module in here:
-                    self._leave(layer)
+        for layer in self.layers:
+            if layer.module in here:
+                self._leave(layer)
 
     def _leave(self, layer: DecoderLayer) -> None:
+        # Onloaded weights stay until the context ends: one layer at a time.
+        with calibration_runs(self._model):
+            self._go_on_from(layer)
+
+    def _go_on_from(self, layer: DecoderLayer) -> None:
         self._resumption.check_data(self._passes.digests)
         if layer in self._to_prune:
             self._to_prune.remove(layer)
@@ -213,7 +216,7 @@ class Schedule:
     def _pruned_inputs(
         self, layer: DecoderLayer, recording: Recording
     ) -> LayerInputs | None:
-        if self._stream is None or not layer.in_sequence:
+        if layer not in self._followed:
             return None
         return self._stream.inputs_of(recording.inputs, layer.name)
 
@@ -229,8 +232,9 @@ class Schedule:
             for one in layer.operators
             if one.name in pruned.biases
         }
+        # They wait in main memory, as the pipeline may leave all layers at once.
         self._unstored += [
-            (one, weight, biases.get(one)) for one, weight in weights.items()
+            (one, weight.cpu(), biases.get(one)) for one, weight in weights.items()
         ]
         self.results += pruned.operators
         if pruned.reconstruction:
@@ -245,10 +249,10 @@ class Schedule:
         recording: Recording | None,
     ) -> None:
         """
-        Run the pruned layer to get the inputs of the next, if layers depend on how
-        those before them were pruned.
+        Run the pruned layer to get the inputs of the next, if another one follows that
+        depends on them.
         """
-        if self._stream and layer.in_sequence and recording:
+        if layer in self._followed[:-1] and recording and len(recording.inputs):
             with self._passes.running(layer):
                 inputs = self._stream.inputs_of(recording.inputs, layer.name)
                 onloaded = {one: new.to(one.weight) for one, new in weights.items()}
@@ -262,17 +266,17 @@ class Schedule:
 
         :raises ValueError: if nothing was pruned, and no layer is left to other runs
         """
-        with calibration_runs(self._model):
-            for layer in self.layers:
-                # The pipeline may run a layer within a function of its own, and then
-                # does not leave it.
-                waits = layer in self._resumption.on_disk - self._finished
-                if waits or (
-                    layer in self._to_prune
-                    and all(self._ranks.all(self._passes.has_run(layer)))
-                ):
-                    self._leave(layer)
-            if self._rounds:
+        for layer in self.layers:
+            # The pipeline may run a layer within a function of its own, and then does
+            # not leave it.
+            waits = layer in self._resumption.on_disk - self._finished
+            if waits or (
+                layer in self._to_prune
+                and all(self._ranks.all(self._passes.has_run(layer)))
+            ):
+                self._leave(layer)
+        if self._rounds:
+            with calibration_runs(self._model):
                 self._prune_round()
         self.store()
         if self._to_prune:
@@ -289,7 +293,8 @@ class Schedule:
                 "of the operators that can be pruned (see the warnings above). With "
                 "pipeline='basic' oneshot runs the model as a whole"
             )
-        self._stream = None  # The user may keep the modifier, not the activations.
+        # The user may keep the modifier, not the activations.
+        self._stream = PrunedStream(self._resources.storage)
 
     def store(self) -> None:
         """
@@ -306,3 +311,17 @@ class Schedule:
         for operator, weight, bias in self._unstored:
             if operator.is_resized_by(weight) == resized:
                 operator.save(weight, bias)
+
+
+def _pruned_span(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
+    """
+    Return the layers from the first that has operators to the last. Those before have
+    the dense model's inputs, and nobody reads the outputs of those behind, which may be
+    of another tower.
+
+    :param layers: layers of the model
+    :return: the decoder layers between, in order
+    """
+    in_sequence = [layer for layer in layers if layer.in_sequence]
+    pruned = [number for number, layer in enumerate(in_sequence) if layer.operators]
+    return in_sequence[pruned[0] : pruned[-1] + 1] if pruned else []

@@ -206,7 +206,8 @@ class StructuredProcedure(CorrectedProcedure):
         for operator, plan in plans.items():
             # No token reaches the operator, as it is an expert.
             if operator not in weights:
-                problem = _problem(plan, empty_statistics([operator], task.offload))
+                empty = empty_statistics([operator], task.offload, drifts=False)
+                problem = _problem(plan, empty)
                 add(self._choice(plan, problem), problem)
         return chosen
 

@@ -90,16 +90,15 @@ class PivotTable:
         """
         return energies(self.outputs, self.blocks) - self._damped
 
-    def worths_without(self, channel: Tensor) -> tuple[Tensor, Tensor]:
+    def worths_without(self, channel: Tensor, removed: Tensor) -> Tensor:
         """
         Return by how much E would fall if a channel left and a removed one then
         returned. The fall is to be compared with the worth of ``channel``.
 
         :param channel: the channel that would leave S, a scalar
-        :return: the channels in R, and by how much E would fall if each of them
-            returned
+        :param removed: the channels in R
+        :return: by how much E would fall if each of them returned
         """
-        removed = (~self.kept).nonzero().squeeze(1)
         columns = self._columns(removed)
         own = self._columns(channel.reshape(1))
         ties = self.table[own[:, None], columns]
@@ -108,7 +107,7 @@ class PivotTable:
         split = (self.size, len(removed), self.size)
         freed = torch.einsum("iar,ias->ars", ties.view(split), shares.view(split))
         gains = energies(outputs, self.blocks[removed] + freed)
-        return removed, gains - self._damped[removed]
+        return gains - self._damped[removed]
 
     def flip(self, channel: Tensor) -> None:
         """
@@ -117,7 +116,8 @@ class PivotTable:
         :param channel: the index of the channel, a scalar (on the table's device, so
             that no step waits for the host)
         """
-        own = self._columns(channel.reshape(1))
+        channel = channel.reshape(1)  # a scalar as an index would be read by the host
+        own = self._columns(channel)
         sign = torch.where(self.kept[channel], -1.0, 1.0)
         pivot = torch.linalg.inv_ex(self.table[own[:, None], own]).inverse
         row = self.table[own]

@@ -95,13 +95,14 @@ class LocalSearch:
         """
         costs = table.worths().masked_fill(~table.kept, torch.inf)
         order = costs.argsort()[: min(self.candidates, int(table.kept.sum()))]
-        trials = [table.worths_without(channel) for channel in order]
-        gains = torch.stack([worths for _, worths in trials]) - costs[order, None]
+        removed = (~table.kept).nonzero().squeeze(1)
+        trials = [table.worths_without(channel, removed) for channel in order]
+        gains = torch.stack(trials) - costs[order, None]
         gains = gains.nan_to_num(-torch.inf)  # hidden by rounding
         best, partner = divmod(int(gains.argmax()), gains.shape[1])
         if not gains[best, partner] > GAIN * costs[order[best]].abs():
             return None
-        return order[best], trials[best][0][partner]
+        return order[best], removed[partner]
 
 
 def damped_error(problem: ChannelProblem, kept: Tensor, dampening_frac: float) -> float:

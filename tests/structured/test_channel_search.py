@@ -69,9 +69,8 @@ def test_swaps_are_changes_of_the_least_squares_error(size):
     kept = {0, 2, 3, 5}
     table = table_of(problem, torch.tensor(sorted(kept)), DAMPING)
     for leaving in kept:
-        removed, worths = table.worths_without(torch.tensor(leaving))
-        assert removed.tolist() == [1, 4]
-        for channel, worth in zip(removed.tolist(), worths.tolist(), strict=True):
+        worths = table.worths_without(torch.tensor(leaving), torch.tensor([1, 4]))
+        for channel, worth in zip([1, 4], worths.tolist(), strict=True):
             rest = kept - {leaving}
             expected = error(rest) - error(rest | {channel})
             assert worth == pytest.approx(expected, rel=1e-3, abs=1e-5)

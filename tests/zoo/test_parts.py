@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,25 @@ def test_the_pruned_model_is_followed_where_images_are_left_alone() -> None:
         Specimen("llava_image"), error_correction="full", ignore=ignore
     )
     assert len(modifier.results) == 14
+
+
+@pytest.mark.parametrize("name", ["t5_s2s", "bart_s2s"])
+@pytest.mark.parametrize("other", ["encoder", "decoder"])
+def test_the_pruned_model_is_followed_through_one_part_beside_another(
+    name: str, other: str
+) -> None:
+    def errors(error_correction: str) -> dict[str, float]:
+        _, modifier = pruned(
+            Specimen(name),
+            error_correction=error_correction,
+            preset="fast",
+            ignore=[*IGNORE, f"re:.*{other}.*"],
+        )
+        return {result.name: result.relative_error for result in modifier.results}
+
+    layerwise, followed = errors("intra"), errors("full")
+    assert list(followed) == list(layerwise)
+    # The keys and values of cross-attention come from the dense encoder.
+    dense_input = r"\.(block|layers)\.0\.|(EncDecAttention|encoder_attn)\.[kv]"
+    same = {one for one in followed if followed[one] == layerwise[one]}
+    assert same == {one for one in followed if re.search(dense_input, one)}
