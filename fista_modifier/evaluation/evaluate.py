@@ -23,6 +23,7 @@ from fista_modifier.evaluation.engines import (
     TransformersEngine,
     check_installed,
     start,
+    vllm_package,
 )
 from fista_modifier.evaluation.formatting import markdown_table, with_error
 from fista_modifier.evaluation.perplexity import Perplexity
@@ -132,7 +133,7 @@ class Evaluation:
 
     def _setup(self) -> dict[str, Any]:
         """Return the settings that all rows of one table share."""
-        packages = ["vllm"] if self.backend == "vllm" else []
+        packages = [vllm_package()] if self.backend == "vllm" else []
         reference = {}
         if self.reference is not None:
             state = state_of_checkpoint(self.reference)
