@@ -139,7 +139,7 @@ class _Search:
         shown = []
         for bit in codes.bits:
             chosen = [some[bit[: len(some)]] for some in columns]
-            mask = self._mask(torch.cat(chosen), self._probe.column_counts)
+            mask = _mask_at(torch.cat(chosen), sum(self._probe.column_counts))
             shown.append(self._probe.rows_before(mask))
         patterns = torch.stack(shown)
         for consumer, some in zip(consumers, columns, strict=True):
@@ -176,7 +176,7 @@ class _Search:
             label_of_column.scatter_reduce_(0, columns, label_of_row[rows], "amin")
             label_of_row.scatter_reduce_(0, rows, label_of_column[columns], "amin")
         label_of_column[label_of_column == len(label_of_row)] = -1
-        label_of_row[self._mask(rows, probe.row_counts).logical_not()] = -1
+        label_of_row[_mask_at(rows, sum(probe.row_counts)).logical_not()] = -1
         return self._labelled(label_of_row, label_of_column, "channels")
 
     def _labelled(
@@ -288,7 +288,7 @@ class _Search:
         found: list[Members | None] = [None] * len(groups)
         for place in range(max(map(len, candidates), default=0)):
             tried = [some[place : place + 1] for some in candidates]
-            rows = self._mask_of(
+            rows = self._members_mask(
                 [one for some in tried for one in some], self._probe.row_counts, None
             )
             linear = self._probe.columns_linear_in(rows)
@@ -428,12 +428,12 @@ class _Search:
         """
         Return the mask of the rows of a group's chosen channels; None chooses all.
         """
-        return self._mask_of(group.producers, self._probe.row_counts, chosen)
+        return self._members_mask(group.producers, self._probe.row_counts, chosen)
 
     def _columns(self, group: ChannelGroup, chosen: Tensor | None = None) -> Tensor:
-        return self._mask_of(group.consumers, self._probe.column_counts, chosen)
+        return self._members_mask(group.consumers, self._probe.column_counts, chosen)
 
-    def _mask_of(
+    def _members_mask(
         self, members: Sequence[Members], counts: list[int], chosen: Tensor | None
     ) -> Tensor:
         mask = torch.zeros(sum(counts), dtype=torch.bool)
@@ -441,11 +441,6 @@ class _Search:
             some = indices if chosen is None else indices[chosen]
             place = self._places[operator]
             mask[some + sum(counts[:place])] = True
-        return mask
-
-    def _mask(self, indices: Tensor, counts: list[int]) -> Tensor:
-        mask = torch.zeros(sum(counts), dtype=torch.bool)
-        mask[indices] = True
         return mask
 
 
@@ -462,6 +457,13 @@ def _candidates(group: ChannelGroup) -> list[Members]:
         for operator, indices in group.producers
         for rows in torch.split(indices, 1, dim=1)
     ]
+
+
+def _mask_at(indices: Tensor, size: int) -> Tensor:
+    """Return the mask of some entries, bool size."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[indices] = True
+    return mask
 
 
 def _first(mask: Tensor) -> Tensor:

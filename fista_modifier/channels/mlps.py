@@ -20,6 +20,7 @@ from fista_modifier.calibration.replays import Replays
 from fista_modifier.channels.groups import ChannelGroup
 from fista_modifier.models.experts import routing_real_tokens
 from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.structured.alternating import MLPBatch
 
 __all__ = ["MLPTokens"]
 
@@ -73,16 +74,16 @@ class MLPTokens:
             for batch in range(len(real_tokens))
         ]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[MLPBatch]:
         """
-        Yield the tokens of each batch.
+        Yield the tokens of each batch, any number of times.
 
         :return: x*ᵀ (with a last feature of ones if the linear producer has a bias),
-            a*ᵀ and yᵀ = (W X)ᵀ of each batch, tokens×d, tokens×c and tokens×m
+            a*ᵀ and yᵀ = (W X)ᵀ of each batch
         """
         for batch, outputs in enumerate(self._outputs):
             inputs, activations = self._tokens(batch)
-            yield inputs, activations, outputs.to(inputs.device)
+            yield MLPBatch(inputs, activations, outputs.to(inputs.device))
             self._on_batch()
 
     def fault(self) -> str | None:
@@ -92,6 +93,7 @@ class MLPTokens:
         :return: the reason; None if they are
         """
         for inputs, activations, outputs in self:
+            assert activations is not None, "what the channels are multiplied by"
             if not len(inputs) == len(activations) == len(outputs):
                 return (
                     f"{self._consumer.name} reads {len(activations)} tokens in the "

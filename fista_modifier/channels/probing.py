@@ -148,7 +148,7 @@ class Probe:
         :param operator: one of the probe's operators
         :return: mask of its columns
         """
-        return _mask_of(self.operators.index(operator), self.column_counts)
+        return _block_mask(self.operators.index(operator), self.column_counts)
 
     def rows_before(self, columns: Tensor) -> Tensor:
         """
@@ -451,7 +451,8 @@ def _some(marked: Tensor) -> Tensor:
     return marked.reshape(-1, marked.shape[-1]).any(0).cpu()
 
 
-def _mask_of(place: int, counts: Sequence[int]) -> Tensor:
+def _block_mask(place: int, counts: Sequence[int]) -> Tensor:
+    """Return the mask of one operator's entries among those of all."""
     masks = [torch.zeros(size, dtype=torch.bool) for size in counts]
     masks[place].fill_(True)
     return torch.cat(masks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +15,6 @@ from fista_modifier.pruning.channels import GroupPlan
 from fista_modifier.pruning.procedures import LayerTask
 from fista_modifier.structured import (
     Alternation,
-    MLPBatch,
     PrunedChannels,
     mlp_error,
     rounded_change,
@@ -40,16 +38,6 @@ class Alternated:
     producer: Operator
     weight: Tensor
     bias: Tensor | None
-
-
-class _Batches:
-    """The batches of an MLP's tokens, which can be passed over any number of times."""
-
-    def __init__(self, tokens: MLPTokens) -> None:
-        self._tokens = tokens
-
-    def __iter__(self) -> Iterator[MLPBatch]:
-        return (MLPBatch(*fields) for fields in self._tokens)
 
 
 def alternated(
@@ -90,13 +78,13 @@ def alternated(
     if faults:
         logger.warning(f"{faults[0]}: its weights are those of least squares")
         return None
-    batches, total = _Batches(tokens), task.ranks.sum
+    total = task.ranks.sum
     start = _rows(producer, tokens.rows)
-    found = alternation(batches, start, pruned.weight, pruned.bias, total)
+    found = alternation(tokens, start, pruned.weight, pruned.bias, total)
     up = found.up.to(producer.weight.dtype)
     down = found.down.to(consumer.weight.dtype)
     bias = rounded_change(found.bias, consumer.module.bias)
-    error = mlp_error(batches, up.float(), down.float(), bias, total)
+    error = mlp_error(tokens, up.float(), down.float(), bias, total)
     if not error < found.errors[0]:
         return None
     better = replace(pruned, weight=down, bias=bias, error=error)

@@ -41,35 +41,28 @@ class LayerObjective:
         self.quadratic = quadratic
 
     @cached_property
-    def _drifts(self) -> tuple[Tensor | None, float]:
+    def _drift(self) -> tuple[Tensor | None, float]:
         """
         W Δ X*ᵀ, m×n, and ‖W Δ‖_F², the error of W itself; None and 0 where X* = X.
         """
         drift = self.quadratic.statistics.drift
         return (None, 0.0) if drift is None else drift.of(self.weight)
 
-    @property
-    def _drift(self) -> Tensor | None:
-        return self._drifts[0]
-
-    @property
-    def _drift_error(self) -> float:
-        return self._drifts[1]
-
     @cached_property
     def target(self) -> Tensor:
         """B = W X X*ᵀ, m×n, the linear term of f."""
-        product = self.quadratic.times_gram(self.weight)
-        return product if self._drift is None else product.sub_(self._drift)
+        product, (drift, _) = self.quadratic.times_gram(self.weight), self._drift
+        return product if drift is None else product.sub_(drift)
 
     @cached_property
     def output_norm(self) -> float:
         """
         ‖W X‖_F, the size of the dense output and the yardstick of relative errors.
         """
-        squared = self._form(self.weight) + self._drift_error
-        if self._drift is not None:
-            squared -= 2 * inner(self.weight, self._drift)
+        drift, own_error = self._drift
+        squared = self._form(self.weight) + own_error
+        if drift is not None:
+            squared -= 2 * inner(self.weight, drift)
         return math.sqrt(max(squared, 0.0))
 
     def gradient(
@@ -97,10 +90,11 @@ class LayerObjective:
         :param candidate: V, m×n
         :return: ‖V X* − W X‖_F over all calibration tokens
         """
+        drift, own_error = self._drift
         difference = candidate - self.weight
-        squared = self._form(difference) + self._drift_error
-        if self._drift is not None:
-            squared += 2 * inner(difference, self._drift)
+        squared = self._form(difference) + own_error
+        if drift is not None:
+            squared += 2 * inner(difference, drift)
         return math.sqrt(max(squared, 0.0))
 
     def _form(self, weight: Tensor) -> float:

@@ -147,7 +147,12 @@ class Alternation:
         errors = [mlp_error(batches, up, down, bias, total)]
         for _ in range(self.rounds):
             down, bias = down_given_up(
-                batches, up, down, self.dampening_frac, bias, total
+                batches,
+                up,
+                down,
+                self.dampening_frac,
+                total,
+                intercept=bias is not None,
             )
             errors.append(mlp_error(batches, up, down, bias, total))
             up = up_given_down(
@@ -195,18 +200,19 @@ def down_given_up(
     up: Tensor,
     down: Tensor,
     dampening_frac: float = DAMPENING,
-    bias: Tensor | None = None,
     total: Sum = _alone,
+    *,
+    intercept: bool = False,
 ) -> Restored:
     """
-    Solve for D, and for c if there is a bias, given U.
+    Solve for D, and for c if there is one, given U.
 
     :param batches: the tokens
     :param up: U, float32 c×d
     :param down: D₀, float32 m×c
     :param dampening_frac: δ, as a fraction of the hidden features' typical power
-    :param bias: None if c has to be zero; otherwise its value does not matter
     :param total: sums over all processes that have tokens
+    :param intercept: whether c may be other than zero
     :return: the damped least squares D, m×c, and the c that goes with it
     """
     # What the statistics call drift is the error of D₀, whatever the shape of D is.
@@ -219,7 +225,7 @@ def down_given_up(
         total(one)
     statistics.tokens = int(tokens)
     columns = torch.arange(down.shape[1], device=down.device)
-    if bias is None:
+    if not intercept:
         objective = LayerObjective(down, damped_quadratic(statistics, dampening_frac))
         return Restored(least_squares(objective, columns), None)
     means = FeatureMeans.of(statistics, down)
