@@ -1,5 +1,6 @@
 """
-Perplexity of a pruned model, quantised by three quantisers that follow in its recipe.
+Perplexity of a pruned model that is quantised by three quantisers, and its agreement
+with the dense one.
 
 The model is pruned to 2:4 once, with the default preset. Each quantiser then starts
 from the same pruned checkpoint and calibrates on the same tokens. Every checkpoint is
@@ -22,9 +23,11 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 from fista_modifier import MaskedGPTQModifier, pipeline
+from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE, block_agreement
 from fista_modifier.evaluation.formatting import markdown_table
 from fista_modifier.evaluation.methods import IGNORE, recipe
-from fista_modifier.evaluation.perplexity import perplexity
+from fista_modifier.evaluation.perplexity import Perplexity, block_losses, token_blocks
+from fista_modifier.evaluation.results import Row
 from fista_modifier.solver import NofM
 
 # 576 columns are no multiple of W4A16's groups of 128
@@ -72,8 +75,14 @@ def main() -> None:
 
     tokenizer = pipeline.load_tokenizer(args.model)
     data = inputs.calibration(args)
-    names = (text.stem for text in args.text)
-    header = ["scheme", "quantised by", *names, "zeros lost"]
+    dense = pipeline.load_model(args.model)
+    blocks = {
+        text.stem: token_blocks(
+            tokenizer, text.read_text(encoding="utf-8"), args.seq_len, args.eval_tokens
+        )
+        for text in args.text
+    }
+    header = ["scheme", "quantised by", *inputs.measures_header(blocks), "zeros lost"]
     rows: list[list[str]] = []
 
     def checkpoint(folder: Path, start: str | Path, modifier: Modifier) -> Path:
@@ -86,18 +95,16 @@ def main() -> None:
     def add(scheme: str, quantiser: str, folder: str | Path) -> None:
         lost = 100 * revived(folder, zeros) if zeros else 0.0
         model = pipeline.load_model(str(folder))
-        found = [
-            perplexity(
-                model,
-                tokenizer,
-                text.read_text(encoding="utf-8"),
-                seq_len=512,
-                max_tokens=args.eval_tokens,
-            ).value
-            for text in args.text
-        ]
-        cells = [f"{value:.2f}" for value in found]
-        rows.append([scheme, quantiser, *cells, f"{lost:.2f} %"])
+        row: Row = {"perplexity": {}, SHARE: {}, DIVERGENCE: {}}
+        for name, tokens in blocks.items():
+            losses = block_losses(model, tokens)
+            found = Perplexity.of_blocks(losses, args.seq_len)
+            same = block_agreement(model, dense, tokens)
+            row["perplexity"][name] = found.value
+            row[SHARE][name], row[DIVERGENCE][name] = same.share, same.divergence
+        rows.append(
+            [scheme, quantiser, *inputs.measures([row], blocks), f"{lost:.2f} %"]
+        )
         inputs.show(args.out, markdown_table(header, rows) + "\n")
 
     zeros: dict[str, torch.Tensor] = {}
