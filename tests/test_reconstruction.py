@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fista_modifier.calibration.recording import Recorded, Recording
 from fista_modifier.calibration.replay import RealTokens
 from fista_modifier.models.operators import Operator, replaced_weights
+from fista_modifier.pruning import reconstruction
 from fista_modifier.pruning.kept_weights import KeptWeights, Watch
 from fista_modifier.pruning.layer_error import _token_errors
 from fista_modifier.pruning.reconstruction import (
@@ -202,6 +203,38 @@ def test_a_rate_that_is_too_high_is_halved_until_it_is_not():
     assert torch.equal(kept, good)
 
 
+def test_a_step_has_as_many_tokens_however_they_are_batched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sequences = torch.cat([normal(1, 64, 8, seed=seed) for seed in range(8)])
+
+    def trained(batch_size: int, tokens: int = 16) -> tuple[Tensor, Any, int]:
+        layer = Layer()
+        recording, operator = recorded(layer, list(sequences.split(batch_size)))
+        start = layer.linear.weight.data * (normal(5, 8, seed=7) > 0)
+        calls: list[None] = []
+        monkeypatch.setattr(reconstruction, "STEP_TOKENS", tokens)
+        weights, result = reconstruct(
+            recording,
+            recording.inputs,
+            {operator: start},
+            Reconstruction(epochs=2),
+            lambda: calls.append(None),
+        )
+        assert torch.equal(layer.linear.weight.data, Layer().linear.weight.data)
+        return weights[operator], result, len(calls)
+
+    alone, result, steps = trained(1)
+    assert result.steps == steps == 2 * 8 * 4
+    assert result.error < result.start_error
+    for batch_size in (2, 8):
+        together, result, steps = trained(batch_size)
+        assert result.steps == steps == 2 * 8 * 4
+        assert torch.allclose(together, alone, rtol=1e-4, atol=1e-6)
+    for tokens, expected in ((64, 8), (128, 4), (1024, 1)):
+        assert trained(8, tokens)[1].steps == 2 * expected
+
+
 def test_an_expert_takes_a_step_for_each_batch_with_tokens_for_it() -> None:
     """Momentum must not move it on the others, which the toolkit runs it on, too."""
     expert = Operator("expert", torch.nn.Linear(8, 5, bias=False))
@@ -250,9 +283,18 @@ def outputs(model: PreTrainedModel, layer: int, sequences: Tensor) -> Tensor:
     return states[layer + 1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_layers_errors_are_those_of_plain_runs(family):
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [(family, 1) for family in FAMILIES]
+    + [(family, 3) for family in ("llama", "gemma2", "gpt2")],
+)
+def test_the_first_layers_errors_are_those_of_plain_runs(
+    family: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Measured on every sixteenth batch; the first layer's input is dense."""
+    if parts > 1:
+        length = SEQUENCES.shape[1] // parts
+        monkeypatch.setattr(reconstruction, "STEP_TOKENS", length)
     dense, start, trained = (tiny_model(family) for _ in range(3))
     prune(start, **TRAINED | {"reconstruction_epochs": 0})
     modifier = prune(trained, **TRAINED)
@@ -269,7 +311,7 @@ def test_the_first_layers_errors_are_those_of_plain_runs(family):
     assert math.isclose(result.start_error, error(start), rel_tol=1e-3)
     assert math.isclose(result.error, error(trained), rel_tol=1e-3)
     assert result.error < result.start_error
-    assert result.steps == 2 * BATCHES
+    assert result.steps == 2 * BATCHES * parts
     assert modifier.reconstructions.keys() == {
         f"{FAMILIES[family].layers}.{layer}" for layer in range(2)
     }

@@ -7,6 +7,7 @@ import math
 from fista_modifier.cost.shape import LayerShape, StageShape
 from fista_modifier.cost.solvers import entries_of
 from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
+from fista_modifier.pruning.reconstruction import STEP_TOKENS
 
 __all__ = [
     "KEPT",
@@ -90,7 +91,7 @@ def reconstruction_memory(
     weights in their own dtype, the kept ones in float32, Adam's two moments of these
     and their places; the largest gradient, once whole and once for the kept weights,
     with their places in 64 bits and their new values; and the activations of a
-    sequence.
+    piece of a sequence.
 
     :param shape: the shape of the model's layers
     :param weight_bytes: bytes of a stored weight
@@ -104,7 +105,7 @@ def reconstruction_memory(
         for stage in shape.stages
     )
     gradient = (weight_bytes + (weight_bytes + 3 * FLOAT32) * kept) * largest
-    return trained + gradient + ACTIVATION * features * shape.seq_len
+    return trained + gradient + ACTIVATION * features * min(shape.seq_len, STEP_TOKENS)
 
 
 def recorded_memory(

@@ -14,7 +14,7 @@ from fista_modifier.cost.shape import LayerShape, StageShape
 from fista_modifier.cost.solvers import work_of
 from fista_modifier.pruning.corrected import CorrectedProcedure, ErrorCorrection
 from fista_modifier.pruning.kept_weights import WATCHED_SHARE
-from fista_modifier.pruning.reconstruction import MEASURED_EVERY
+from fista_modifier.pruning.reconstruction import MEASURED_EVERY, STEP_TOKENS
 from fista_modifier.solver.blocks import COMPUTED
 
 __all__ = ["Cost", "layer_cost"]
@@ -77,9 +77,13 @@ def layer_cost(
     works = [work_of(stage, procedure) for stage in solved]
     runs = 0.0
     if procedure.reconstructs:
-        step = 3 + WATCHED_SHARE  # watched batches are also run as training found them
+        step = 3 + WATCHED_SHARE  # watched pieces are also run as training found them
+        if shape.seq_len > STEP_TOKENS:
+            step += 1  # the dense layer runs for the targets of parts
         runs = step * procedure.reconstruction.epochs + 3 / MEASURED_EVERY
-    carried = procedure.chains_layers * shape.forward
+    carried = 0.0
+    if procedure.chains_layers:  # nobody needs the outputs of the last layer
+        carried = shape.forward * (1 - 1 / len(shape.names))
     replayed = samples * (_replays(shape, correction) + carried)
     if procedure.sums_in_pass and len(solved) == 1 and solved[0].share == 1:
         replayed = 0.0

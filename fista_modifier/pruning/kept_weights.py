@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
+from fista_modifier.calibration.pieces import Piece
 from fista_modifier.models.operators import Operator, mean_kept
 
 __all__ = ["WATCHED_SHARE", "KeptWeights", "Watch"]
@@ -20,8 +21,8 @@ BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 10
 WATCHED_SHARE = 0.5
 """The share of the steps, from the first, in which the rate may turn out too high."""
-WATCHED_BATCHES = 8
-"""The batches whose errors together say whether a rate is too high."""
+WATCHED_STEPS = 8
+"""The steps before which errors together say whether a rate is too high."""
 HIGHEST_RISE = 1.04
 """
 The highest share of the start's sum of squared errors that a rate may lead to on its
@@ -31,33 +32,33 @@ way. A rate that pays may lead a little above the start.
 
 class Watch:
     """
-    The comparison of a training with its start, on batches that it has not seen yet, in
+    The comparison of a training with its start, on pieces that it has not seen yet, in
     its first half. A rate that is too high shows there as an error that has risen:
     steps are then mostly noise along the directions in which activations are large. The
     second half, in which the rate falls, cannot make up for much.
 
-    :param start_error: returns the error of a batch before the training
+    :param start_error: returns the error of a piece before the training
     :param steps: the steps of the training
     """
 
-    def __init__(self, start_error: Callable[[int], float], steps: int) -> None:
+    def __init__(self, start_error: Callable[[Piece], float], steps: int) -> None:
         self._start_error = start_error
         self._left = int(WATCHED_SHARE * steps)
         self._errors: list[tuple[float, float]] = []
 
-    def stops(self, batch: int, error: Tensor) -> bool:
+    def stops(self, piece: Piece, error: Tensor) -> bool:
         """
-        Say whether the last batches together have a higher error than at the start.
+        Say whether the last pieces together have a higher error than at the start.
 
-        :param batch: the batch that was run last
+        :param piece: the piece that was run last
         :param error: its error before its step
         :return: whether to stop
         """
         if not self._left:
             return False
         self._left -= 1
-        self._errors.append((float(error), self._start_error(batch)))
-        if len(self._errors) < WATCHED_BATCHES:
+        self._errors.append((float(error), self._start_error(piece)))
+        if len(self._errors) < WATCHED_STEPS:
             return False
         now, before = (sum(column) for column in zip(*self._errors, strict=True))
         self._errors.clear()
@@ -104,24 +105,24 @@ class KeptWeights:
         ]
 
     def train(
-        self, descend: Callable[[int], Tensor], batches: Iterable[int], watch: Watch
+        self, descend: Callable[[Piece], Tensor], pieces: Iterable[Piece], watch: Watch
     ) -> bool:
         """
-        Take a step for each batch.
+        Take a step for each piece.
 
-        :param descend: runs the layer forwards and backwards on a batch, and returns
+        :param descend: runs the layer forwards and backwards on a piece, and returns
             its error before the step
-        :param batches: the batches, in the order of the steps
+        :param pieces: the pieces, in the order of the steps
         :param watch: says whether to stop
         :return: False if the watch stopped the training
         """
         with self._following_gradients():
-            for batch in batches:
+            for piece in pieces:
                 self._reached.clear()
-                error = descend(batch)
+                error = descend(piece)
                 for schedule in self._schedules:
                     schedule.step()
-                if watch.stops(batch, error):
+                if watch.stops(piece, error):
                     return False
         return True
 
@@ -129,7 +130,7 @@ class KeptWeights:
     def _following_gradients(self) -> Iterator[None]:
         """
         Let the backward passes within the context take the steps. An expert that no
-        token of a batch is routed to takes no step.
+        token of a piece is routed to takes no step.
         """
         with ExitStack() as hooks:
             for operator in self._weights:

@@ -13,6 +13,7 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fista_modifier.calibration.pieces import Piece, pieces_of
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import (
     LayerCall,
@@ -42,6 +43,7 @@ class LayerError:
 
     :param recording: the recording of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
+    :param operators: the pruned operators, which have their dense weights now
     :param biases: biases of operators that have got another bias
     """
 
@@ -49,18 +51,64 @@ class LayerError:
         self,
         recording: Recording,
         inputs: LayerInputs,
+        operators: Iterable[Operator],
         biases: Mapping[Operator, Tensor],
     ) -> None:
         self.layer = inputs.layer
         self.biases = biases
         self._recording = recording
         self._inputs = inputs
+        self._dense = {operator: operator.weight for operator in operators}
+        self._dense_biases = {one: one.module.bias.data for one in biases}
+        self._last: tuple[Piece, Tensor] | None = None
         device = get_execution_device(inputs.layer)
         self._scales = _feature_scales(recording, device)
 
     def __len__(self) -> int:
         """The number of batches."""
         return len(self._inputs)
+
+    def pieces(self, tokens: int) -> list[Piece]:
+        """
+        Return pieces of the batches, while the operators have their dense weights.
+
+        :param tokens: tokens of a piece
+        :return: the pieces of all batches, in order
+        """
+        recording = self._recording
+        return pieces_of(
+            recording.inputs, recording.outputs, recording.real_tokens, tokens
+        )
+
+    def of_piece(self, piece: Piece, target: Tensor) -> Tensor:
+        """
+        Run the layer on a piece of a batch, with the weights and biases that it has
+        now.
+
+        :param piece: the piece
+        :param target: the dense layer's output for it
+        :return: ‖o* − o‖² / ‖o‖² of each real token, in float32
+        """
+        real = self._recording.real_tokens[piece.batch].own
+        real = None if real is None else piece.of_output(real)
+        output = piece.of_call(self._inputs[piece.batch]).run()
+        return _token_errors(output, target, real, self._scales)
+
+    def target_of(self, piece: Piece) -> Tensor:
+        """
+        Return the dense layer's output for a piece. For a part of a sequence it is run,
+        as if there were nothing else of the sequence. The last target is kept.
+
+        :param piece: the piece
+        :return: the output, sequences×tokens×features
+        """
+        if not piece.is_cut:
+            return piece.of_output(self._recording.outputs[piece.batch])
+        if self._last is None or self._last[0] != piece:
+            call = piece.of_call(self._recording.inputs[piece.batch])
+            with torch.no_grad(), replaced_weights(self._dense, self._dense_biases):
+                self._last = piece, call.run()
+        return self._last[1]
 
     def of_tokens(self, batch: int) -> Tensor:
         """
@@ -80,9 +128,10 @@ class LayerError:
         """
         return _root_mean(map(self.of_tokens, batches))
 
-    def features(self, batch: int) -> int:
-        """Return the number of features of a batch's output."""
-        return self._recording.outputs[batch].shape[-1]
+    @property
+    def features(self) -> int:
+        """The number of features of the layer's output."""
+        return len(self._scales)
 
     def with_operators(
         self, weights: Mapping[Operator, Tensor], batches: Iterable[int]

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from fista_modifier.calibration.pieces import Piece
 from fista_modifier.calibration.recording import Recording
 from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.models.operators import (
@@ -27,12 +28,15 @@ from fista_modifier.solver.precision import matmul_precision
 
 __all__ = [
     "MEASURED_EVERY",
+    "STEP_TOKENS",
     "Reconstruction",
     "reconstruct",
     "reconstruct_on_first_rank",
 ]
 
 MEASURED_EVERY = 16
+STEP_TOKENS = 512
+"""The tokens of a step of Adam, where sequences can be cut."""
 MOST_RATES = 7
 """The rates that are tried for a layer, each half of the one before."""
 
@@ -42,8 +46,8 @@ class Reconstruction:
     """
     How the kept weights of a layer are trained.
 
-    :param epochs: passes over the calibration batches, one step of Adam a batch; may be
-        a fraction. 0 means no training
+    :param epochs: passes over the calibration tokens; may be a fraction. 0 means no
+        training
     :param rate: the highest learning rate to try, as a share of an operator's mean kept
         |W_ij|
     """
@@ -119,40 +123,43 @@ def reconstruct(
     features with massive activations make up almost all of a plain sum of squares.
     Zeros stay exactly zero, and biases and norms as they are.
 
-    Adam has a short warm-up and a cosine decay. It takes one step a batch, in an order
-    that the number of batches fixes. How high a rate a layer bears differs fourfold
-    between models. So the errors of the batches of the first half, each before its
+    Adam has a short warm-up and a cosine decay. It takes one step for each 512 tokens
+    of a sequence, or for several short sequences of a batch together, in an order that
+    their number fixes. A part of a sequence is a sequence of its own, and its target is
+    the dense layer's output for that part alone: see
+    :func:`~fista_modifier.calibration.pieces.pieces_of`. How high a rate a layer bears
+    differs fourfold between models. So the errors in the first half, each before its
     step, are compared with those at the start. Where eight together have risen by more
     than 2 % (root mean square), the training starts anew at half the rate.
 
     Weights and moments are float32 whatever the model's dtype. The factors of products
     in the steps are rounded to bfloat16 (on a GPU to TensorFloat-32) where that is
-    faster. This adds noise of 0.2 % to the gradient of one batch. Because a step is a
-    batch, the result depends on the batch size. If the layer's error does not fall (it
-    is measured on every sixteenth batch), the weights are returned as they came. The
-    training takes 16 bytes for each kept weight (itself, Adam's two moments and its
-    place), a copy of the layer's operators in their own dtype, the largest operator's
-    gradient and the activations of one batch.
+    faster. This adds noise of 0.2 % to the gradient of a step. If the layer's error
+    does not fall (it is measured on every sixteenth batch), the weights are returned as
+    they came. The training takes 16 bytes for each kept weight (itself, Adam's two
+    moments and its place), a copy of the layer's operators in their own dtype, the
+    largest operator's gradient and the activations of one piece.
 
     :param recording: the recording of the dense layer, with its outputs
     :param inputs: what the pruned layer is called with
     :param pruned: out×in weight of each operator, in the dtype of the module
     :param options: how long and how fast to train
-    :param on_batch: called after each batch, for a progress bar
+    :param on_batch: called after each step, for a progress bar
     :param biases: biases of operators that have got another bias; they stay as they are
     :return: the new weights, in the same dtypes, and what became of the layer
     """
     started = time.perf_counter()
-    layer = LayerError(recording, inputs, biases)
+    layer = LayerError(recording, inputs, pruned, biases)
     measured = range(len(layer))[::MEASURED_EVERY]
-    steps = math.ceil(options.epochs * len(layer))
+    pieces = layer.pieces(STEP_TOKENS)
+    steps = math.ceil(options.epochs * len(pieces))
     current = {
         operator: weight.clone(memory_format=torch.contiguous_format)
         for operator, weight in pruned.items()
     }
     with replaced_weights(current, biases), trainable(layer.layer, current):
         start_error = layer.root_mean(measured)
-        rate = _train(layer, current, pruned, options.rate, steps, on_batch)
+        rate = _train(layer, pieces, current, pruned, options.rate, steps, on_batch)
     error, operator_errors = layer.with_operators(current, measured)
     if not error < start_error:
         current, steps = pruned, 0
@@ -170,6 +177,7 @@ def reconstruct(
 
 def _train(
     layer: LayerError,
+    pieces: Sequence[Piece],
     current: dict[Operator, Tensor],
     pruned: Mapping[Operator, Tensor],
     rate: float,
@@ -180,28 +188,31 @@ def _train(
     Train weights at the highest rate that the layer bears.
 
     :param layer: the error of the layer, which has the current weights
+    :param pieces: what a step is taken for
     :param current: the weights, updated in place
     :param pruned: the weights that they are at the start
     :param rate: the highest rate to try
     :param steps: number of steps
-    :param on_batch: called after each batch
+    :param on_batch: called after each step
     :return: the rate of the last training that was tried
     """
 
-    def start_error_of(batch: int) -> float:
+    def start_error_of(piece: Piece) -> float:
+        target = layer.target_of(piece)
         with replaced_weights(pruned, layer.biases), matmul_precision("bf16"):
-            return float(layer.of_tokens(batch).sum())
+            return float(layer.of_piece(piece, target).sum())
 
-    def descend(batch: int) -> Tensor:
+    def descend(piece: Piece) -> Tensor:
+        target = layer.target_of(piece)
         with torch.enable_grad(), matmul_precision("bf16"):
-            loss = layer.of_tokens(batch).sum()
+            loss = layer.of_piece(piece, target).sum()
             # In float16, gradients of a smaller multiple would underflow.
-            torch.autograd.backward(loss * layer.features(batch))
+            torch.autograd.backward(loss * layer.features)
         on_batch()
         return loss.detach()
 
     for tried in [rate * 0.5**halvings for halvings in range(MOST_RATES)]:
-        order = _shuffled(range(len(layer)))
+        order = _shuffled(pieces)
         watch = Watch(start_error_of, steps)
         # not bound to a name, so that only one training is in memory at a time
         if KeptWeights(current, tried, steps).train(
@@ -213,9 +224,9 @@ def _train(
     return tried
 
 
-def _shuffled(batches: Sequence[int]) -> Iterator[int]:
-    """Yield the batches of one epoch after the other, each in an order of its own."""
+def _shuffled(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Yield the pieces of one epoch after the other, each in an order of its own."""
     generator = torch.Generator().manual_seed(0)
     while True:
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[index]
+        for index in torch.randperm(len(pieces), generator=generator).tolist():
+            yield pieces[index]

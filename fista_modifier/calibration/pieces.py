@@ -1,0 +1,162 @@
+"""Pieces of calibration sequences, with which a layer can be run by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fista_modifier.calibration.replay import (
+    LayerCall,
+    LayerInputs,
+    RealTokens,
+    same_output,
+)
+
+__all__ = ["Piece", "pieces_of"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    A piece of one batch: some of its sequences, or some tokens of one of them.
+
+    A piece of a sequence is run as a sequence of its own. It has the positions from 0
+    on, and the sequence's first token before its own: many heads attend to that token
+    where they have nothing to attend to.
+
+    :param batch: the number of the batch
+    :param first: the first of the sequences
+    :param last: the sequence after the last; None for all of them
+    :param start: the first of the tokens
+    :param stop: the token after the last; None for whole sequences
+    """
+
+    batch: int
+    first: int = 0
+    last: int | None = None
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the piece has a part of the tokens, and so another context."""
+        return self.stop is not None
+
+    def of_call(self, call: LayerCall) -> LayerCall:
+        """
+        Cut what a layer is called with.
+
+        :param call: the call of the layer for the whole batch
+        :return: the call for this piece
+        """
+        if self == Piece(self.batch):
+            return call
+        sequences, length = call.hidden_states.shape[:2]
+        rows, places = self._rows, self._places(length)
+
+        def cut(value: Tensor) -> Tensor:
+            if value.ndim > 1 and value.shape[0] == sequences:
+                value = value[rows]
+            for dim, size in enumerate(value.shape):
+                if size == length and (dim or value.ndim == 1):
+                    value = value.narrow(dim, 0, len(places))
+            return value
+
+        own = call.hidden_states[rows].index_select(
+            1, places.to(call.hidden_states.device)
+        )
+        others: tuple[Any, dict[str, Any]] = (call.args[1:], call.kwargs)
+        args, kwargs = tree_map_only(Tensor, cut, others)
+        return replace(call, args=(own, *args), kwargs=kwargs)
+
+    def of_output(self, output: Tensor) -> Tensor:
+        """
+        Cut the layer's output, or a mask of the batch's tokens.
+
+        :param output: sequences×tokens×…
+        :return: the part of this piece
+        """
+        if self == Piece(self.batch):
+            return output
+        places = self._places(output.shape[1]).to(output.device)
+        return output[self._rows].index_select(1, places)
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.first, self.last)
+
+    def _places(self, length: int) -> Tensor:
+        if self.stop is None:
+            return torch.arange(length)
+        begin = [0] if self.start else []
+        return torch.tensor([*begin, *range(self.start, self.stop)])
+
+
+def pieces_of(
+    inputs: LayerInputs,
+    outputs: Sequence[Tensor],
+    real_tokens: Sequence[RealTokens],
+    tokens: int,
+) -> list[Piece]:
+    """
+    Cut all batches into pieces of about as many tokens, so that what is done with them
+    one after the other hardly depends on how sequences were batched.
+
+    Sequences without padding are cut where the layer, run with their first piece
+    alone, has the output that it has with all of the sequence. So those that look
+    ahead stay whole. Batches are taken apart where the layer has the same output for
+    the first of their sequences. All is tried once, on the first batch that it is for.
+
+    :param inputs: what the layer is called with
+    :param outputs: its output for each batch
+    :param real_tokens: for each batch, what is not padding
+    :param tokens: tokens of a piece; of sequences that are cut one more, but for the
+        first piece
+    :return: the pieces of all batches, in order
+    """
+    works: dict[bool, bool] = {}
+
+    def can_be_cut(piece: Piece) -> bool:
+        if piece.is_cut not in works:
+            call, output = inputs[piece.batch], outputs[piece.batch]
+            works[piece.is_cut] = _runs_alone(piece, call, output)
+        return works[piece.is_cut]
+
+    pieces: list[Piece] = []
+    for batch, (output, real) in enumerate(zip(outputs, real_tokens, strict=True)):
+        if output.ndim != 3:
+            pieces.append(Piece(batch))
+            continue
+        count, length = output.shape[:2]
+        together = max(tokens // length, 1)
+        apart = [Piece(batch, row, row + together) for row in range(0, count, together)]
+        if len(apart) == 1 or not can_be_cut(apart[0]):
+            apart = [Piece(batch)]
+        parts = list(_parts(length, tokens)) if real.own is None else []
+        for piece in apart:
+            cut = [replace(piece, start=start, stop=stop) for start, stop in parts]
+            pieces += cut if len(cut) > 1 and can_be_cut(cut[0]) else [piece]
+    return pieces
+
+
+def _parts(length: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of parts of equal length."""
+    count = math.ceil(length / tokens)
+    bounds = [round(number * length / count) for number in range(count + 1)]
+    yield from zip(bounds, bounds[1:], strict=False)
+
+
+def _runs_alone(piece: Piece, call: LayerCall, output: Tensor) -> bool:
+    """Say whether the layer has the same output for a piece as within the batch."""
+    try:
+        with torch.no_grad():
+            alone = piece.of_call(call).run()
+            return same_output(alone, piece.of_output(output).to(alone.device))
+    except (RuntimeError, ValueError, IndexError):  # arguments of other shapes
+        return False
