@@ -110,7 +110,7 @@ def check_output(
     :raises OSError: if it cannot be replaced, or nothing can be written beside it
     """
     absolute = folder.resolve()
-    if absolute.is_mount() or Path.cwd().is_relative_to(absolute):
+    if os.path.ismount(absolute) or Path.cwd().is_relative_to(absolute):
         raise OSError(
             f"the output folder {folder} is in use as a whole: name one inside it"
         )

@@ -592,3 +592,20 @@ def test_a_pruned_model_is_let_go_of():
     kept = [pruned() for _ in range(3)]
     gc.collect()
     assert [reference() for reference in kept[:2]] == [None, None]
+
+
+def test_fields_that_are_set_later_are_checked_before_anything_is_pruned(
+    tmp_path: Path,
+) -> None:
+    """The command line gives a recipe's modifiers their layers so."""
+    for fields, match in (
+        ({"preset": "best", "resume_dir": str(tmp_path)}, "cannot be shared"),
+        ({}, "needs a resume_dir"),
+    ):
+        model = tiny_model("llama")
+        before = weights(model)
+        modifier = FISTAPruningModifier(mask_structure="2:4", **fields)
+        modifier.layers = "1"
+        with pytest.raises(ValueError, match=match):
+            run(model, modifier)
+        assert all(torch.equal(weights(model)[one], before[one]) for one in before)

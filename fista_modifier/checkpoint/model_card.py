@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from operator import attrgetter
 from pathlib import Path
@@ -119,7 +119,8 @@ def write_model_card(
     :param report: what was done to the model
     :param perplexities: perplexities of the checkpoint, by the names of the texts
     """
-    card = model_card(folder.name, report, perplexities or {}, _class_name(folder))
+    name = folder.absolute().name
+    card = model_card(name, report, perplexities or {}, _class_name(folder))
     (folder / CARD_NAME).write_text(f"{card}\n", encoding="utf-8")
 
 
@@ -134,10 +135,11 @@ def stated_perplexities(folder: Path) -> dict[str, StatedPerplexity]:
     if has_foreign_card(folder) or not (folder / CARD_NAME).exists():
         return {}
     data = ModelCard.load(folder / CARD_NAME).data
+    conditions = {field.name for field in fields(StatedPerplexity)} - {"value"}
     return {
         one.dataset_name: StatedPerplexity(one.metric_value, **one.metric_args)
         for one in data.eval_results or []
-        if one.metric_args
+        if one.metric_type == "perplexity" and conditions == {*(one.metric_args or ())}
     }
 
 

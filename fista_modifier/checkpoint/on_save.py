@@ -169,21 +169,23 @@ def _write_on_save(model: PreTrainedModel, earlier: Iterable[PruningReport]) -> 
 
     @wraps(save)
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        with native_experts(model):
-            save(save_directory, *args, **kwargs)
-        if is_source_process():
-            folder = Path(save_directory)
-            report = state.report
-            write_sizes(folder, report.sizes)
-            if report.sparsity:
-                write_sparsity(
-                    folder, report.sparse, state.entries, report.share_of_layers
-                )
-            if not state.by_caller:
-                report.save(folder)
-                update_model_card(folder, report)
-                state.saved()
-        current_ranks().wait()  # others may read what the first one writes
+        try:
+            with native_experts(model):
+                save(save_directory, *args, **kwargs)
+            if is_source_process():
+                write_beside(Path(save_directory))
+        finally:
+            current_ranks().wait()  # others may read what the first one writes
+
+    def write_beside(folder: Path) -> None:
+        report = state.report
+        write_sizes(folder, report.sizes)
+        if report.sparsity:
+            write_sparsity(folder, report.sparse, state.entries, report.share_of_layers)
+        if not state.by_caller:
+            report.save(folder)
+            update_model_card(folder, report)
+            state.saved()
 
     save_pretrained.on_save = state  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained

@@ -64,14 +64,14 @@ def write_sizes(folder: Path, sizes: Mapping[str, Any]) -> None:
 
     :param folder: the checkpoint's folder
     :param sizes: the sizes by their names in the configuration; dots separate the names
-        of nested configurations
+        of nested configurations, which some files have in one
     """
     if not sizes:
         return
     file, content = _read(folder)
     for name, value in sizes.items():
         *path, last = name.split(".")
-        reduce(lambda inner, key: inner[key], path, content)[last] = value
+        reduce(lambda inner, key: inner.get(key, inner), path, content)[last] = value
     _write(file, content)
 
 

@@ -137,7 +137,9 @@ def unpack_checkpoint(folder: Path, output: Path) -> int:
     with whole(output) as unfinished:
         unfinished.mkdir()
         for file in folder.iterdir():
-            if file.is_file() and file not in weights:
+            if file.is_dir():  # such as further chat templates
+                shutil.copytree(file, unfinished / file.name)
+            elif file.is_file() and file not in weights:
                 shutil.copy2(file, unfinished)
         restore_sparsity(unfinished)
         if (unfinished / REPORT_NAME).is_file():

@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -175,6 +174,8 @@ def _zeros(model: PreTrainedModel) -> float:
 
 def _peak_memory() -> int:
     """Return the most main memory that this process has had, in bytes."""
+    import resource  # which Windows does not have
+
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

@@ -162,6 +162,11 @@ class Evaluation:
         seq_len = self.seq_len
         if seq_len is None:
             seq_len = longest_sequence(config)
+            positions = getattr(
+                config.get_text_config(), "max_position_embeddings", None
+            )
+            if self.backend == "vllm" and positions is not None:
+                seq_len = min(seq_len, positions - 1)  # vLLM wants room for one more
         return {
             text.name: text.blocks(tokenizer, seq_len, self.max_tokens, bos=self.bos)
             for text in self.texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
 from fista_modifier.models.experts import linearize
+from fista_modifier.models.operators import operators_in
 from fista_modifier.models.targets import check_prunable, find_operators
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.presets import PRESETS, Preset
@@ -74,7 +76,9 @@ def pruner(method: str, pattern: SparsityPattern) -> Pruner:
         return partial(prune_by_magnitude, pattern=pattern)
     if method not in METHODS or method == "dense":
         raise ValueError(f"method '{method}' is none of {', '.join(METHODS)}")
-    return partial(pipeline.prune, recipe=recipe(method, pattern))
+    if method in FISTA_METHODS:
+        return partial(pipeline.prune, recipe=recipe(method, pattern))
+    return partial(prune_by_peer, method=method, pattern=pattern)
 
 
 def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
@@ -101,6 +105,37 @@ def recipe(method: str, pattern: SparsityPattern, **changes: Any) -> Modifier:
     n, m = pattern.group or (0, 0)
     fields["mask_structure"] = f"{m - n}:{m}"
     return peer(**fields | changes)
+
+
+def prune_by_peer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Dataset,
+    *,
+    method: str,
+    pattern: SparsityPattern,
+) -> pipeline.PruningRun:
+    """
+    Prune by a modifier of the toolkit what this package prunes, which leaves out the
+    routers of mixtures.
+
+    :param model: changed in place
+    :param tokenizer: the model's tokenizer
+    :param calibration: the calibration tokens
+    :param method: "wanda" or "sparsegpt"
+    :param pattern: the pattern to prune to
+    :return: the pruned model
+    """
+    linearize(model)
+    pruned = {operator.name for operator in find_operators(model, TARGETS, IGNORE)}
+    # the toolkit compares names that end in a dot
+    others = [
+        rf"re:{re.escape(one.name)}\.?$"
+        for one in operators_in(model, "")
+        if one.name not in pruned
+    ]
+    modifier = recipe(method, pattern, ignore=IGNORE + others)
+    return pipeline.prune(model, tokenizer, calibration, modifier)
 
 
 def prune_by_magnitude(

@@ -40,6 +40,7 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
 from fista_modifier.modifiers.steps import (
+    applied_recipe,
     check_changed_once,
     check_own_folder,
     modifiers_before,
@@ -278,7 +279,10 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             storage.folder.mkdir(parents=True, exist_ok=True)
         given = kwargs.get("sequential_targets")
         layers, layer_types = self.find_layers(model, given)
+        chosen = self.chosen_layers(layers)
+        finished = self._finished_layers(model)
         procedure = self.procedure(state, layers)
+        self._check_sharing(procedure.chains_layers)  # fields may have been set since
         if procedure.chains_layers:
             check_one_tower(model, layers)
         warn_of_other_weights(layers)
@@ -286,12 +290,12 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         self._schedule = Schedule(
             model,
             layers,
-            self.chosen_layers(layers),
+            chosen,
             procedure,
             Resources(
                 self.offload_hessians,
                 storage,
-                self._finished_layers(model),
+                finished,
                 current_ranks(),
                 self.distribute or by_default,
             ),
@@ -363,7 +367,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 self.reconstructions,
                 share_of_layers=self.share_of_weights,
                 **self._of_report(),
-                recipe=active_session().lifecycle.recipe.yaml(),
+                recipe=applied_recipe(),
             )
             describe_on_save(state.model, report)
             error = mean_error(results, attrgetter("relative_error"))

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform.quip import QuIPModifier
@@ -17,6 +18,7 @@ from fista_modifier.distributed import current_ranks
 
 __all__ = [
     "HOW_TO_RUN",
+    "applied_recipe",
     "check_changed_once",
     "check_own_folder",
     "modifiers_before",
@@ -94,3 +96,30 @@ def settings_of(modifier: Modifier) -> dict[str, Any]:
     settings = {name for name in fields if not name.endswith("_")}
     dumped: dict[str, Any] = modifier.model_dump(mode="json", include=settings)
     return dumped
+
+
+def applied_recipe() -> str:
+    """
+    Return the recipe that is applied as YAML, with a stage for each modifier. The
+    toolkit's own form puts all into one stage, where a modifier hides another of its
+    class, and groups change places. Fields on which the result does not depend, such as
+    folders of this machine, are left out.
+
+    :return: the recipe, from which ``oneshot()`` does the same again
+    """
+    modifiers = active_session().lifecycle.recipe.modifiers
+    stages = {
+        f"step_{number}_stage": {
+            f"{one.group or 'pruning'}_modifiers": {type(one).__name__: _given(one)}
+        }
+        for number, one in enumerate(modifiers, 1)
+    }
+    dumped: str = yaml.safe_dump(
+        stages, sort_keys=False, allow_unicode=True, default_flow_style=None, width=88
+    )
+    return dumped
+
+
+def _given(modifier: Modifier) -> dict[str, Any]:
+    settings = settings_of(modifier)
+    return {name: value for name, value in settings.items() if value is not None}

@@ -378,7 +378,7 @@ class PruningReport:
             sparse_by=list(dict.fromkeys((*self.sparse_by, *later.sparse_by))),
             smaller_by=list(dict.fromkeys((*self.smaller_by, *later.smaller_by))),
             recovery=[*earlier, *later.recovery],
-            calibration=self.calibration or later.calibration,
+            calibration=later.calibration if later.operators else self.calibration,
             seconds=self.seconds + later.seconds,
             operators=[*self.operators, *later.operators],
             layers=self.layers

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from operator_results import operator_result
 
 from fista_modifier import FASPPruningModifier, SPAPPruningModifier
@@ -40,6 +40,18 @@ def test_the_hub_reads_back_what_was_written(tmp_path: Path) -> None:
         in (folder / "README.md").read_text()
     )
     assert stated_perplexities(folder) == stated
+    card = ModelCard.load(folder / "README.md")
+    other = EvalResult(
+        task_type="text-generation",
+        dataset_type="arc",
+        dataset_name="arc",
+        metric_type="accuracy",
+        metric_value=0.5,
+        metric_args={"num_fewshot": 5},
+    )
+    card.data.eval_results.append(other)  # as somebody may do by hand
+    card.save(folder / "README.md")
+    assert stated_perplexities(folder) == stated
     data = ModelCard.load(folder / "README.md").data
     assert data.base_model == "org/model"
     assert data.datasets == "allenai/c4"
@@ -47,7 +59,7 @@ def test_the_hub_reads_back_what_was_written(tmp_path: Path) -> None:
     assert {"llm-compressor", "pruned", "2of4"} <= set(data.tags)
     assert data.sparsity == 0.5
     assert data.model_name == "model-2of4"
-    (result,) = data.eval_results
+    result, *_ = data.eval_results
     assert (result.dataset_name, result.metric_type) == ("news|old", "perplexity")
     assert result.metric_value == 12.5
 

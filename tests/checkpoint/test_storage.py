@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fista_modifier import FISTAPruningModifier, pipeline
 from fista_modifier.checkpoint.packing import pack, unpack
+from fista_modifier.checkpoint.sparsity_config import write_sizes
 from fista_modifier.checkpoint.storage import convert, unpack_checkpoint
 from fista_modifier.checkpoint.verification import verify
 from fista_modifier.pruning.results import PruningReport
@@ -137,8 +138,12 @@ def test_a_packed_checkpoint_is_smaller_and_unpacks_to_the_same(
     assert sparsity["sparsity_structure"] == "2:4"
     assert verify(folder, TWO_OF_FOUR).passed
 
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ text }}")
     output = tmp_path / "unpacked"
     assert unpack_checkpoint(folder, output) == len(operators)
+    templates = output / "additional_chat_templates"
+    assert (templates / "rag.jinja").read_text() == "{{ text }}"
     assert json.loads((output / "config.json").read_text()) == json.loads(config)
     again = tensors(output)
     assert again.keys() == dense.keys()
@@ -416,3 +421,15 @@ def test_a_stream_of_tensors_is_unpacked_in_any_order(packed_format):
         assert found.keys() - weights.keys() <= {"norm.weight"}
     with pytest.raises(ValueError, match=r"parts of the packed weight of layers\.1"):
         list(unpacked(packed[:-1]))
+
+
+def test_sizes_are_written_where_a_file_has_them(tmp_path: Path) -> None:
+    """Those of Qwen2-VL on the hub have in one what transformers nests."""
+    nested = {"text_config": {"intermediate_size": 48}, "intermediate_size": 7}
+    for content, expected in (
+        ({"intermediate_size": 48}, {"intermediate_size": 32}),
+        (nested, {"text_config": {"intermediate_size": 32}, "intermediate_size": 7}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        write_sizes(tmp_path, {"text_config.intermediate_size": 32})
+        assert json.loads((tmp_path / "config.json").read_text()) == expected

@@ -56,6 +56,18 @@ def test_magnitude_prunes_experts_too(
     assert all(NofM(2, 4).holds(operator.weight) for operator in operators)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_peers_leave_routers_alone(
+    method: str, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2_moe"))
+    pruner(method, NofM(2, 4))(model, tiny_tokenizer, calibration())
+    operators = find_operators(model, TARGETS, IGNORE)
+    assert all(NofM(2, 4).holds(operator.weight) for operator in operators)
+    gate = model.get_submodule("model.layers.0.mlp.shared_expert_gate")
+    assert bool((gate.weight != 0).all())
+
+
 def test_experts_that_cannot_have_the_pattern_are_refused_at_once() -> None:
     narrow = str(checkpoint("qwen3_moe", moe_intermediate_size=18))
     with pytest.raises(ValueError, match=r"experts\.0\.down_proj: .*18"):
