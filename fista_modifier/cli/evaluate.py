@@ -29,6 +29,7 @@ from fista_modifier.evaluation.evaluate import (
 )
 from fista_modifier.evaluation.tasks import PAPER_TASKS, TaskSuite
 from fista_modifier.evaluation.texts import PAPER_TEXTS, load_texts
+from fista_modifier.models.loading import load_config
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 
 __all__ = ["evaluate"]
@@ -103,6 +104,8 @@ def evaluate(
         for option, value in (("--task-path", task_path), ("--limit", limit)):
             if value and not names:
                 raise ValueError(f"{option} has no effect without --tasks: name some")
+        for model in (*models, *filter(None, [reference])):
+            load_config(model)  # a wrong name must not wait for downloads of data
         evaluation = Evaluation(
             suite=TaskSuite(names, task_path, limit) if names else None,
             texts=load_texts(text or []),

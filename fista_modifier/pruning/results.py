@@ -235,7 +235,8 @@ class PruningReport:
     :param model: the model that was pruned, a folder or a hub id
     :param calibration: the data that it was calibrated on; None if only the caller of
         ``oneshot()`` knows
-    :param seconds: wall time of calibration and pruning
+    :param seconds: wall time of calibration and pruning, in the process that finished
+        the run
     :param operators: what became of each operator, in the order of pruning
     :param layers: what became of each reconstructed decoder layer, by its name
     :param storage_format: how the operators' weights are stored

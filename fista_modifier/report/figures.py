@@ -208,11 +208,12 @@ def times(report: PruningReport, grid: OperatorGrid) -> str:
         for kind, label in zip(grid.kinds, grid.kind_labels, strict=True)
     }
     reconstruction = sum(result.seconds for result in report.layers.values())
-    rest = max(report.seconds - sum(solver.values()) - reconstruction, 0.0)
+    rest = report.seconds - sum(solver.values()) - reconstruction
     tasks = [(label, seconds, SOLVER) for label, seconds in solver.items()]
     if report.layers:
         tasks.append(("reconstruction", reconstruction, STORED))
-    tasks.append(("calibration and the rest", rest, START))
+    if rest > 0:  # several processes, or earlier runs, may have shared the work
+        tasks.append(("calibration and the rest", rest, START))
     with style():
         figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(tasks)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[2, 3])
