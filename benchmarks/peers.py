@@ -76,9 +76,8 @@ class ALPS(Peer):
 
     def _pruned(self, problem: OperatorProblem) -> PrunedWeight:
         sparse = self._sparse(problem.objective, problem.pattern)
-        support = problem.pattern.support(sparse.abs())
-        start = problem.cast(sparse * support)
-        best = problem.refit(start, support)
+        start = problem.rounded(sparse)
+        best = problem.refit(start, problem.pattern.support(sparse.abs()))
         return problem.solution(problem.filled(best), start.error)
 
     def _sparse(self, objective: LayerObjective, pattern: SparsityPattern) -> Tensor:
@@ -132,8 +131,7 @@ class Boza(Peer):
         self._resolvent = self._stage.quadratic.resolvent(1.0)
 
     def _pruned(self, problem: OperatorProblem) -> PrunedWeight:
-        sparse = self._sparse(problem.objective, problem.pattern)
-        start = problem.cast(sparse * problem.pattern.support(sparse.abs()))
+        start = problem.rounded(self._sparse(problem.objective, problem.pattern))
         return problem.solution(problem.filled(start), start.error)
 
     def _sparse(self, objective: LayerObjective, pattern: SparsityPattern) -> Tensor:

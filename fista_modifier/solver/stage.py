@@ -131,6 +131,16 @@ class OperatorProblem:
         )
         self._like = weight
 
+    def rounded(self, weight: Tensor) -> Candidate:
+        """
+        Round a weight to the pattern, and cast it.
+
+        :param weight: V in scaled columns, m×n, without the pattern
+        :return: the weight's largest entries, where the pattern has any, with their
+            error
+        """
+        return self.cast(weight * self.pattern.support(weight.abs()))
+
     def cast(self, weight: Tensor) -> Candidate:
         """
         Cast a weight to the dtype of the operator and measure its error.
@@ -142,15 +152,16 @@ class OperatorProblem:
         stored = self.stage.scaled(stored)
         return Candidate(stored, self.objective.error(stored))
 
-    def refit(self, start: Candidate, support: Tensor) -> Candidate:
+    def refit(self, start: Candidate, support: Tensor | None = None) -> Candidate:
         """
         Refit a candidate on its support.
 
         :param start: a candidate with the pattern
-        :param support: bool m×n, the entries that may be non-zero
+        :param support: bool m×n; None for the entries of ``start`` that are not zero
         :return: least squares values on the support if they are better; otherwise
             ``start``
         """
+        support = start.weight != 0 if support is None else support
         refitted = self.cast(self.refitted_(start.weight.clone(), support, start.error))
         return refitted if refitted.error < start.error else start
 
