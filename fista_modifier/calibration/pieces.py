@@ -55,47 +55,34 @@ class Piece:
         :param call: the call of the layer for the whole batch
         :return: the call for this piece
         """
-        if self == Piece(self.batch):
-            return call
         sequences, length = call.hidden_states.shape[:2]
-        rows, places = self._rows, self._places(length)
+        own = self.of_output(call.hidden_states)
 
         def cut(value: Tensor) -> Tensor:
             if value.ndim > 1 and value.shape[0] == sequences:
-                value = value[rows]
+                value = value[self.first : self.last]
             for dim, size in enumerate(value.shape):
                 if size == length and (dim or value.ndim == 1):
-                    value = value.narrow(dim, 0, len(places))
+                    value = value.narrow(dim, 0, own.shape[1])
             return value
 
-        own = call.hidden_states[rows].index_select(
-            1, places.to(call.hidden_states.device)
-        )
         others: tuple[Any, dict[str, Any]] = (call.args[1:], call.kwargs)
         args, kwargs = tree_map_only(Tensor, cut, others)
         return replace(call, args=(own, *args), kwargs=kwargs)
 
     def of_output(self, output: Tensor) -> Tensor:
         """
-        Cut the layer's output, or a mask of the batch's tokens.
+        Cut the layer's input or output, or a mask of the batch's tokens.
 
         :param output: sequences×tokens×…
         :return: the part of this piece
         """
-        if self == Piece(self.batch):
-            return output
-        places = self._places(output.shape[1]).to(output.device)
-        return output[self._rows].index_select(1, places)
-
-    @property
-    def _rows(self) -> slice:
-        return slice(self.first, self.last)
-
-    def _places(self, length: int) -> Tensor:
+        sequences = output[self.first : self.last]
         if self.stop is None:
-            return torch.arange(length)
+            return sequences
         begin = [0] if self.start else []
-        return torch.tensor([*begin, *range(self.start, self.stop)])
+        places = [*begin, *range(self.start, self.stop)]
+        return sequences.index_select(1, torch.tensor(places, device=output.device))
 
 
 def pieces_of(

@@ -89,10 +89,8 @@ class LayerError:
         :param target: the dense layer's output for it
         :return: ‖o* − o‖² / ‖o‖² of each real token, in float32
         """
-        real = self._recording.real_tokens[piece.batch].own
-        real = None if real is None else piece.of_output(real)
         output = piece.of_call(self._inputs[piece.batch]).run()
-        return _token_errors(output, target, real, self._scales)
+        return self._of_output(output, piece, target)
 
     def target_of(self, piece: Piece) -> Tensor:
         """
@@ -117,7 +115,8 @@ class LayerError:
         :param batch: the number of the batch
         :return: ‖o* − o‖² / ‖o‖² of each real token, in float32
         """
-        return self._of_output(self._inputs[batch].run(), batch)
+        piece = Piece(batch)
+        return self.of_piece(piece, self.target_of(piece))
 
     def root_mean(self, batches: Iterable[int]) -> float:
         """
@@ -153,7 +152,8 @@ class LayerError:
             dense, _ = _outputs(weights, self._recording.inputs[batch], real)
             with replaced_weights(weights, self.biases):
                 pruned, output = _outputs(weights, self._inputs[batch], real)
-            of_layer.append(self._of_output(output, batch))
+            target = self._recording.outputs[batch]
+            of_layer.append(self._of_output(output, Piece(batch), target))
             for operator, output in dense.items():
                 other = pruned.get(operator)
                 if other is not None and len(other) == len(output):
@@ -166,12 +166,10 @@ class LayerError:
             for name, error in squared.items()
         }
 
-    def _of_output(self, output: Tensor, batch: int) -> Tensor:
-        real, target = (
-            self._recording.real_tokens[batch],
-            self._recording.outputs[batch],
-        )
-        return _token_errors(output, target, real.own, self._scales)
+    def _of_output(self, output: Tensor, piece: Piece, target: Tensor) -> Tensor:
+        real = self._recording.real_tokens[piece.batch].own
+        real = None if real is None else piece.of_output(real)
+        return _token_errors(output, target, real, self._scales)
 
 
 def _feature_scales(recording: Recording, device: torch.device) -> Tensor:
