@@ -164,10 +164,9 @@ def model_card(
     sparsity = round(sparse.sparsity, 4)
     weights = sum(one.shape[0] * one.shape[1] for one in sparse.operators)
     dataset = report.calibration.dataset if report.calibration else ""
-    on_hub = _hub_id(dataset.partition(":")[0])
     data = ModelCardData(
         base_model=_hub_id(report.model),
-        datasets=on_hub,
+        datasets=_hub_id(dataset),
         library_name="transformers",
         pipeline_tag=task,
         tags=["llm-compressor", *_tags(report)],
@@ -180,7 +179,7 @@ def model_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
         base=_shown(report.model),
-        dataset=dataset if on_hub else Path(dataset).name,
+        dataset=_shown(dataset),
         names=[short_name(method) for method in report.smaller_by],
         sparse_by=report.solvers,
         solvers=[short_name(method) for method in report.solvers],
@@ -224,27 +223,28 @@ def _class_name(folder: Path) -> str | None:
 
 
 def _hub_id(source: str) -> str | None:
-    """Return the hub's id of a model or data set; None if it is local or has no id."""
-    path = Path(source)
-    if path.exists() or is_local(source):
+    """
+    Return the hub's id of a model or data set, without its configuration; None if it is
+    local or has no id.
+    """
+    name = source.partition(":")[0]
+    if Path(source).exists() or Path(name).exists() or is_local(source):
         return None
-    return source if HUB_ID.fullmatch(source) else None
+    return name if HUB_ID.fullmatch(name) else None
 
 
 def _shown(source: str) -> str:
-    """Return the hub's id of a source, or the name of a local one without folders."""
-    return _hub_id(source) or Path(source).name
+    """Return the name of a source; that of a local one without folders."""
+    return source if _hub_id(source) else Path(source).name
 
 
 def _told(recovery: RecoveryResult) -> RecoveryResult:
     """Return the result of a recovery with the folders of local files left out."""
     data = recovery.calibration
-    local = is_local(data.dataset) or Path(data.dataset).exists()
-    dataset = Path(data.dataset).name if local else data.dataset
     return replace(
         recovery,
         teacher=_shown(recovery.teacher),
-        calibration=replace(data, dataset=dataset),
+        calibration=replace(data, dataset=_shown(data.dataset)),
     )
 
 
