@@ -25,9 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 from fista_modifier import MaskedGPTQModifier, pipeline
 from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE, block_agreement
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, recipe
+from fista_modifier.evaluation.methods import recipe
 from fista_modifier.evaluation.perplexity import Perplexity, block_losses, token_blocks
 from fista_modifier.evaluation.results import Row
+from fista_modifier.models.targets import IGNORE
 from fista_modifier.solver import NofM
 
 # 576 columns are no multiple of W4A16's groups of 128

@@ -16,10 +16,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from fista_modifier import pipeline
 from fista_modifier.data import calibration_dataset
-from fista_modifier.evaluation.methods import IGNORE
 from fista_modifier.evaluation.results import Row
 from fista_modifier.files import write_whole
 from fista_modifier.models.classes import model_class
+from fista_modifier.models.targets import IGNORE
 
 __all__ = [
     "AGREEMENT",

@@ -38,11 +38,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fista_modifier import pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, TARGETS, Pruner
+from fista_modifier.evaluation.methods import Pruner
 from fista_modifier.evaluation.results import Results, Row, digest
 from fista_modifier.files import whole
 from fista_modifier.models.loading import load_model
-from fista_modifier.models.targets import find_operators
+from fista_modifier.models.targets import IGNORE, TARGETS, find_operators
 from fista_modifier.pruning.results import Calibration
 from fista_modifier.recovery.recover import kept_entries
 from fista_modifier.recovery.resume import forget, last_state

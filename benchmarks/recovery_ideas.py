@@ -33,10 +33,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fista_modifier import pipeline
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, TARGETS, pruner
+from fista_modifier.evaluation.methods import pruner
 from fista_modifier.evaluation.results import Results, Row
 from fista_modifier.models.loading import load_model
-from fista_modifier.models.targets import find_operators
+from fista_modifier.models.targets import IGNORE, TARGETS, find_operators
 from fista_modifier.recovery import training
 from fista_modifier.recovery.distillation import DistillationTrainer, mean_divergence
 from fista_modifier.recovery.training import Training

@@ -28,8 +28,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fista_modifier import FASPPruningModifier, pipeline
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE
 from fista_modifier.models.classes import weightless_model
+from fista_modifier.models.targets import IGNORE
 
 DENSE = "0"
 WORKER = Path(__file__).with_name("engine_speed.py")

@@ -28,8 +28,9 @@ from recovery import mean_seconds, prune_and_train
 from fista_modifier import FASPPruningModifier, pipeline
 from fista_modifier.evaluation.comparison import excess
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import IGNORE, recipe
+from fista_modifier.evaluation.methods import recipe
 from fista_modifier.evaluation.results import Results, Row, digest
+from fista_modifier.models.targets import IGNORE
 from fista_modifier.recovery.resume import forget
 from fista_modifier.solver import pattern_of
 

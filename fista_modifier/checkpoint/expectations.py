@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fista_modifier.models.operators import Operator
-from fista_modifier.models.targets import find_operators
+from fista_modifier.models.targets import IGNORE, TARGETS, find_operators
 from fista_modifier.pruning.results import REPORT_NAME, PruningReport
 from fista_modifier.solver import SparsityPattern
 from fista_modifier.solver.patterns import reported_pattern
@@ -97,7 +97,7 @@ def expectations(
     if pattern is not None:
         return {
             operator.name: Expectation(pattern)
-            for operator in find_operators(model, ["Linear"], ["re:.*lm_head"])
+            for operator in find_operators(model, TARGETS, IGNORE)
         }
     if not (folder / REPORT_NAME).is_file():
         raise FileNotFoundError(

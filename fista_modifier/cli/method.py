@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 
-from fista_modifier.evaluation.methods import IGNORE
 from fista_modifier.evaluation.methods import recipe as pruning_recipe
+from fista_modifier.models.targets import IGNORE
 from fista_modifier.modifiers.recipes import read_recipe
 from fista_modifier.modifiers.steps import HOW_TO_RUN
 from fista_modifier.modifiers.structured import (

@@ -26,14 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from fista_modifier import pipeline
 from fista_modifier.evaluation.agreement import DIVERGENCE, SHARE, block_agreement
 from fista_modifier.evaluation.formatting import markdown_table
-from fista_modifier.evaluation.methods import (
-    IGNORE,
-    METHODS,
-    TARGETS,
-    Pruner,
-    pruner,
-    warm_starts,
-)
+from fista_modifier.evaluation.methods import METHODS, Pruner, pruner, warm_starts
 from fista_modifier.evaluation.perplexity import Perplexity, block_losses
 from fista_modifier.evaluation.results import (
     Results,
@@ -47,7 +40,7 @@ from fista_modifier.models.classes import check_predicts_text, weightless_model
 from fista_modifier.models.experts import linearize_weightless
 from fista_modifier.models.limits import check_length
 from fista_modifier.models.loading import load_config, load_model, load_tokenizer
-from fista_modifier.models.targets import find_operators
+from fista_modifier.models.targets import IGNORE, TARGETS, find_operators
 from fista_modifier.pruning.results import PACKAGES, Calibration
 from fista_modifier.solver import SparsityPattern
 

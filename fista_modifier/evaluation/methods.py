@@ -14,7 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fista_modifier import pipeline
 from fista_modifier.models.experts import linearize
 from fista_modifier.models.operators import operators_in
-from fista_modifier.models.targets import check_prunable, find_operators
+from fista_modifier.models.targets import (
+    IGNORE,
+    TARGETS,
+    check_prunable,
+    find_operators,
+)
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.presets import PRESETS, Preset
 from fista_modifier.solver import SparsityPattern
@@ -22,16 +27,13 @@ from fista_modifier.solver.patterns import project
 
 __all__ = [
     "FISTA_METHODS",
-    "IGNORE",
     "METHODS",
-    "TARGETS",
     "Pruner",
     "pruner",
     "recipe",
     "warm_starts",
 ]
 
-TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
 FISTA_METHODS: dict[str, Preset] = {
     "fista-paper": "paper",
     "fista-fast": "fast",

@@ -21,6 +21,8 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.solver.patterns import SparsityPattern
 
 __all__ = [
+    "IGNORE",
+    "TARGETS",
     "ZEROS",
     "check_no_adapters",
     "check_prunable",
@@ -31,6 +33,8 @@ __all__ = [
     "warn_of_zeros",
 ]
 
+TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
+"""What is pruned without a recipe: linear operators, but for the output embedding."""
 LOOKED_AT = 8
 """
 The least number of operators whose zeros are counted, if a model has as many. They are

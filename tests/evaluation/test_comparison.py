@@ -15,9 +15,9 @@ from runs import calibration
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fista_modifier.evaluation.comparison import check_methods, comparison_table
-from fista_modifier.evaluation.methods import IGNORE, METHODS, TARGETS, pruner
+from fista_modifier.evaluation.methods import METHODS, pruner
 from fista_modifier.evaluation.results import Results
-from fista_modifier.models.targets import find_operators
+from fista_modifier.models.targets import IGNORE, TARGETS, find_operators
 from fista_modifier.solver import NofM, SparsityPattern, Unstructured
 
 

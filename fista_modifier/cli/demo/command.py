@@ -17,6 +17,7 @@ from fista_modifier.cli.finish import finish
 from fista_modifier.cli.tables import perplexity_table
 from fista_modifier.evaluation.perplexity import perplexity
 from fista_modifier.models.loading import load_model, load_tokenizer
+from fista_modifier.models.targets import IGNORE
 from fista_modifier.modifiers.fista import FISTAPruningModifier
 from fista_modifier.pruning.results import Calibration, PruningReport
 
@@ -85,7 +86,7 @@ def demo(
 
         measure("dense", dense)
         recipe = FISTAPruningModifier(
-            mask_structure="2:4", ignore=["re:.*lm_head"], **size.fields
+            mask_structure="2:4", ignore=IGNORE, **size.fields
         )
         run = pipeline.prune(model, tokenizer, calibration, recipe)
         pruned = output / "SmolLM2-135M-Instruct-2of4"
