@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +17,7 @@ import torch
 from families import tiny_model
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from runs import calibration, prune, run, samples, weights
 from torch import Tensor
 from torch.utils.backend_registration import (
@@ -32,6 +33,8 @@ from fista_modifier import (
     SPAPPruningModifier,
 )
 from fista_modifier.calibration.activations import MAIN_MEMORY
+from fista_modifier.calibration.pieces import Piece
+from fista_modifier.calibration.replay import LayerCall, LayerInputs
 from fista_modifier.solver import blocks
 
 DEVICE = "standin"
@@ -161,16 +164,32 @@ def kept_once() -> bool:
     """Whether recordings and the toolkit's caches share what they keep of a tensor."""
     tensor = torch.ones(3, device=DEVICE)
     kept = MAIN_MEMORY.keep(tensor)
-    cache = MAIN_MEMORY.cache()
-    MAIN_MEMORY.append(cache, {"hidden_states": tensor})
+    cache = IntermediatesCache(None, torch.device("cpu"))
+    cache.append({"hidden_states": tensor})
     return cache.batch_intermediates[0]["hidden_states"].value is kept
+
+
+def fetched_bytes() -> tuple[int, int]:
+    """Bytes that come to the device for a sequence, and for a quarter of it."""
+    inputs = LayerInputs(torch.nn.Linear(8, 8))
+    inputs.append((torch.ones(1, 4096, 8, device=DEVICE),), {})
+    gc.collect()
+
+    def added(cut: Callable[[LayerCall], LayerCall]) -> int:
+        before = torch.accelerator.memory_allocated()
+        call = inputs.fetch(0, cut)
+        assert call.hidden_states.device.type == DEVICE
+        return torch.accelerator.memory_allocated() - before
+
+    return added(lambda call: call), added(Piece(0, start=1024, stop=2048).of_call)
 
 
 def main(library: str, output: str) -> None:
     """
     :param library: with the device
     :param output: file for weights of each case, the memory of some, what comes of
-        tensors of two devices, and whether recordings share memory with the toolkit
+        tensors of two devices, whether recordings share memory with the toolkit, and
+        what is fetched for a piece of a sequence
     """
     add_accelerator(library)
     torch.set_num_threads(1)
@@ -182,6 +201,7 @@ def main(library: str, output: str) -> None:
     results = {
         "mixed": mixed,
         "kept once": kept_once(),
+        "fetched": fetched_bytes(),
         "weights": {name: pruned(*case) for name, case in CASES.items()},
         "smaller": {name: smaller(*case) for name, case in SMALLER.items()},
         "quantised": quantised(),

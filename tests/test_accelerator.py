@@ -79,6 +79,12 @@ def test_what_the_toolkit_keeps_is_not_kept_again(results: dict[str, Any]) -> No
     assert results["kept once"]
 
 
+def test_a_piece_is_cut_before_it_is_fetched(results: dict[str, Any]) -> None:
+    whole, quarter = results["fetched"]
+    assert whole == 4096 * 8 * 4
+    assert quarter == (1024 + 1) * 8 * 4  # the first token is before it
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_of_the_cpu(results: dict[str, Any], case: str) -> None:
     found = results["weights"][case]  # tied weights have two names when dispatched

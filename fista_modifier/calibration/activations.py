@@ -6,12 +6,10 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
 
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache, OverrideEqMode
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 __all__ = ["MAIN_MEMORY", "ActivationStorage"]
 
@@ -57,21 +55,6 @@ class ActivationStorage:
                 known[tensor] = _mapped(tensor, folder) if folder else tensor.to("cpu")
             kept: Tensor = known[tensor]
         return kept
-
-    def cache(self) -> IntermediatesCache:
-        """Return an empty cache of the toolkit, for :meth:`append`."""
-        return IntermediatesCache(None, torch.device("cpu"))
-
-    def append(self, cache: IntermediatesCache, values: dict[str, Any]) -> None:
-        """
-        Add the values of the next batch to a cache.
-
-        :param cache: the cache, from :meth:`cache`
-        :param values: tensors and containers of tensors, by their names
-        """
-        if self.folder is not None:
-            tree_map_only(Tensor, self.keep, values)  # the cache takes the copies
-        cache.append(values)
 
 
 MAIN_MEMORY = ActivationStorage()

@@ -5,7 +5,7 @@ What a decoder layer or a part of it was called with, and runs of it over these 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -138,15 +138,15 @@ class LayerInputs:
     ) -> None:
         self.layer = layer
         self._storage = storage
-        self._calls = storage.cache()
+        self._waiting: list[_WaitingCall] = []
         self._hidden_states: list[Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._waiting)
 
     def clear(self) -> None:
         """Forget all calls."""
-        self._calls = self._storage.cache()
+        self._waiting = []
 
     def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """
@@ -158,10 +158,10 @@ class LayerInputs:
         :return: its hidden states
         """
         signature = inspect.signature(self.layer.forward)
-        call = signature.bind(*args, **_renamed(signature, args, kwargs))
-        values = _own_copy({"args": call.args, "kwargs": call.kwargs})
-        self._storage.append(self._calls, values)
-        return first_tensor(call.args)
+        bound = signature.bind(*args, **_renamed(signature, args, kwargs))
+        call = LayerCall(self.layer, *_own_copy((bound.args, bound.kwargs)))
+        self._waiting.append(_WaitingCall.of(call, self._storage))
+        return call.hidden_states
 
     def remember(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,11 +173,20 @@ class LayerInputs:
         self.append(args, kwargs)
 
     def __getitem__(self, batch: int) -> LayerCall:
-        call = LayerCall(self.layer, **_own_copy(self._calls.fetch(batch)))
-        if self._hidden_states is None:
-            return call
-        other = self._hidden_states[batch].to(call.hidden_states.device)
-        return replace(call, args=(other, *call.args[1:]))
+        return self.fetch(batch, lambda call: call)
+
+    def fetch(self, batch: int, cut: Callable[[LayerCall], LayerCall]) -> LayerCall:
+        """
+        Bring a part of a call to the devices that its tensors came from, and no more.
+
+        :param batch: the number of the batch
+        :param cut: cuts the tensors of a call, which are off the device
+        :return: the call for that part
+        """
+        waiting = self._waiting[batch]
+        if self._hidden_states is not None:
+            waiting = waiting.with_hidden_states(self._hidden_states[batch])
+        return waiting.fetched(cut)
 
     def __iter__(self) -> Iterator[LayerCall]:
         return (self[batch] for batch in range(len(self)))
@@ -266,7 +275,11 @@ def _renamed(
     return {first if name == old else name: value for name, value in kwargs.items()}
 
 
-def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
+
+
+def _own_copy(values: Arguments) -> Arguments:
     """
     Copy the containers of a call's arguments, and not the tensors, because a layer may
     write into a dictionary that it is given, for layers behind it. A cache of keys and
@@ -277,7 +290,7 @@ def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
     def is_cache(value: Any) -> bool:
         return isinstance(value, Cache)
 
-    copied: dict[str, Any] = tree_map(
+    copied: Arguments = tree_map(
         lambda value: None if is_cache(value) else value, values, is_leaf=is_cache
     )
     return copied
@@ -303,7 +316,8 @@ class LayerCall:
 
         :return: the layer's output hidden states
         """
-        return first_tensor(self.layer(*self.args, **self.kwargs))
+        args, kwargs = _own_copy((self.args, self.kwargs))
+        return first_tensor(self.layer(*args, **kwargs))
 
     @property
     def hidden_states(self) -> Tensor:
@@ -337,6 +351,44 @@ class LayerCall:
         :return: whether it is one of the states in ``context``
         """
         return any(same_memory(value, one) for one in self.context)
+
+
+@dataclass(frozen=True)
+class _WaitingCall:
+    """
+    A call whose tensors wait off the device.
+
+    :param call: the call, with tensors on the CPU
+    :param devices: the device that each of its arguments came from, in the same
+        containers; None for what is no tensor
+    """
+
+    call: LayerCall
+    devices: Arguments
+
+    @classmethod
+    def of(cls, call: LayerCall, storage: ActivationStorage) -> _WaitingCall:
+        """Bring the tensors of a call off the device."""
+        arguments = call.args, call.kwargs
+        devices = tree_map(lambda one: getattr(one, "device", None), arguments)
+        kept = tree_map_only(Tensor, storage.keep, arguments)
+        return cls(LayerCall(call.layer, *kept), devices)
+
+    def with_hidden_states(self, hidden_states: Tensor) -> _WaitingCall:
+        """Return the same call with another first argument, off the device."""
+        args = (hidden_states, *self.call.args[1:])
+        return replace(self, call=replace(self.call, args=args))
+
+    def fetched(self, cut: Callable[[LayerCall], LayerCall]) -> LayerCall:
+        """Bring a part of the call to the devices that its tensors came from."""
+
+        def fetch(value: Any, device: torch.device | None) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        part = cut(self.call)
+        return LayerCall(
+            part.layer, *tree_map(fetch, (part.args, part.kwargs), self.devices)
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class LayerError:
         self.biases = biases
         self._recording = recording
         self._inputs = inputs
+        # A piece is run several times, and its inputs come from off the device.
+        self._dense_call = lru_cache(maxsize=1)(partial(_call, recording.inputs))
+        self._own_call = self._dense_call
+        if inputs is not recording.inputs:
+            self._own_call = lru_cache(maxsize=1)(partial(_call, inputs))
         self._dense = {operator: operator.weight for operator in operators}
         self._dense_biases = {one: one.module.bias.data for one in biases}
         self._last: tuple[Piece, Tensor] | None = None
@@ -89,7 +95,7 @@ class LayerError:
         :param target: the dense layer's output for it
         :return: ‖o* − o‖² / ‖o‖² of each real token, in float32
         """
-        output = piece.of_call(self._inputs[piece.batch]).run()
+        output = self._own_call(piece).run()
         return self._of_output(output, piece, target)
 
     def target_of(self, piece: Piece) -> Tensor:
@@ -103,9 +109,8 @@ class LayerError:
         if not piece.is_cut:
             return piece.of_output(self._recording.outputs[piece.batch])
         if self._last is None or self._last[0] != piece:
-            call = piece.of_call(self._recording.inputs[piece.batch])
             with torch.no_grad(), replaced_weights(self._dense, self._dense_biases):
-                self._last = piece, call.run()
+                self._last = piece, self._dense_call(piece).run()
         return self._last[1]
 
     def of_tokens(self, batch: int) -> Tensor:
@@ -170,6 +175,10 @@ class LayerError:
         real = self._recording.real_tokens[piece.batch].own
         real = None if real is None else piece.of_output(real)
         return _token_errors(output, target, real, self._scales)
+
+
+def _call(inputs: LayerInputs, piece: Piece) -> LayerCall:
+    return inputs.fetch(piece.batch, piece.of_call)
 
 
 def _feature_scales(recording: Recording, device: torch.device) -> Tensor:
