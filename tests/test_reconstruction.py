@@ -251,7 +251,7 @@ def test_an_expert_takes_a_step_for_each_batch_with_tokens_for_it() -> None:
     weights = {expert: before.clone()}
     with replaced_weights(weights):
         trained = KeptWeights(weights, rate=0.1, steps=40)
-        trained.train(descend, range(40), Watch(lambda _: math.inf, 40))
+        trained.train(descend, range(40), Watch(lambda _: torch.tensor(math.inf), 40))
     warm_up, decay = 4 / 10, (1 + math.cos(math.pi * 3 / 40)) / 2
     step = 0.1 * warm_up * decay * float(before.abs().mean())
     moved = (weights[expert] - before).abs()

@@ -41,10 +41,10 @@ class Watch:
     :param steps: the steps of the training
     """
 
-    def __init__(self, start_error: Callable[[Piece], float], steps: int) -> None:
+    def __init__(self, start_error: Callable[[Piece], Tensor], steps: int) -> None:
         self._start_error = start_error
         self._left = int(WATCHED_SHARE * steps)
-        self._errors: list[tuple[float, float]] = []
+        self._errors: list[Tensor] = []  # on the device, which is not waited for
 
     def stops(self, piece: Piece, error: Tensor) -> bool:
         """
@@ -57,10 +57,10 @@ class Watch:
         if not self._left:
             return False
         self._left -= 1
-        self._errors.append((float(error), self._start_error(piece)))
+        self._errors.append(torch.stack((error, self._start_error(piece))))
         if len(self._errors) < WATCHED_STEPS:
             return False
-        now, before = (sum(column) for column in zip(*self._errors, strict=True))
+        now, before = torch.stack(self._errors).sum(0, dtype=torch.float64).tolist()
         self._errors.clear()
         return bool(now > HIGHEST_RISE * before)
 

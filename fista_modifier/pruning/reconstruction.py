@@ -197,10 +197,10 @@ def _train(
     :return: the rate of the last training that was tried
     """
 
-    def start_error_of(piece: Piece) -> float:
+    def start_error_of(piece: Piece) -> Tensor:
         target = layer.target_of(piece)
         with replaced_weights(pruned, layer.biases), matmul_precision("bf16"):
-            return float(layer.of_piece(piece, target).sum())
+            return layer.of_piece(piece, target).sum()
 
     def descend(piece: Piece) -> Tensor:
         target = layer.target_of(piece)
