@@ -26,9 +26,10 @@ class Piece:
     """
     A piece of one batch: some of its sequences, or some tokens of one of them.
 
-    A piece of a sequence is run as a sequence of its own. It has the positions from 0
-    on, and the sequence's first token before its own: many heads attend to that token
-    where they have nothing to attend to.
+    A piece of a sequence is run as a sequence of its own, whose tokens keep their
+    positions, masks and whatever else the layer is given for each of them. It has the
+    sequence's first token before its own: many heads attend to that token where they
+    have nothing to attend to.
 
     :param batch: the number of the batch
     :param first: the first of the sequences
@@ -63,7 +64,7 @@ class Piece:
                 value = value[self.first : self.last]
             for dim, size in enumerate(value.shape):
                 if size == length and (dim or value.ndim == 1):
-                    value = value.narrow(dim, 0, own.shape[1])
+                    value = self._of_tokens(value, dim)
             return value
 
         others: tuple[Any, dict[str, Any]] = (call.args[1:], call.kwargs)
@@ -77,12 +78,14 @@ class Piece:
         :param output: sequences×tokens×…
         :return: the part of this piece
         """
-        sequences = output[self.first : self.last]
+        return self._of_tokens(output[self.first : self.last], 1)
+
+    def _of_tokens(self, value: Tensor, dim: int) -> Tensor:
         if self.stop is None:
-            return sequences
+            return value
         begin = [0] if self.start else []
         places = [*begin, *range(self.start, self.stop)]
-        return sequences.index_select(1, torch.tensor(places, device=output.device))
+        return value.index_select(dim, torch.tensor(places, device=value.device))
 
 
 def pieces_of(
@@ -96,9 +99,10 @@ def pieces_of(
     one after the other hardly depends on how sequences were batched.
 
     Sequences without padding are cut where the layer, run with their first piece
-    alone, has the output that it has with all of the sequence. So those that look
-    ahead stay whole. Batches are taken apart where the layer has the same output for
-    the first of their sequences. All is tried once, on the first batch that it is for.
+    alone, has the output that it has with all of the sequence, and where no later token
+    has a gradient from that output: layers that look ahead run whole sequences. Batches
+    are taken apart where the layer has the same output for the first of their
+    sequences. All is tried once, on the first batch that it is for.
 
     :param inputs: what the layer is called with
     :param outputs: its output for each batch
@@ -144,6 +148,22 @@ def _runs_alone(piece: Piece, call: LayerCall, output: Tensor) -> bool:
     try:
         with torch.no_grad():
             alone = piece.of_call(call).run()
-            return same_output(alone, piece.of_output(output).to(alone.device))
+            same = same_output(alone, piece.of_output(output).to(alone.device))
+        return same and not (piece.stop and _looks_ahead(call, piece.stop))
     except (RuntimeError, ValueError, IndexError):  # arguments of other shapes
         return False
+
+
+def _looks_ahead(call: LayerCall, tokens: int) -> bool:
+    """
+    Say whether the layer's output for the first tokens depends on later ones, by its
+    gradient. In 16 bits, a change of the output would look like rounding.
+    """
+    call = Piece(0, 0, 1).of_call(call)
+    hidden_states = call.hidden_states.detach().requires_grad_()
+    with torch.enable_grad():
+        output = replace(call, args=(hidden_states, *call.args[1:])).run()[:, :tokens]
+        # A norm at the end of the layer has no gradient of a plain sum.
+        slope = torch.linspace(-1, 1, output.numel()).cos().view(output.shape)
+        (gradient,) = torch.autograd.grad(output, hidden_states, slope.to(output))
+    return bool(gradient[:, tokens:].any())

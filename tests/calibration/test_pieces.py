@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
 from runs import samples
+from torch.utils._pytree import tree_map_only
 
 from fista_modifier.calibration.pieces import Piece, pieces_of
 from fista_modifier.calibration.replay import LayerInputs, RealTokens, calibration_runs
@@ -37,6 +40,15 @@ def seen(
     return model, inputs, outputs
 
 
+def hidden(tokens: list[int], value: torch.Tensor) -> torch.Tensor:
+    """A mask in which nobody sees some tokens, and other tensors as they are."""
+    if value.shape[-2:] != (LENGTH, LENGTH):
+        return value
+    mask = value.clone()
+    mask[..., tokens] = torch.finfo(mask.dtype).min
+    return mask
+
+
 def everything(inputs: LayerInputs) -> list[RealTokens]:
     return [RealTokens()] * len(inputs)
 
@@ -59,17 +71,18 @@ def test_sequences_are_cut_into_parts_whatever_their_batches_are(
         (16, 24),
     ]
     for number, piece, output in zip(places, pieces, found, strict=True):
-        assert output.shape[:2] == (1, 9 if piece.start else 8)
         if not piece.start:
             assert torch.allclose(output, whole[number][:, :8], atol=1e-5)
             continue
-        # a sequence of its own: the first token, and the part, at the first positions
-        states = single[number].hidden_states
-        part = torch.cat([states[:, :1], states[:, piece.start : piece.stop]], 1)
-        call = Piece(0, stop=9).of_call(single[number])
+        # as if nobody saw any other token but the first one and those of the part
+        own = [0, *range(piece.start, piece.stop)]
+        call = single[number]
+        others = [token for token in range(LENGTH) if token not in own]
+        args, kwargs = tree_map_only(
+            torch.Tensor, partial(hidden, others), (call.args, call.kwargs)
+        )
         with calibration_runs(model):
-            expected = call.layer(part, *call.args[1:], **call.kwargs)
-        expected = expected if isinstance(expected, torch.Tensor) else expected[0]
+            expected = replace(call, args=args, kwargs=kwargs).run()[:, own]
         assert torch.allclose(output, expected, atol=1e-5)
 
 
@@ -94,16 +107,53 @@ def test_padded_sequences_stay_whole() -> None:
     ]
 
 
-def test_what_looks_ahead_stays_whole() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [1.0, 1e-3])
+def test_what_looks_ahead_stays_whole(dtype: torch.dtype, share: float) -> None:
     class Mean(torch.nn.Module):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            return hidden_states + hidden_states.mean(1, keepdim=True)
+            return hidden_states + share * hidden_states.mean(1, keepdim=True)
 
     inputs = LayerInputs(Mean())
-    inputs.append((torch.randn(3, LENGTH, 8),), {})
+    inputs.append((torch.randn(3, LENGTH, 8, dtype=dtype),), {})
     outputs = [call.run() for call in inputs]
     pieces = pieces_of(inputs, outputs, everything(inputs), 12)
     assert pieces == [Piece(0, row, row + 1) for row in range(3)]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_causal_attention_is_told_from_another_by_16_bits(bidirectional: bool) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            heads = hidden_states.unsqueeze(1)
+            seen = torch.nn.functional.scaled_dot_product_attention(
+                heads, heads, heads, is_causal=not bidirectional
+            )
+            # a norm at the end, as in post-norm models
+            mixed = hidden_states + 1e-2 * seen.squeeze(1)
+            return torch.nn.functional.layer_norm(mixed, (8,))
+
+    inputs = LayerInputs(Attention())
+    inputs.append((torch.randn(1, LENGTH, 8, dtype=torch.bfloat16),), {})
+    outputs = [call.run() for call in inputs]
+    pieces = pieces_of(inputs, outputs, everything(inputs), 12)
+    assert [piece.is_cut for piece in pieces] == [not bidirectional] * len(pieces)
+
+
+def test_what_a_layer_is_given_for_each_token_is_that_of_the_piece() -> None:
+    class Sum(torch.nn.Module):
+        def forward(
+            self, hidden_states: torch.Tensor, embeddings: torch.Tensor
+        ) -> torch.Tensor:
+            return hidden_states + embeddings
+
+    states, embeddings = torch.randn(2, 1, LENGTH, 8)
+    inputs = LayerInputs(Sum())
+    inputs.append((states,), {"embeddings": embeddings})
+    outputs = [call.run() for call in inputs]
+    _, later = pieces_of(inputs, outputs, everything(inputs), 12)
+    own = [0, *range(12, 24)]
+    assert torch.equal(later.of_call(inputs[0]).run(), outputs[0][:, own])
 
 
 def test_batches_of_one_short_sequence_are_pieces() -> None:
