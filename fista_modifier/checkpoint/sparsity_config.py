@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
+from loguru import logger
+from transformers import AutoConfig, PretrainedConfig
 
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver.patterns import reported_pattern
@@ -60,7 +62,8 @@ def write_sparsity(
 def write_sizes(folder: Path, sizes: Mapping[str, Any]) -> None:
     """
     Write the sizes of a model that channels have left into ``config.json``, where the
-    toolkit writes those of the dense model.
+    toolkit writes those of the dense model. A setting that transformers would derive
+    from them, such as the size of a head, is written, too, as it was.
 
     :param folder: the checkpoint's folder
     :param sizes: the sizes by their names in the configuration; dots separate the names
@@ -69,10 +72,69 @@ def write_sizes(folder: Path, sizes: Mapping[str, Any]) -> None:
     if not sizes:
         return
     file, content = _read(folder)
-    for name, value in sizes.items():
-        *path, last = name.split(".")
-        reduce(lambda inner, key: inner.get(key, inner), path, content)[last] = value
+    dense = _settings(folder)
+    _put(content, sizes)
     _write(file, content)
+    wanted: dict[str, Any] = {**dense, **sizes}
+    changed = _differing(wanted, _settings(folder))
+    if not changed:
+        return
+    _put(content, changed)
+    for name, value in changed.items():  # older names of a setting go before it
+        owner, last = _owner(content, name)
+        prefix = name.removesuffix(last)
+        for key, old in owner.items():
+            if prefix + key not in dense and type(old) is int and old == dense[name]:
+                owner[key] = value
+    _write(file, content)
+    if left := _differing(wanted, _settings(folder)):
+        logger.error(
+            f"{file} does not describe the smaller model, whose sizes are {left}: "
+            "transformers reads other values from it. Correct it by hand"
+        )
+
+
+def _put(content: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        owner, last = _owner(content, name)
+        owner[last] = value
+
+
+def _owner(content: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Return the part of a file that has a setting, and the setting's own name."""
+    *path, last = name.split(".")
+    return reduce(lambda inner, key: inner.get(key, inner), path, content), last
+
+
+def _settings(folder: Path) -> dict[str, int]:
+    """
+    Return the numbers in a checkpoint's configuration as transformers reads them, by
+    their names. There are none if it cannot, as of a model with its own code.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception:  # configurations may raise anything
+        return {}
+    return dict(_numbers(config))
+
+
+def _numbers(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif type(value) is int and not name.startswith("_"):
+            yield prefix + name, value
+
+
+def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is wanted where something else was found."""
+    return {
+        name: value
+        for name, value in wanted.items()
+        if name in found and found[name] != value
+    }
 
 
 def write_legacy_sparsity(

@@ -44,7 +44,8 @@ def changes_for(
     Find the values of the model's configuration that make transformers build the
     smaller model. No names are needed: new sizes are tried in the place of old ones (or
     of values that are None, because some families derive them from others), until the
-    parameters have the new shapes.
+    parameters have the new shapes, and nothing else that the model computes with has
+    changed, such as the scale of attention.
 
     :param model: the model as it is now
     :param shapes: the new shapes of parameters, by their names; the others keep theirs
@@ -54,9 +55,11 @@ def changes_for(
         the smaller model
     """
     wanted = shapes_of(model) | dict(shapes)
+    before = _built(model.config, ())
     reasons = []
     for changes in _candidates(model.config, sizes):
-        if _builds(model.config, changes, wanted):
+        after = _built(model.config, changes)
+        if after and shapes_of(after) == wanted and _computes_alike(before, after):
             reason = _refusal(model, changes, wanted)
             if reason is None:
                 return list(changes)
@@ -89,14 +92,17 @@ def _candidates(
     config: PretrainedConfig, sizes: Mapping[int, int]
 ) -> Iterator[tuple[ConfigChange, ...]]:
     """
-    Yield changes to try, likely ones first: one value for each size, then two, three
-    and all values of the old sizes, then values that are missing.
+    Yield changes to try, likely ones first: few before many, of each size none (what is
+    derived from other settings), one, two, three or all values of the old size. Then
+    values that are missing.
     """
     places = [
         [(path, new) for path in _places(config, old)] for old, new in sizes.items()
     ]
     some = [
-        chain(*(combinations(found, count) for count in sorted({1, 2, 3, len(found)})))
+        chain(
+            *(combinations(found, count) for count in sorted({*range(4), len(found)}))
+        )
         for found in places
     ]
     for chosen in sorted(product(*some), key=lambda parts: sum(map(len, parts))):
@@ -119,17 +125,43 @@ def _places(
             yield (*prefix, name)
 
 
-def _builds(
-    config: PretrainedConfig, changes: Sequence[ConfigChange], wanted: Shapes
-) -> bool:
+def _built(
+    config: PretrainedConfig, changes: Sequence[ConfigChange]
+) -> PreTrainedModel | None:
+    """Build the model of a changed configuration; None if there is no such model."""
     config = copy.deepcopy(config)
     try:
         apply_changes(config, changes)
         model = weightless_model(config)
         linearize_weightless(model)
     except (ValueError, TypeError, AttributeError, StrictDataclassError):
-        return False
-    return shapes_of(model) == dict(wanted)
+        return None
+    return model
+
+
+def _computes_alike(before: PreTrainedModel | None, after: PreTrainedModel) -> bool:
+    """
+    Say whether two models of other sizes compute alike. The size of a head can become
+    smaller in place of the number of heads, for the same shapes of parameters: then the
+    scale of attention and the positions' frequencies change. And a number of heads that
+    no longer fits another one leaves groups of no heads.
+    """
+    if before is None:
+        return True
+    modules = dict(after.named_modules())
+    for name, module in before.named_modules():
+        now = vars(modules.get(name, module))
+        for attribute, value in vars(module).items():
+            other = now.get(attribute, value)
+            if isinstance(value, float) and value != other:
+                return False
+            if type(value) is type(other) is int and value > 0 >= other:
+                return False
+    buffers = {name: value.shape for name, value in after.named_buffers()}
+    return all(
+        buffers.get(name, value.shape) == value.shape
+        for name, value in before.named_buffers()
+    )
 
 
 def _refusal(
@@ -166,8 +198,13 @@ def _undeclared(config: PretrainedConfig, shapes: Shapes) -> set[str]:
     return {
         name
         for name in vars(config).keys() - declared
-        if not name.startswith("_") and not _builds(_without(config, name), (), shapes)
+        if not name.startswith("_") and not _builds(_without(config, name), shapes)
     }
+
+
+def _builds(config: PretrainedConfig, wanted: Shapes) -> bool:
+    model = _built(config, ())
+    return model is not None and shapes_of(model) == wanted
 
 
 def _without(config: PretrainedConfig, name: str) -> PretrainedConfig:

@@ -954,3 +954,88 @@ def test_rows_of_one_operator_are_not_cut_for_two_groups() -> None:
     check_apart(plans[:1])
     with pytest.raises(ValueError, match="fused makes channels of several kinds"):
         check_apart(plans)
+
+
+def saved_smaller(
+    dense: PreTrainedModel, tmp_path: Path, edit: dict[str, Any], **fields: Any
+) -> tuple[PreTrainedModel, PreTrainedModel, FASPPruningModifier | SPAPPruningModifier]:
+    """
+    The smaller model in memory and as it is loaded. None in ``edit`` stands for a key
+    of the dense config.json that is not there.
+    """
+    dense.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "config.json"
+    content = json.loads(file.read_text()) | edit
+    kept = {key: value for key, value in content.items() if value is not None}
+    file.write_text(json.dumps(kept))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    modifier = shrink(model, **UNTRAINED, **fields)
+    model.save_pretrained(tmp_path / "small")
+    assert verify(tmp_path / "small").problems == []
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", attn_implementation="eager"
+    )
+    assert torch.allclose(logits(loaded.eval()), logits(model), atol=1e-5)
+    return model, loaded, modifier
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_size_of_a_head_stays_where_the_file_has_none(
+    family: str, tmp_path: Path
+) -> None:
+    dense = tiny_model(family, **HEADS)
+    _, loaded, _ = saved_smaller(
+        dense, tmp_path, {"head_dim": None}, structures=["heads"], sparsity=0.2
+    )
+    assert loaded.config.head_dim == 4
+    assert loaded.config.num_attention_heads < 8
+
+
+def test_heads_leave_and_do_not_shrink_where_there_are_as_many_as_dimensions(
+    tmp_path: Path,
+) -> None:
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}
+    dense = tiny_model("llama", **sizes)
+    _, loaded, modifier = saved_smaller(
+        dense, tmp_path, {}, structures=["heads"], sparsity=0.32
+    )
+    assert loaded.config.head_dim == 8
+    assert {path[-1] for path, _ in modifier._plan.changes} == {
+        "num_attention_heads",
+        "num_key_value_heads",
+    }
+
+
+def test_all_numbers_of_heads_change_together(tmp_path: Path) -> None:
+    dense = zoo_model("deepseek_v3", tmp_path / "zoo")
+    _, loaded, _ = saved_smaller(
+        dense, tmp_path, {}, structures=["heads"], sparsity=0.15
+    )
+    config = loaded.config
+    assert config.num_attention_heads == config.num_key_value_heads < 4
+
+
+def test_a_setting_that_has_the_same_value_by_chance_stays(tmp_path: Path) -> None:
+    # the shared experts have 2 x 16 channels, which no setting says
+    dense = zoo_model(
+        "dots1",
+        tmp_path / "zoo",
+        n_shared_experts=2,
+        moe_intermediate_size=16,
+        intermediate_size=128,
+        hidden_size=64,
+        sliding_window=32,
+        layer_types=["full_attention", "sliding_attention"],
+        max_position_embeddings=64,
+    )
+    _, loaded, _ = saved_smaller(dense, tmp_path, {})
+    assert loaded.config.sliding_window == 32
+    assert loaded.config.moe_intermediate_size == 12
+
+
+def test_an_older_name_of_a_width_is_smaller_too(tmp_path: Path) -> None:
+    sizes = {"block_auto_adjust_ff_dim": False, "intermediate_size": 96}
+    dense = zoo_model("lfm2", tmp_path / "zoo", **sizes)
+    edit = {"block_ff_dim": 96, "intermediate_size": None}
+    _, loaded, _ = saved_smaller(dense, tmp_path, edit)
+    assert loaded.config.intermediate_size == 72
