@@ -129,6 +129,7 @@ def test_processes_share_the_layers_of_a_model(
         ({"mask_structure": "1:4"}, {}, "recipe: mask_structure was 2:4 and is 1:4"),
         ({"admm_steps": 4}, {}, "recipe: admm_steps was None and is 4"),
         ({}, {"initializer_range": 0.1}, "model: model.embed_tokens.weight was"),
+        ({}, {"rms_norm_eps": 0.5}, "config: rms_norm_eps was 1e-06 and is 0.5"),
     ],
 )
 def test_layers_of_another_run_are_refused(

@@ -246,14 +246,20 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             the vocabulary, if the accelerator is Apple's, if targets match nothing, if
             an operator cannot have the pattern or is not finite, if the model does not
             have the ``layers`` or could not be saved, if ``resume_dir`` belongs to
-            another run, if an earlier step of the recipe has ``layers``, or if
-            SmoothQuant, SpinQuant or QuIP would change weights that ranks share
+            another run, if an earlier step of the recipe has ``layers``, if
+            SmoothQuant, SpinQuant or QuIP would change weights that ranks share, or
+            within ``torch.inference_mode()``
         """
         model = state.model
         if (device := get_main_device()).type == "mps":
             raise ValueError(
                 f"{device} has no float64, in which errors are added up: prune on a "
                 "machine with another accelerator, or with none"
+            )
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "there are no gradients within torch.inference_mode(), which show how "
+                "operators depend on one another and train layers: leave it"
             )
         check_own_folder(self)
         check_changed_once()

@@ -17,7 +17,7 @@ from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import check_prunable, warn_of_zeros
 from fista_modifier.modifiers.base import LayerwiseModifier, overridden
 from fista_modifier.modifiers.patterns import PatternFields
-from fista_modifier.modifiers.steps import modifiers_before
+from fista_modifier.modifiers.steps import check_zeros_stay, modifiers_before
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.orders import plan_orders
 from fista_modifier.pruning.owl import Owl
@@ -417,9 +417,10 @@ class FISTAPruningModifier(LayerwiseModifier):
             dense are taken away
         :return: the procedure
         :raises ValueError: if an operator has no pattern, cannot have it or is not
-            finite
+            finite, or if a later step would give its zeros values again
         """
         self._warn_of_other_meanings()
+        check_zeros_stay(self)
         patterns = self._patterns.of_operators(
             state.model, layers, state.data.calib, current_ranks()
         )

@@ -10,17 +10,20 @@ from typing import Any
 import yaml
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 
 from fista_modifier.distributed import current_ranks
+from fista_modifier.modifiers.gptq import MaskedGPTQModifier
 
 __all__ = [
     "HOW_TO_RUN",
     "applied_recipe",
     "check_changed_once",
     "check_own_folder",
+    "check_zeros_stay",
     "modifiers_before",
     "settings_of",
 ]
@@ -81,6 +84,29 @@ def check_changed_once() -> None:
             raise ValueError(
                 f"{type(one).__name__} changes weights once on each rank, and the "
                 "ranks share the weights: run this recipe with one process"
+            )
+
+
+def check_zeros_stay(modifier: Modifier) -> None:
+    """
+    Refuse steps after a modifier that would give its zeros values again, while the
+    report and config.json would still count them.
+
+    :param modifier: a modifier of the recipe that sets weights to zero
+    :raises ValueError: if there is such a step
+    """
+    modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
+    for one in modifiers[len(modifiers_before(modifier)) + 1 :]:
+        name, own = type(one).__name__, type(modifier).__name__
+        if isinstance(one, (SpinQuantModifier, QuIPModifier)):
+            raise ValueError(
+                f"{name} rotates weights, so that the zeros of {own} would get values "
+                "again: put it before the pruning"
+            )
+        if isinstance(one, GPTQModifier) and not isinstance(one, MaskedGPTQModifier):
+            raise ValueError(
+                f"{name} gives the zeros of {own} values again: use "
+                "MaskedGPTQModifier, which has the same fields and keeps them"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fista_modifier.calibration.digest import TensorDigest
 from fista_modifier.files import write_whole
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 RUN_FILE = "run.json"
+UNIMPORTANT = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
+"""The names in a configuration on which no output depends."""
 SHOWN = 3
 """The most differences that a message names."""
 
@@ -39,17 +43,43 @@ def fingerprint(model: torch.nn.Module, recipe: dict[str, Any]) -> Fingerprint:
 
     :param model: the dense model; every parameter is read once
     :param recipe: fields of the modifier
-    :return: plain JSON values in sections: "recipe", "versions" and "model", the last
-        with a digest of each parameter. Scales of a later quantisation, which are
-        allocated and not filled yet, are left out
+    :return: plain JSON values in sections: "recipe", "versions", "config" and "model",
+        the last with a digest of each parameter and of each buffer that is saved.
+        Scales of a later quantisation, which are allocated and not filled yet, are left
+        out
     """
     with disable_onloading():  # torch keeps all that it has named
-        names = [name for name, _ in model.named_parameters() if _is_own(model, name)]
+        parameters = [name for name, _ in model.named_parameters()]
+        buffers = [name for name, _ in model.named_buffers() if _is_saved(model, name)]
+    names = [name for name in parameters + buffers if _is_own(model, name)]
     return {
         "recipe": recipe,
         "versions": package_versions(*PACKAGES),
-        "model": {name: _digest(model.get_parameter(name)) for name in names},
+        "config": _config(model),
+        "model": {name: _digest(attrgetter(name)(model)) for name in names},
     }
+
+
+def _config(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a model's configuration says of what the model computes."""
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: plain(value) if isinstance(value, dict) else value
+            for name, value in values.items()
+            if name not in UNIMPORTANT
+        }
+
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return {}
+    return plain(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _is_saved(model: torch.nn.Module, name: str) -> bool:
+    """Say whether a buffer is saved, as one is that nothing else tells."""
+    module, _, own = name.rpartition(".")
+    return own not in model.get_submodule(module)._non_persistent_buffers_set
 
 
 def _is_own(model: torch.nn.Module, name: str) -> bool:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from families import FAMILIES, tiny_model
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+from llmcompressor.modifiers.transform.quip import QuIPModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from problems import normal
 from runs import calibration, run
 from torch import Tensor
@@ -152,3 +155,29 @@ def test_every_zero_of_the_pruning_is_one_of_the_quantised_model(
         quantized = both.get_submodule(name).weight
         assert bool((quantized[zeros] == 0).all()), name
         assert bool((quantized[~zeros] != 0).float().mean() > 0.5), name
+
+
+@pytest.mark.parametrize(
+    ("later", "advice"),
+    [
+        (GPTQModifier(targets=["Linear"], scheme="W8A8"), "use MaskedGPTQModifier"),
+        (SpinQuantModifier(rotations=["R1"]), "put it before the pruning"),
+        (QuIPModifier(), "put it before the pruning"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_steps_that_give_zeros_values_are_refused(later, advice):
+    model = tiny_model("llama")
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    pruning = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
+    with pytest.raises(ValueError, match=advice):
+        run(model, [pruning, later], dataset=calibration())
+    for name, value in dense.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_inference_mode_is_refused():
+    pruning = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
+    model = tiny_model("llama")
+    with torch.inference_mode(), pytest.raises(ValueError, match="leave it"):
+        run(model, pruning, dataset=calibration())
