@@ -428,8 +428,9 @@ def trained_sentence(recovery: RecoveryResult) -> str:
     :param recovery: the result
     :return: the sentence
     """
+    when = " before more was pruned" if recovery.pruned_after else ""
     return (
-        f"Recovery: mean KL to the teacher {recovery.start_divergence:.4f} → "
+        f"Recovery{when}: mean KL to the teacher {recovery.start_divergence:.4f} → "
         f"{recovery.divergence:.4f} nats per token, on {recovery.held_out_tokens} "
         f"tokens that it was not trained on, after {recovery.seconds:.0f} s and "
         f"{recovery.steps} steps."

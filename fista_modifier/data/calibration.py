@@ -11,6 +11,7 @@ it, as each prompt does when the model is used.
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -190,7 +191,7 @@ def _text(value: Any, column: str, tokenizer: Any) -> str | None:
     if isinstance(value, str) or value is None:
         return value
     if not isinstance(value, list):
-        raise ValueError(f"'{column}' holds no text but {value!r}")
+        raise ValueError(f"'{column}' holds no text but {reprlib.repr(value)}")
 
     if not value:
         return None

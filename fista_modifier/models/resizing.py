@@ -65,8 +65,8 @@ def changes_for(
                 return list(changes)
             reasons.append(reason)
     reasons.append(
-        "no setting leads to layers of these sizes, as where the size of a head "
-        "follows from the width of the model"
+        "no setting leads to layers of these sizes and changes nothing else, as where "
+        "they follow from the width of the model"
     )
     raise ValueError(
         f"transformers has no configuration of {type(model).__name__} with the smaller "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
@@ -279,17 +281,26 @@ def check_quantisable(operator: Operator, columns: int) -> None:
 
     :param operator: an operator that the later modifier may quantise
     :param columns: the number of columns that it is to have by then
-    :raises ValueError: if its scheme quantises groups of columns into which these
-        cannot be divided
+    :raises ValueError: if its scheme quantises weights or inputs in groups of columns,
+        or weights in blocks, into which these cannot be divided
     """
     scheme = getattr(operator.module, "quantization_scheme", None)
-    weights = None if scheme is None else scheme.weights
-    group = 0 if weights is None else weights.group_size or 0
-    if group > 0 and columns % group:
+    if scheme is None:
+        return
+    quantised = filter(None, (scheme.weights, scheme.input_activations))
+    group = math.lcm(*(_group_of_columns(one) for one in quantised))
+    if columns % group:
         raise ValueError(
             f"{operator.name} would have {columns} columns, which cannot be quantised "
             f"in groups of {group}: set multiple_of: {group}"
         )
+
+
+def _group_of_columns(quantised: QuantizationArgs) -> int:
+    """Return the number of columns that are quantised together; 1 for any number."""
+    if quantised.block_structure is not None:
+        return int(quantised.block_structure[1])
+    return max(quantised.group_size or 1, 1)  # -1 stands for all columns
 
 
 def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:

@@ -551,10 +551,11 @@ def smaller(sparse: bool) -> list[Any]:
     return [*recipe, FISTAPruningModifier(mask_structure="2:4")] if sparse else recipe
 
 
-def test_groups_that_are_to_be_quantised_divide_the_new_width() -> None:
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_BLOCK"])
+def test_groups_that_are_to_be_quantised_divide_the_new_width(scheme: str) -> None:
     model = tiny_model("llama", **WIDE)
     dense = weights(model)
-    quantisation = QuantizationModifier(**QUANTISATION["W4A16"])
+    quantisation = QuantizationModifier(**QUANTISATION["W4A16"] | {"scheme": scheme})
     small = FASPPruningModifier(sparsity=0.3, multiple_of=64)
     with pytest.raises(ValueError, match="in groups of 128: set multiple_of: 128"):
         run(model, [small, quantisation])
