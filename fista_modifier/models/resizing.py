@@ -66,7 +66,7 @@ def changes_for(
             reasons.append(reason)
     reasons.append(
         "no setting leads to layers of these sizes and changes nothing else, as where "
-        "they follow from the width of the model"
+        "a size follows from the width of the model"
     )
     raise ValueError(
         f"transformers has no configuration of {type(model).__name__} with the smaller "
