@@ -28,7 +28,13 @@ __all__ = [
 ]
 
 RUN_FILE = "run.json"
-UNIMPORTANT = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
+UNIMPORTANT = {
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "transformers_version",
+    "use_cache",
+}
 """The names in a configuration on which no output depends."""
 SHOWN = 3
 """The most differences that a message names."""

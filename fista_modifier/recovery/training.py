@@ -195,7 +195,7 @@ def check_resume(
     :raises ValueError: if the folder is another run's; the message names what differs
     """
     run = _run(torch.nn.Module(), tokens, training, data, teacher_name)
-    del run["model"]
+    del run["model"], run["config"]  # not known yet
     check(folder, run)
 
 
