@@ -83,9 +83,8 @@ class Piece:
     def _of_tokens(self, value: Tensor, dim: int) -> Tensor:
         if self.stop is None:
             return value
-        begin = [0] if self.start else []
-        places = [*begin, *range(self.start, self.stop)]
-        return value.index_select(dim, torch.tensor(places, device=value.device))
+        own = value.narrow(dim, self.start, self.stop - self.start)
+        return torch.cat((value.narrow(dim, 0, 1), own), dim) if self.start else own
 
 
 def pieces_of(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,14 +52,16 @@ class Expectation:
     zeros: int | None = None
     exact: bool = True
 
-    def check(self, name: str, weight: Tensor) -> OperatorCheck:
+    def check(self, model: PreTrainedModel, name: str, tensor: Tensor) -> OperatorCheck:
         """
         Check an operator.
 
+        :param model: its model, which may be without weights
         :param name: its name
-        :param weight: its weight, out×in
+        :param tensor: its weight, as the module has it
         :return: what was found
         """
+        weight = _oriented(model, name, tensor)
         zeros = int((weight == 0).sum())
         problem = self._problem(weight, zeros)
         return OperatorCheck(name, str(self.pattern), zeros, weight.numel(), problem)
@@ -82,7 +84,7 @@ class Expectation:
 
 def expectations(
     folder: Path, model: PreTrainedModel, pattern: SparsityPattern | None, exact: bool
-) -> dict[str, Expectation]:
+) -> tuple[dict[str, Expectation], ZeroRows]:
     """
     Find out what the operators of a checkpoint must have.
 
@@ -91,24 +93,28 @@ def expectations(
     :param pattern: the pattern that every linear operator but the output embedding must
         have; None for what the report has
     :param exact: whether the report's numbers of zeros are exact
-    :return: what each pruned operator must have, by the operators' names
+    :return: what each pruned operator must have, by the operators' names; and the check
+        of output channels that are zeros in place, of which only a report tells
     :raises FileNotFoundError: if there is neither a pattern nor a report
     """
     if pattern is not None:
-        return {
+        expected = {
             operator.name: Expectation(pattern)
             for operator in find_operators(model, TARGETS, IGNORE)
         }
+        return expected, ZeroRows({}, expected)
     if not (folder / REPORT_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} has no {REPORT_NAME}; name the pattern: --pattern 2:4"
         )
-    return {
+    report = PruningReport.load(folder)
+    expected = {
         operator.name: Expectation(
             reported_pattern(operator.pattern), operator.zeros, exact
         )
-        for operator in PruningReport.load(folder).operators
+        for operator in report.operators
     }
+    return expected, ZeroRows(report.zero_rows, expected)
 
 
 class ZeroRows:
@@ -139,8 +145,7 @@ class ZeroRows:
         if kind == "bias":
             self._biases[operator] = tensor == 0
         elif tensor.ndim == 2:
-            module: torch.nn.Module = model.get_submodule(operator)
-            oriented = Operator(operator, module).oriented(tensor)
+            oriented = _oriented(model, operator, tensor)
             self._weights[operator] = (oriented == 0).all(1)
 
     def problems(self) -> list[str]:
@@ -166,3 +171,9 @@ class ZeroRows:
         if bias is not None and int((rows & bias).sum()) < count:
             return f"{name} has biases in rows of zeros"
         return None
+
+
+def _oriented(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """Return the weight of an operator out×in."""
+    module: Any = model.get_submodule(name)
+    return Operator(name, module).oriented(tensor)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.config import SparsityCompressionConfig, SparsityStructure
 from loguru import logger
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
+from fista_modifier.models.resizing import settings_in
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver.patterns import reported_pattern
 
@@ -117,15 +118,11 @@ def _settings(folder: Path) -> dict[str, int]:
         )
     except Exception:  # configurations may raise anything
         return {}
-    return dict(_numbers(config))
-
-
-def _numbers(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, int]]:
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif type(value) is int and not name.startswith("_"):
-            yield prefix + name, value
+    return {
+        ".".join(path): value
+        for path, value in settings_in(config)
+        if isinstance(value, int)
+    }
 
 
 def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

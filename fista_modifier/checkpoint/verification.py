@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
@@ -28,8 +27,6 @@ from fista_modifier.checkpoint.expectations import (
 from fista_modifier.checkpoint.names import disagreements, names_in_memory, unmatched
 from fista_modifier.checkpoint.packing import parts_of, stored_twice
 from fista_modifier.checkpoint.shards import locate, read
-from fista_modifier.models.operators import Operator
-from fista_modifier.pruning.results import PruningReport
 from fista_modifier.solver import SparsityPattern
 
 __all__ = ["OperatorCheck", "Verification", "verify"]
@@ -102,7 +99,7 @@ def verify(folder: Path, pattern: SparsityPattern | None = None) -> Verification
     present = set(names.values())
     problems += stored_twice(files)
     problems += disagreements(model, *unmatched(_parameters(model), present))
-    inspection = _Inspection(model, expected, _zero_rows(folder, pattern, expected))
+    inspection = _Inspection(model, *expected)
     for _, stored, tensor in read(files, problems):
         inspection.see(names[stored], tensor)
     return inspection.result(problems)
@@ -121,8 +118,7 @@ def _verify_loaded(
         model, missing, unknown = load_dense(folder, files, config)
     except (OSError, ValueError) as error:
         return Verification(problems=[*problems, str(error)])
-    expected = expectations(folder, model, pattern, exact)
-    inspection = _Inspection(model, expected, _zero_rows(folder, pattern, expected))
+    inspection = _Inspection(model, *expectations(folder, model, pattern, exact))
     for name, parameter in model.named_parameters():
         inspection.see(name, parameter)
     return inspection.result([*problems, *disagreements(model, missing, unknown)])
@@ -177,7 +173,10 @@ class _Inspection:
             if operator != weight and operator in self._expected:
                 # what is stored under its own name goes before what stands for it
                 if weight == name or operator not in self._checks:
-                    self._checks[operator] = self._check(operator, tensor)
+                    expected = self._expected[operator]
+                    self._checks[operator] = expected.check(
+                        self._model, operator, tensor
+                    )
 
     def result(self, problems: list[str]) -> Verification:
         """
@@ -197,24 +196,11 @@ class _Inspection:
             list(self._checks.values()), list(dict.fromkeys(all_problems))
         )
 
-    def _check(self, name: str, tensor: Tensor) -> OperatorCheck:
-        module: Any = self._model.get_submodule(name)
-        oriented = Operator(name, module).oriented(tensor)
-        return self._expected[name].check(name, oriented)
-
 
 def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return parameters and buffers by all of their names, the tied ones as one."""
     tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return tensors
-
-
-def _zero_rows(
-    folder: Path, pattern: SparsityPattern | None, expected: Mapping[str, Expectation]
-) -> ZeroRows:
-    """Return the check of the rows that the report says are zeros in place."""
-    counts = {} if pattern is not None else PruningReport.load(folder).zero_rows
-    return ZeroRows(counts, expected.keys())
 
 
 def _dense_name(name: str) -> str:

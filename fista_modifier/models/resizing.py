@@ -16,7 +16,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.experts import linearize_weightless
 
-__all__ = ["ConfigChange", "apply_changes", "changes_for", "shapes_of"]
+__all__ = [
+    "ConfigChange",
+    "apply_changes",
+    "changes_for",
+    "settings_in",
+    "shapes_of",
+]
 
 ConfigChange = tuple[tuple[str, ...], Any]
 """The path to a value in a nested configuration, and the new value."""
@@ -58,7 +64,7 @@ def changes_for(
     before = _built(model.config, ())
     reasons = []
     for changes in _candidates(model.config, sizes):
-        after = _built(model.config, changes)
+        after = _built(model.config, changes) if changes else before
         if after and shapes_of(after) == wanted and _computes_alike(before, after):
             reason = _refusal(model, changes, wanted)
             if reason is None:
@@ -113,16 +119,27 @@ def _candidates(
         yield from (((path, new),) for path in missing)
 
 
-def _places(
-    config: PretrainedConfig, value: int | None, prefix: tuple[str, ...] = ()
-) -> Iterator[tuple[str, ...]]:
-    for name, found in vars(config).items():
-        if isinstance(found, PretrainedConfig):
-            yield from _places(found, value, (*prefix, name))
-        elif name.startswith("_") or isinstance(found, bool):
-            continue
-        elif found is value or (value is not None and found == value):
-            yield (*prefix, name)
+def settings_in(
+    config: PretrainedConfig, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """
+    Yield the settings of a configuration and of those within it, without switches.
+
+    :param config: a configuration
+    :param prefix: the path to it
+    :return: the path to each value, and the value
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from settings_in(value, (*prefix, name))
+        elif not name.startswith("_") and not isinstance(value, bool):
+            yield (*prefix, name), value
+
+
+def _places(config: PretrainedConfig, value: int | None) -> Iterator[tuple[str, ...]]:
+    for path, found in settings_in(config):
+        if found is value or (value is not None and found == value):
+            yield path
 
 
 def _built(

@@ -37,7 +37,9 @@ HOW_TO_RUN = {
 }
 """The names of the fields on which the result does not depend."""
 
-IN_PLACE = (SmoothQuantModifier, SpinQuantModifier, QuIPModifier)
+ROTATING = (SpinQuantModifier, QuIPModifier)
+"""The toolkit's modifiers that mix weights with one another."""
+IN_PLACE = (SmoothQuantModifier, *ROTATING)
 """The toolkit's modifiers that multiply weights, whatever they were."""
 
 
@@ -98,7 +100,7 @@ def check_zeros_stay(modifier: Modifier) -> None:
     modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
     for one in modifiers[len(modifiers_before(modifier)) + 1 :]:
         name, own = type(one).__name__, type(modifier).__name__
-        if isinstance(one, (SpinQuantModifier, QuIPModifier)):
+        if isinstance(one, ROTATING):
             raise ValueError(
                 f"{name} rotates weights, so that the zeros of {own} would get values "
                 "again: put it before the pruning"

@@ -71,6 +71,7 @@ def test_sequences_are_cut_into_parts_whatever_their_batches_are(
         (16, 24),
     ]
     for number, piece, output in zip(places, pieces, found, strict=True):
+        assert output.shape[:2] == (1, 9 if piece.start else 8)
         if not piece.start:
             assert torch.allclose(output, whole[number][:, :8], atol=1e-5)
             continue

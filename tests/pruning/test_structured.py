@@ -959,10 +959,11 @@ def test_rows_of_one_operator_are_not_cut_for_two_groups() -> None:
 
 def saved_smaller(
     dense: PreTrainedModel, tmp_path: Path, edit: dict[str, Any], **fields: Any
-) -> tuple[PreTrainedModel, PreTrainedModel, FASPPruningModifier | SPAPPruningModifier]:
+) -> tuple[PreTrainedModel, FASPPruningModifier | SPAPPruningModifier]:
     """
-    The smaller model in memory and as it is loaded. None in ``edit`` stands for a key
-    of the dense config.json that is not there.
+    The smaller model as it is loaded, with the logits that it has in memory, and the
+    modifier. None in ``edit`` stands for a key of the dense config.json that is not
+    there.
     """
     dense.save_pretrained(tmp_path / "dense")
     file = tmp_path / "dense" / "config.json"
@@ -977,7 +978,7 @@ def saved_smaller(
         tmp_path / "small", attn_implementation="eager"
     )
     assert torch.allclose(logits(loaded.eval()), logits(model), atol=1e-5)
-    return model, loaded, modifier
+    return loaded, modifier
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -985,7 +986,7 @@ def test_the_size_of_a_head_stays_where_the_file_has_none(
     family: str, tmp_path: Path
 ) -> None:
     dense = tiny_model(family, **HEADS)
-    _, loaded, _ = saved_smaller(
+    loaded, _ = saved_smaller(
         dense, tmp_path, {"head_dim": None}, structures=["heads"], sparsity=0.2
     )
     assert loaded.config.head_dim == 4
@@ -997,7 +998,7 @@ def test_heads_leave_and_do_not_shrink_where_there_are_as_many_as_dimensions(
 ) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}
     dense = tiny_model("llama", **sizes)
-    _, loaded, modifier = saved_smaller(
+    loaded, modifier = saved_smaller(
         dense, tmp_path, {}, structures=["heads"], sparsity=0.32
     )
     assert loaded.config.head_dim == 8
@@ -1009,9 +1010,7 @@ def test_heads_leave_and_do_not_shrink_where_there_are_as_many_as_dimensions(
 
 def test_all_numbers_of_heads_change_together(tmp_path: Path) -> None:
     dense = zoo_model("deepseek_v3", tmp_path / "zoo")
-    _, loaded, _ = saved_smaller(
-        dense, tmp_path, {}, structures=["heads"], sparsity=0.15
-    )
+    loaded, _ = saved_smaller(dense, tmp_path, {}, structures=["heads"], sparsity=0.15)
     config = loaded.config
     assert config.num_attention_heads == config.num_key_value_heads < 4
 
@@ -1029,7 +1028,7 @@ def test_a_setting_that_has_the_same_value_by_chance_stays(tmp_path: Path) -> No
         layer_types=["full_attention", "sliding_attention"],
         max_position_embeddings=64,
     )
-    _, loaded, _ = saved_smaller(dense, tmp_path, {})
+    loaded, _ = saved_smaller(dense, tmp_path, {})
     assert loaded.config.sliding_window == 32
     assert loaded.config.moe_intermediate_size == 12
 
@@ -1038,5 +1037,5 @@ def test_an_older_name_of_a_width_is_smaller_too(tmp_path: Path) -> None:
     sizes = {"block_auto_adjust_ff_dim": False, "intermediate_size": 96}
     dense = zoo_model("lfm2", tmp_path / "zoo", **sizes)
     edit = {"block_ff_dim": 96, "intermediate_size": None}
-    _, loaded, _ = saved_smaller(dense, tmp_path, edit)
+    loaded, _ = saved_smaller(dense, tmp_path, edit)
     assert loaded.config.intermediate_size == 72
