@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from compressed_tensors.utils import patch_attr
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
@@ -44,6 +44,7 @@ from fista_modifier.modifiers.steps import (
     check_changed_once,
     check_own_folder,
     modifiers_before,
+    modifiers_of_recipe,
     settings_of,
 )
 from fista_modifier.pruning.procedures import Procedure
@@ -237,6 +238,22 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             return list(layers)
         return chosen_layers(layers, self.layers)
 
+    def check_steps(self, modifiers: Sequence[Modifier]) -> None:
+        """
+        Refuse a recipe whose other steps do not go with this one.
+
+        :param modifiers: all modifiers of the recipe, in order
+        :raises ValueError: if an earlier step has ``layers`` or the same ``resume_dir``
+        """
+        check_own_folder(self, modifiers)
+        for other in modifiers_before(self, modifiers):
+            if isinstance(other, LayerwiseModifier) and other.layers is not None:
+                raise ValueError(
+                    f"layers: '{other.layers}' is of {type(other).__name__}, and "
+                    f"{type(self).__name__} comes after it, which needs all layers: "
+                    "leave layers out of the steps before the last"
+                )
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
         Find the operators and refuse what cannot be pruned, before any long work.
@@ -246,7 +263,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             the vocabulary, if the accelerator is Apple's, if targets match nothing, if
             an operator cannot have the pattern or is not finite, if the model does not
             have the ``layers`` or could not be saved, if ``resume_dir`` belongs to
-            another run, if an earlier step of the recipe has ``layers``, if
+            another run, if other steps of the recipe do not go with this one, if
             SmoothQuant, SpinQuant or QuIP would change weights that ranks share, or
             within ``torch.inference_mode()``
         """
@@ -261,18 +278,11 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 "there are no gradients within torch.inference_mode(), which show how "
                 "operators depend on one another and train layers: leave it"
             )
-        check_own_folder(self)
+        self.check_steps(modifiers_of_recipe())
         check_changed_once()
         forget_decompression(model)
         if current_ranks().size > 1:
             tie_again(model)
-        for other in modifiers_before(self):
-            if isinstance(other, LayerwiseModifier) and other.layers is not None:
-                raise ValueError(
-                    f"layers: '{other.layers}' is of {type(other).__name__}, and "
-                    f"{type(self).__name__} comes after it, which needs all layers: "
-                    "leave layers out of the steps before the last"
-                )
         if state.data.calib is None:
             raise ValueError(
                 f"{type(self).__name__} needs calibration data: pass dataset=… to "
@@ -316,8 +326,9 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         self._seconds = -time.perf_counter()
-        modifiers = active_session().lifecycle.recipe.modifiers
-        others = [type(other).__name__ for other in modifiers if other is not self]
+        others = [
+            type(one).__name__ for one in modifiers_of_recipe() if one is not self
+        ]
         with self._undone_on_error() as schedule:
             if others:
                 raise ValueError(
@@ -399,7 +410,8 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         if self.resume_dir is None:
             return None
         recipe = self._determines_the_result()
-        if steps := [_step(one) for one in modifiers_before(self)]:
+        before = modifiers_before(self, modifiers_of_recipe())
+        if steps := [_step(one) for one in before]:
             recipe["steps before it"] = steps
         return FinishedLayers(Path(self.resume_dir), fingerprint(model, recipe))
 

@@ -17,7 +17,11 @@ from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.targets import check_prunable, warn_of_zeros
 from fista_modifier.modifiers.base import LayerwiseModifier, overridden
 from fista_modifier.modifiers.patterns import PatternFields
-from fista_modifier.modifiers.steps import check_zeros_stay, modifiers_before
+from fista_modifier.modifiers.steps import (
+    check_zeros_stay,
+    modifiers_before,
+    modifiers_of_recipe,
+)
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.orders import plan_orders
 from fista_modifier.pruning.owl import Owl
@@ -406,6 +410,10 @@ class FISTAPruningModifier(LayerwiseModifier):
             preserve_sparsity_mask=self.preserve_sparsity_mask,
         )
 
+    def check_steps(self, modifiers: Sequence[Modifier]) -> None:
+        super().check_steps(modifiers)
+        check_zeros_stay(self, modifiers)
+
     def procedure(
         self, state: State, layers: Sequence[DecoderLayer]
     ) -> SparseProcedure:
@@ -417,15 +425,14 @@ class FISTAPruningModifier(LayerwiseModifier):
             dense are taken away
         :return: the procedure
         :raises ValueError: if an operator has no pattern, cannot have it or is not
-            finite, or if a later step would give its zeros values again
+            finite
         """
         self._warn_of_other_meanings()
-        check_zeros_stay(self)
         patterns = self._patterns.of_operators(
             state.model, layers, state.data.calib, current_ranks()
         )
         procedure = self._with_patterns(patterns, layers)
-        _check_new_columns(modifiers_before(self), patterns)
+        _check_new_columns(modifiers_before(self, modifiers_of_recipe()), patterns)
         if not self.preserve_sparsity_mask:
             warn_of_zeros(
                 [operator for layer in layers for operator in layer.operators]

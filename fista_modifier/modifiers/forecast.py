@@ -119,6 +119,7 @@ def forecasts(
     dense = config
     check_length(_weightless(dense), seq_len)
     for modifier in ours:
+        modifier.check_steps(modifiers)
         if isinstance(modifier, StructuredModifier):
             forecast = _of_channels(modifier, modifiers, load(), config, seq_len)
             assert forecast.plan is not None  # of the channels
@@ -178,7 +179,7 @@ def _of_channels(
 ) -> Forecast:
     linearize(model.eval())
     layers, _ = modifier.find_layers(model)
-    procedure = modifier.foreseen(model, layers, _batches(model, seq_len), recipe)
+    procedure = modifier.foreseen(model, layers, _batches(model, seq_len))
     for other in recipe:
         if isinstance(other, QuantizationMixin):
             other.initialize_quantization(model)

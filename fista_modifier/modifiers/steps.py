@@ -24,7 +24,9 @@ __all__ = [
     "check_changed_once",
     "check_own_folder",
     "check_zeros_stay",
+    "modifiers_after",
     "modifiers_before",
+    "modifiers_of_recipe",
     "settings_of",
 ]
 
@@ -43,26 +45,48 @@ IN_PLACE = (SmoothQuantModifier, *ROTATING)
 """The toolkit's modifiers that multiply weights, whatever they were."""
 
 
-def modifiers_before(modifier: Modifier) -> list[Modifier]:
-    """
-    Return the modifiers that come before one in the recipe that is applied.
+def modifiers_of_recipe() -> Sequence[Modifier]:
+    """Return the modifiers of the recipe that is applied, in order."""
+    modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
+    return modifiers
 
-    :param modifier: a modifier of the recipe
+
+def modifiers_before(
+    modifier: Modifier, modifiers: Sequence[Modifier]
+) -> list[Modifier]:
+    """
+    Return the modifiers that come before one.
+
+    :param modifier: a modifier of a recipe
+    :param modifiers: all modifiers of the recipe, in order
     :return: those before it, in order
     """
-    modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
     return list(takewhile(lambda one: one is not modifier, modifiers))
 
 
-def check_own_folder(modifier: Modifier) -> None:
+def modifiers_after(
+    modifier: Modifier, modifiers: Sequence[Modifier]
+) -> Sequence[Modifier]:
+    """
+    Return the modifiers that come after one.
+
+    :param modifier: a modifier of a recipe
+    :param modifiers: all modifiers of the recipe, in order
+    :return: those after it, in order
+    """
+    return modifiers[len(modifiers_before(modifier, modifiers)) + 1 :]
+
+
+def check_own_folder(modifier: Modifier, modifiers: Sequence[Modifier]) -> None:
     """
     Refuse a folder for unfinished work that an earlier step of the recipe has, too.
 
     :param modifier: a modifier with a ``resume_dir``
+    :param modifiers: all modifiers of its recipe, in order
     :raises ValueError: if an earlier one has the same
     """
     own = modifier.resume_dir
-    for other in modifiers_before(modifier):
+    for other in modifiers_before(modifier, modifiers):
         its = getattr(other, "resume_dir", None)
         if own and its and Path(its).resolve() == Path(own).resolve():
             raise ValueError(
@@ -81,7 +105,7 @@ def check_changed_once() -> None:
     """
     if current_ranks().size == 1:
         return
-    for one in active_session().lifecycle.recipe.modifiers:
+    for one in modifiers_of_recipe():
         if isinstance(one, IN_PLACE):
             raise ValueError(
                 f"{type(one).__name__} changes weights once on each rank, and the "
@@ -89,16 +113,16 @@ def check_changed_once() -> None:
             )
 
 
-def check_zeros_stay(modifier: Modifier) -> None:
+def check_zeros_stay(modifier: Modifier, modifiers: Sequence[Modifier]) -> None:
     """
     Refuse steps after a modifier that would give its zeros values again, while the
     report and config.json would still count them.
 
-    :param modifier: a modifier of the recipe that sets weights to zero
+    :param modifier: a modifier that sets weights to zero
+    :param modifiers: all modifiers of its recipe, in order
     :raises ValueError: if there is such a step
     """
-    modifiers: Sequence[Modifier] = active_session().lifecycle.recipe.modifiers
-    for one in modifiers[len(modifiers_before(modifier)) + 1 :]:
+    for one in modifiers_after(modifier, modifiers):
         name, own = type(one).__name__, type(modifier).__name__
         if isinstance(one, ROTATING):
             raise ValueError(
@@ -135,12 +159,11 @@ def applied_recipe() -> str:
 
     :return: the recipe, from which ``oneshot()`` does the same again
     """
-    modifiers = active_session().lifecycle.recipe.modifiers
     stages = {
         f"step_{number}_stage": {
             f"{one.group or 'pruning'}_modifiers": {type(one).__name__: _given(one)}
         }
-        for number, one in enumerate(modifiers, 1)
+        for number, one in enumerate(modifiers_of_recipe(), 1)
     }
     dumped: str = yaml.safe_dump(
         stages, sort_keys=False, allow_unicode=True, default_flow_style=None, width=88

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
@@ -22,6 +22,7 @@ from fista_modifier.models.targets import (
     share_of_zeros,
 )
 from fista_modifier.modifiers.base import LayerwiseModifier, overridden
+from fista_modifier.modifiers.steps import check_zeros_stay, modifiers_before
 from fista_modifier.pruning.channels import ChannelPlan, Structure, plan_channels
 from fista_modifier.pruning.corrected import ErrorCorrection
 from fista_modifier.pruning.reconstruction import Reconstruction
@@ -264,35 +265,23 @@ class StructuredModifier(LayerwiseModifier):
         :return: the procedure
         :raises ValueError: if channels cannot leave the model, or too many would
         """
-        self._check_is_first(active_session().lifecycle.recipe.modifiers)
-        return self._planned(state.model, layers, state.data.calib)
+        return self.foreseen(state.model, layers, state.data.calib)
 
     def foreseen(
         self,
         model: PreTrainedModel,
         layers: Sequence[DecoderLayer],
         batches: Iterable[dict[str, Any]],
-        modifiers: Iterable[Modifier],
     ) -> StructuredProcedure:
         """
-        Return the procedure before there are calibration data.
+        Return the procedure. Batches of any tokens will do for it.
 
         :param model: the dense model, with its weights
         :param layers: layers of the model, with the operators that may be changed
-        :param batches: batches of any tokens
-        :param modifiers: the modifiers of the recipe, this one among them
+        :param batches: batches of tokens
         :return: the procedure
         :raises ValueError: as for :meth:`procedure`
         """
-        self._check_is_first(modifiers)
-        return self._planned(model, layers, batches)
-
-    def _planned(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[DecoderLayer],
-        batches: Iterable[dict[str, Any]],
-    ) -> StructuredProcedure:
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
@@ -344,17 +333,19 @@ class StructuredModifier(LayerwiseModifier):
                     ", which has none: use 'least_squares'"
                 )
 
-    def _check_is_first(self, modifiers: Iterable[Modifier]) -> None:
+    def check_steps(self, modifiers: Sequence[Modifier]) -> None:
         """
         Refuse a recipe in which another pruning modifier comes before this one. The
         model shows no zeros of the other one yet, because a recipe is initialised as a
-        whole, before any of its modifiers runs.
+        whole, before any of its modifiers runs. Zeros of its own must stay, too.
 
-        :raises ValueError: if there is such a modifier
+        :param modifiers: all modifiers of the recipe, in order
+        :raises ValueError: if other steps do not go with this one
         """
-        for other in modifiers:
-            if other is self:
-                return
+        super().check_steps(modifiers)
+        if "value_dims" in self.structures:
+            check_zeros_stay(self, modifiers)
+        for other in modifiers_before(self, modifiers):
             kind = type(other)
             if isinstance(other, LayerwiseModifier) or kind.__module__.startswith(
                 PRUNING_OF_TOOLKIT

@@ -30,7 +30,11 @@ from fista_modifier.models.operators import Operator
 from fista_modifier.models.tracing import configs_of
 from fista_modifier.models.vocabulary import check_vocabulary_size
 from fista_modifier.modifiers.base import LayerwiseModifier
-from fista_modifier.modifiers.steps import check_own_folder, modifiers_before
+from fista_modifier.modifiers.steps import (
+    check_own_folder,
+    modifiers_before,
+    modifiers_of_recipe,
+)
 from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
 from fista_modifier.recovery.checks import check_architecture, check_unchanged
 from fista_modifier.recovery.obstacles import (
@@ -185,7 +189,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             self.piece_length,
             self.report_to,
         )
-        check_own_folder(self)
+        check_own_folder(self, modifiers_of_recipe())
         self._pruners = _pruners(self)
         model = state.model
         _check_in_memory(model)
@@ -308,7 +312,7 @@ def _pruners(modifier: RecoveryModifier) -> list[LayerwiseModifier]:
 
     :raises ValueError: if there are none, or one of the others quantises
     """
-    before = modifiers_before(modifier)
+    before = modifiers_before(modifier, modifiers_of_recipe())
     for one in before:
         if isinstance(one, QuantizationMixin):
             raise ValueError(

@@ -14,7 +14,12 @@ from problems import normal
 from runs import calibration, run
 from torch import Tensor
 
-from fista_modifier import FISTAPruningModifier, MaskedGPTQModifier
+from fista_modifier import (
+    FASPPruningModifier,
+    FISTAPruningModifier,
+    MaskedGPTQModifier,
+)
+from fista_modifier.modifiers.forecast import forecasts
 from fista_modifier.modifiers.gptq import quantize_kept
 from fista_modifier.solver import parse_pattern
 
@@ -166,10 +171,19 @@ def test_every_zero_of_the_pruning_is_one_of_the_quantised_model(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_steps_that_give_zeros_values_are_refused(later, advice):
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"]),
+        FASPPruningModifier(sparsity=0.05, structures=["value_dims"], multiple_of=1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_steps_that_give_zeros_values_are_refused(pruning, later, advice):
     model = tiny_model("llama")
     dense = {name: value.clone() for name, value in model.state_dict().items()}
-    pruning = FISTAPruningModifier(mask_structure="2:4", ignore=["re:.*lm_head"])
+    with pytest.raises(ValueError, match=advice):
+        list(forecasts([pruning, later], model.config, 12, lambda: model))
     with pytest.raises(ValueError, match=advice):
         run(model, [pruning, later], dataset=calibration())
     for name, value in dense.items():
