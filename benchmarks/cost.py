@@ -30,7 +30,7 @@ import fista_modifier.pruning.corrected
 import fista_modifier.pruning.reconstruction
 import fista_modifier.pruning.structured
 from fista_modifier import FISTAPruningModifier, pipeline
-from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.calls import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.calibration.sums import SumsInPass
 from fista_modifier.cost import LayerShape, layer_cost, shape_of

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import fista_modifier.pruning.corrected
 import fista_modifier.pruning.reconstruction
 from fista_modifier import FISTAPruningModifier, pipeline
-from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.calls import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.cost import DEVICES, peak_device_memory, seconds, shape_of
 from fista_modifier.cost.operations import layer_cost

@@ -33,8 +33,8 @@ from fista_modifier import (
     SPAPPruningModifier,
 )
 from fista_modifier.calibration.activations import MAIN_MEMORY
+from fista_modifier.calibration.calls import LayerCall, LayerInputs
 from fista_modifier.calibration.pieces import Piece
-from fista_modifier.calibration.replay import LayerCall, LayerInputs
 from fista_modifier.solver import blocks
 
 DEVICE = "standin"

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DbrxForCausalLM
 
 from fista_modifier import FISTAPruningModifier, pipeline
-from fista_modifier.calibration.replay import LayerInputs, RealTokens
+from fista_modifier.calibration.calls import LayerInputs
+from fista_modifier.calibration.padding import RealTokens
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage, used_without_a_call
 from fista_modifier.calibration.statistics import wave_statistics

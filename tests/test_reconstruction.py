@@ -15,8 +15,8 @@ from runs import LENGTH, calibration, prune, samples, weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fista_modifier.calibration.padding import RealTokens
 from fista_modifier.calibration.recording import Recorded, Recording
-from fista_modifier.calibration.replay import RealTokens
 from fista_modifier.models.operators import Operator, replaced_weights
 from fista_modifier.pruning import reconstruction
 from fista_modifier.pruning.kept_weights import KeptWeights, Watch

@@ -11,14 +11,11 @@ from compressed_tensors.utils import patch_attr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import (
-    LayerCall,
-    LayerInputs,
-    calibration_runs,
-    outputs_of_parts,
-    real_rows,
-    same_output,
-)
+from fista_modifier.calibration.calls import LayerCall, LayerInputs
+from fista_modifier.calibration.contexts import calibration_runs
+from fista_modifier.calibration.observed import outputs_of_parts
+from fista_modifier.calibration.padding import real_rows
+from fista_modifier.calibration.tensors import same_output
 from fista_modifier.models.tracing import configs_of
 
 __all__ = [

@@ -14,7 +14,7 @@ from loguru import logger
 from torch import Tensor
 
 from fista_modifier.calibration.digest import batch_digest
-from fista_modifier.calibration.replay import RealTokens
+from fista_modifier.calibration.padding import RealTokens
 from fista_modifier.models.layers import MaskName
 
 __all__ = ["CalibrationBatches"]

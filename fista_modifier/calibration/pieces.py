@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fista_modifier.calibration.replay import (
-    LayerCall,
-    LayerInputs,
-    RealTokens,
-    same_output,
-)
+from fista_modifier.calibration.calls import LayerCall, LayerInputs
+from fista_modifier.calibration.padding import RealTokens
+from fista_modifier.calibration.tensors import same_output
 
 __all__ = ["Piece", "pieces_of"]
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
-from fista_modifier.calibration.replay import LayerInputs, RealTokens, first_tensor
+from fista_modifier.calibration.calls import LayerInputs
+from fista_modifier.calibration.padding import RealTokens
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.calibration.sums import SumsInPass
+from fista_modifier.calibration.tensors import first_tensor
 from fista_modifier.distributed import Ranks
 from fista_modifier.models.operators import Operator, blocks_of
 

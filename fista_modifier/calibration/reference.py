@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import EndOfRun, LayerCall
+from fista_modifier.calibration.calls import EndOfRun, LayerCall
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.tracing import configs_of
 

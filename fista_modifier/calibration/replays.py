@@ -10,8 +10,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fista_modifier.calibration.calls import LayerInputs
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.calibration.stages import Stage, waves
 from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 

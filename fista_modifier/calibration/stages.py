@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from fista_modifier.calibration.replay import LayerCall, first_tensor, same_memory
+from fista_modifier.calibration.calls import LayerCall
+from fista_modifier.calibration.tensors import first_tensor, same_memory
 from fista_modifier.distributed import Ranks
 from fista_modifier.models.operators import Operator, blocks_of, trainable
 

@@ -9,12 +9,9 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from fista_modifier.calibration.replay import (
-    LayerCall,
-    RealTokens,
-    real_inputs_of,
-    real_rows,
-)
+from fista_modifier.calibration.calls import LayerCall
+from fista_modifier.calibration.observed import real_inputs_of
+from fista_modifier.calibration.padding import RealTokens, real_rows
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.calibration.sums import check_finite, empty_statistics

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fista_modifier.calibration.activations import ActivationStorage
-from fista_modifier.calibration.replay import LayerInputs, same_output
+from fista_modifier.calibration.calls import LayerInputs
+from fista_modifier.calibration.tensors import same_output
 from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 
 __all__ = ["PrunedStream"]

@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 
-from fista_modifier.calibration.replay import RealTokens, real_rows
+from fista_modifier.calibration.padding import RealTokens, real_rows
 from fista_modifier.calibration.stages import Stage
 from fista_modifier.models.operators import Operator
 from fista_modifier.solver.gram import GramStatistics

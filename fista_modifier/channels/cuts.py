@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.replay import LayerCall, same_output
+from fista_modifier.calibration.calls import LayerCall
+from fista_modifier.calibration.tensors import same_output
 from fista_modifier.channels.groups import ChannelGroup, Members
 from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.calls import LayerCall
 from fista_modifier.channels.groups import (
     ChannelGroup,
     Kind,

@@ -13,10 +13,8 @@ from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import (
-    EndOfRun,
-    LayerCall,
-    LayerInputs,
+from fista_modifier.calibration.calls import EndOfRun, LayerCall, LayerInputs
+from fista_modifier.calibration.contexts import (
     calibration_runs,
     forward_context,
     plain_forward,

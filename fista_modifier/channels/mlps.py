@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
-from fista_modifier.calibration.replay import (
-    LayerCall,
-    LayerInputs,
-    RealTokens,
-    real_inputs_of,
-    real_rows,
-)
+from fista_modifier.calibration.calls import LayerCall, LayerInputs
+from fista_modifier.calibration.observed import real_inputs_of
+from fista_modifier.calibration.padding import RealTokens, real_rows
 from fista_modifier.calibration.replays import Replays
 from fista_modifier.channels.groups import ChannelGroup
 from fista_modifier.models.experts import routing_real_tokens

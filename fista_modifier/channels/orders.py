@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fista_modifier.calibration.replay import LayerCall, same_output
+from fista_modifier.calibration.calls import LayerCall
+from fista_modifier.calibration.tensors import same_output
 from fista_modifier.channels.groups import ChannelGroup, LayerGroups
 from fista_modifier.models.operators import UNCHANGED, Operator, replaced_weights
 

@@ -16,7 +16,7 @@ from llmcompressor.modeling.moe import context as moe
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.calls import LayerCall
 from fista_modifier.models.operators import Operator
 
 __all__ = ["Codes", "Probe", "shortened"]

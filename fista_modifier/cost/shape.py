@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.calls import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.models.classes import weightless_model
 from fista_modifier.models.experts import linearize_weightless

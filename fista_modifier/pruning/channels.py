@@ -13,7 +13,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fista_modifier.calibration.replay import LayerCall
+from fista_modifier.calibration.calls import LayerCall
 from fista_modifier.channels.cuts import check_cut
 from fista_modifier.channels.groups import ChannelGroup, Members
 from fista_modifier.channels.layers import ProbedLayer, probed_layers

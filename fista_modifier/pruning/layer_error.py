@@ -14,14 +14,10 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fista_modifier.calibration.calls import LayerCall, LayerInputs
+from fista_modifier.calibration.padding import RealTokens, real_rows
 from fista_modifier.calibration.pieces import Piece, pieces_of
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import (
-    LayerCall,
-    LayerInputs,
-    RealTokens,
-    real_rows,
-)
 from fista_modifier.models.operators import Operator, replaced_weights
 
 __all__ = ["LayerError"]

@@ -26,7 +26,7 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import forward_context
+from fista_modifier.calibration.contexts import forward_context
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator, operators_in

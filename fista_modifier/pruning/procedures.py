@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fista_modifier.calibration.calls import LayerInputs
 from fista_modifier.calibration.recording import Recorded, Recording
-from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.distributed import ALONE, Ranks
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator

@@ -11,9 +11,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from fista_modifier.calibration.calls import LayerInputs
 from fista_modifier.calibration.pieces import Piece
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerInputs
 from fista_modifier.models.operators import (
     UNCHANGED,
     Operator,

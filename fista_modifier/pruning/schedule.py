@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fista_modifier.calibration.activations import MAIN_MEMORY, ActivationStorage
+from fista_modifier.calibration.calls import LayerInputs
+from fista_modifier.calibration.contexts import calibration_runs
 from fista_modifier.calibration.passes import CalibrationPasses
 from fista_modifier.calibration.recording import Hook, Recorded, Recording
-from fista_modifier.calibration.replay import LayerInputs, calibration_runs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.distributed import ALONE, Distribution, Ranks
 from fista_modifier.models.layers import DecoderLayer

@@ -21,7 +21,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import plain_forward
+from fista_modifier.calibration.contexts import plain_forward
 from fista_modifier.checkpoint.on_save import revise_report, when_saved
 from fista_modifier.distributed import current_ranks
 from fista_modifier.models.limits import check_length

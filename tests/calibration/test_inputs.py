@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fista_modifier.modifiers.base
 from fista_modifier.calibration.activations import MAIN_MEMORY
-from fista_modifier.calibration.replay import LayerInputs
+from fista_modifier.calibration.calls import LayerInputs
 from fista_modifier.calibration.stream import PrunedStream
 from fista_modifier.pruning.results import OperatorResult
 from fista_modifier.solver import (

@@ -13,8 +13,10 @@ from families import tiny_model
 from runs import samples
 from torch.utils._pytree import tree_map_only
 
+from fista_modifier.calibration.calls import LayerInputs
+from fista_modifier.calibration.contexts import calibration_runs
+from fista_modifier.calibration.padding import RealTokens
 from fista_modifier.calibration.pieces import Piece, pieces_of
-from fista_modifier.calibration.replay import LayerInputs, RealTokens, calibration_runs
 
 COUNT, LENGTH = 4, 24
 

@@ -6,8 +6,8 @@ from problems import normal
 from runs import samples
 from torch import Tensor
 
+from fista_modifier.calibration.calls import LayerCall
 from fista_modifier.calibration.recording import Recorded, Recording
-from fista_modifier.calibration.replay import LayerCall
 from fista_modifier.calibration.stages import find_stages
 from fista_modifier.models.layers import DecoderLayer, group_by_layer
 from fista_modifier.models.operators import Operator

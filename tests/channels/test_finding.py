@@ -13,8 +13,9 @@ from runs import samples
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fista_modifier.calibration.calls import LayerCall, LayerInputs
+from fista_modifier.calibration.contexts import calibration_runs
 from fista_modifier.calibration.recording import Recording
-from fista_modifier.calibration.replay import LayerCall, LayerInputs, calibration_runs
 from fista_modifier.channels.cuts import check_cut
 from fista_modifier.channels.finding import find_groups
 from fista_modifier.channels.groups import ChannelGroup, LayerGroups

@@ -13,7 +13,8 @@ from test_finding import EACH, HEADS, KEYS, MLP, SIZE, model_of, search
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fista_modifier.calibration.replay import LayerInputs, calibration_runs
+from fista_modifier.calibration.calls import LayerInputs
+from fista_modifier.calibration.contexts import calibration_runs
 from fista_modifier.channels.orders import (
     Interchangeable,
     check_order,
