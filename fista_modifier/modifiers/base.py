@@ -63,6 +63,7 @@ from fista_modifier.solver import SolverOptions
 __all__ = [
     "LayerwiseModifier",
     "overridden",
+    "undone_if_refused",
 ]
 
 Options = TypeVar("Options", SolverOptions, Reconstruction)
@@ -267,6 +268,11 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             SmoothQuant, SpinQuant or QuIP would change weights that ranks share, or
             within ``torch.inference_mode()``
         """
+        with undone_if_refused():
+            self._set_up(state, kwargs.get("sequential_targets"))
+        return True
+
+    def _set_up(self, state: State, given: str | list[str] | None) -> None:
         model = state.model
         if (device := get_main_device()).type == "mps":
             raise ValueError(
@@ -293,7 +299,6 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         storage = ActivationStorage(_folder(self.activations_dir))
         if storage.folder is not None:
             storage.folder.mkdir(parents=True, exist_ok=True)
-        given = kwargs.get("sequential_targets")
         layers, layer_types = self.find_layers(model, given)
         chosen = self.chosen_layers(layers)
         finished = self._finished_layers(model)
@@ -322,7 +327,6 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             self._contexts.enter_context(
                 patch_attr(model, "_no_split_modules", layer_types)
             )
-        return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         self._seconds = -time.perf_counter()
@@ -453,6 +457,21 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             self._epoch.close()
             self._contexts.close()
             raise
+
+
+@contextmanager
+def undone_if_refused() -> Iterator[None]:
+    """
+    Undo what the steps of a recipe have prepared in the model, if one of them refuses
+    it. The toolkit would do so only before its next run.
+    """
+    try:
+        yield
+    except BaseException:
+        for one in modifiers_of_recipe():
+            if isinstance(one, LayerwiseModifier):
+                one._contexts.close()
+        raise
 
 
 def _step(modifier: Modifier) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fista_modifier.models.loading import load_config, load_model
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.tracing import configs_of
 from fista_modifier.models.vocabulary import check_vocabulary_size
-from fista_modifier.modifiers.base import LayerwiseModifier
+from fista_modifier.modifiers.base import LayerwiseModifier, undone_if_refused
 from fista_modifier.modifiers.steps import (
     check_own_folder,
     modifiers_before,
@@ -180,6 +180,11 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             changed since it was loaded and no teacher is named, there are several
             processes, or weights are on a disk
         """
+        with undone_if_refused():
+            self._set_up(state)
+        return True
+
+    def _set_up(self, state: State) -> None:
         self._training = Training(
             self.epochs,
             self.rate,
@@ -215,7 +220,6 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
                 self._training,
                 self.teacher,
             )
-        return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """

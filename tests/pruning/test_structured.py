@@ -761,11 +761,17 @@ def test_a_sparse_model_is_refused() -> None:
 )
 def test_nothing_is_pruned_before_channels_leave(before: Any) -> None:
     model = tiny_model("llama")
-    dense = weights(model)
+    dense, config, split = (
+        weights(model),
+        vars(model.config).copy(),
+        model._no_split_modules,
+    )
     recipe = [before, SPAPPruningModifier(sparsity=0.2, multiple_of=4)]
     with pytest.raises(ValueError, match="comes after"):
         run(model, recipe)
     assert_same(weights(model), dense)
+    assert vars(model.config) == config
+    assert model._no_split_modules == split
 
 
 def test_a_quantised_model_is_refused() -> None:

@@ -414,10 +414,11 @@ def test_what_cannot_be_trained_is_refused_before_the_run(
     steps: Any, message: str, dense: Path
 ) -> None:
     model = load_model(str(dense))
-    before = weights(model)
+    before, config = weights(model), vars(model.config).copy()
     with pytest.raises((ValueError, OSError), match=message):
         run(model, steps(), **DATA)
     assert all(torch.equal(weights(model)[name], before[name]) for name in before)
+    assert vars(model.config) == config
 
 
 def test_a_model_without_a_checkpoint_needs_a_teacher() -> None:
