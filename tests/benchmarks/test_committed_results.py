@@ -36,6 +36,8 @@ SCRIPTS = {
     "structured": structured,
     "structured-512": structured,
     "structured-gemma": structured,
+    "structured-heldout": structured,
+    "structured-heldout-gemma": structured,
     "structured-peers": structured,
     "recovery": recovery,
     "recovery-gemma": recovery,
