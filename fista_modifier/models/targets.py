@@ -37,11 +37,6 @@ __all__ = [
 
 TARGETS, IGNORE = ["Linear"], ["re:.*lm_head"]
 """What is pruned without a recipe: linear operators, but for the output embedding."""
-LOOKED_AT = 8
-"""
-The least number of operators whose zeros are counted, if a model has as many. They are
-evenly spaced, and fewer than twice as many.
-"""
 ZEROS = 0.05
 """
 The share of zeros above which an operator counts as sparse. Few dense operators have
@@ -305,16 +300,15 @@ def _group_of_columns(quantised: QuantizationArgs) -> int:
 
 def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:
     """
-    Return the share of zeros of the sparsest of a few operators.
+    Return the share of zeros of the sparsest of some operators. Each is looked at, as a
+    model may be sparse in a few of them only.
 
-    :param operators: operators of a model; a few are looked at, as each may be on a
-        disk
-    :return: the name of the sparsest of these few, and its share of zeros
+    :param operators: operators of a model
+    :return: the name of the sparsest, and its share of zeros
     """
-    every = max(len(operators) // LOOKED_AT, 1)
     zeros = {
-        operator.name: float((operator.weight == 0).float().mean())
-        for operator in operators[::every]
+        one.name: 1 - int(one.weight.count_nonzero()) / math.prod(one.shape)
+        for one in operators
     }
     return max(zeros.items(), key=lambda one: one[1])
 

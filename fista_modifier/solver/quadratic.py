@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fista_modifier.solver.blocks import product
+from fista_modifier.solver.factorisation import cholesky
 from fista_modifier.solver.gram import GramStatistics
 
 __all__ = ["LANCZOS_STEPS", "Quadratic", "unit_of"]
@@ -88,7 +89,7 @@ class Quadratic:
         :return: (G + ρ I)⁻¹, n×n, where G is
         """
         # The matrix is freed before the inverse is made, in the place of its factor.
-        factor = torch.linalg.cholesky(self.shifted(rho))
+        factor = cholesky(self.shifted(rho))
         return torch.cholesky_inverse(factor, out=factor)
 
 

@@ -44,6 +44,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.factorisation import cholesky
 from fista_modifier.solver.quadratic import unit_of
 from fista_modifier.structured.problem import ChannelProblem
 from fista_modifier.structured.restoration import DAMPENING
@@ -154,7 +155,7 @@ class Relaxation:
         gram = self.gram * roots * roots[:, None]
         self._blocks(gram).add_(self._blocks(self.gram) * (rho * (1 - shares)))
         gram.diagonal().add_(self.ridge)
-        factor = torch.linalg.cholesky(gram)
+        factor = cholesky(gram)
         self.hold(torch.cholesky_solve((self.target * roots).T, factor).T / roots)
 
     def hold(self, weight: Tensor) -> None:

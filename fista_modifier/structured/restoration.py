@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fista_modifier.solver.factorisation import cholesky
 from fista_modifier.solver.objective import LayerObjective
 from fista_modifier.structured.problem import ChannelProblem
 
@@ -119,5 +120,5 @@ def least_squares(objective: LayerObjective, columns: Tensor) -> Tensor:
     rows = columns.to(quadratic.statistics.gram.device)
     gram = quadratic.statistics.gram[rows[:, None], rows].to(quadratic.device)
     gram.diagonal().add_(quadratic.damping[columns])
-    factor = torch.linalg.cholesky(gram)
+    factor = cholesky(gram)
     return torch.cholesky_solve(objective.target[:, columns].T, factor).T.contiguous()

@@ -744,10 +744,19 @@ def test_some_zeros_make_no_sparse_model() -> None:
     assert model.config.intermediate_size < 48
 
 
-def test_a_sparse_model_is_refused() -> None:
-    model = tiny_model("llama")
-    run(model, FISTAPruningModifier(mask_structure="2:4", preset="fast"))
+@pytest.mark.parametrize("sparse", ["Linear", "re:.*layers.7.mlp.down_proj"])
+def test_a_sparse_model_is_refused(sparse: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=8)
+    pruning = {"mask_structure": "2:4", "preset": "fast"}
+    run(model, FISTAPruningModifier(targets=sparse, **pruning))
     check_refused(model, "are zeros, .* take channels out first")
+
+
+def test_a_size_of_heads_never_becomes_smaller_in_place_of_their_number() -> None:
+    """Gemma 2 has neither a scale nor frequencies that would tell 3 from 4."""
+    model = tiny_model("gemma2", **HEADS)
+    message = "is not a multiple of the number of attention heads"
+    check_refused(model, message, structures=["mlp", "heads"], sparsity=0.3)
 
 
 @pytest.mark.parametrize(
