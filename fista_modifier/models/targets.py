@@ -301,13 +301,13 @@ def _group_of_columns(quantised: QuantizationArgs) -> int:
 def share_of_zeros(operators: Sequence[Operator]) -> tuple[str, float]:
     """
     Return the share of zeros of the sparsest of some operators. Each is looked at, as a
-    model may be sparse in a few of them only.
+    model may be sparse in a few of them only. An operator without weights has no zeros.
 
     :param operators: operators of a model
     :return: the name of the sparsest, and its share of zeros
     """
     zeros = {
-        one.name: 1 - int(one.weight.count_nonzero()) / math.prod(one.shape)
+        one.name: int((one.weight == 0).sum()) / max(math.prod(one.shape), 1)
         for one in operators
     }
     return max(zeros.items(), key=lambda one: one[1])
