@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def probed_layers(
     :return: what ``look`` returned, moved to each decoder layer with operators that may
         be changed
     """
-    decoder = [layer for layer in layers if layer.in_sequence and layer.operators]
-    kinds = {layer: _kind(layer) for layer in decoder}
+    targets = _changeable(model, layers)
+    kinds = {layer: _kind(layer, changed) for layer, changed in targets.items()}
     first: dict[Any, DecoderLayer] = {}
     for layer, kind in kinds.items():
         first.setdefault(kind, layer)
@@ -95,7 +96,7 @@ def probed_layers(
     calls = _calls(model, list(first.values()), batches)
     for kind, layer in first.items():
         with calibration_runs(model):
-            seen[kind] = look(_probed(layer, calls[layer]))
+            seen[kind] = look(_probed(layer, targets[layer], calls[layer]))
     found = {}
     for layer, kind in kinds.items():
         things, reasons = seen[kind]
@@ -104,10 +105,34 @@ def probed_layers(
     return found
 
 
-def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
+def _changeable(
+    model: PreTrainedModel, layers: Sequence[DecoderLayer]
+) -> dict[DecoderLayer, list[Operator]]:
+    """
+    Return the operators of each decoder layer that may be changed. Those whose bias is
+    another module's too may not: a change would be one of the other module.
+    """
+    with disable_onloading():
+        owners = Counter(
+            id(value)
+            for module in model.modules()
+            for value in module.parameters(recurse=False)
+        )
+        return {
+            layer: [
+                one
+                for one in layer.operators
+                if one.module.bias is None or owners[id(one.module.bias)] == 1
+            ]
+            for layer in layers
+            if layer.in_sequence and layer.operators
+        }
+
+
+def _kind(layer: DecoderLayer, targets: Sequence[Operator]) -> tuple[Any, ...]:
     """
     Return what layers with the same groups share: class, shapes of parameters, and
-    names of operators.
+    names of operators that may be changed.
     """
     with disable_onloading():
         parameters = tuple(
@@ -117,7 +142,7 @@ def _kind(layer: DecoderLayer) -> tuple[Any, ...]:
     return (
         type(layer.module),
         parameters,
-        tuple(o.name[start:] for o in layer.operators),
+        tuple(one.name[start:] for one in targets),
     )
 
 
@@ -164,14 +189,16 @@ def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(islice((batch for batch in in_turn if batch is not None), PROBED))
 
 
-def _probed(layer: DecoderLayer, calls: Iterable[LayerCall]) -> ProbedLayer:
+def _probed(
+    layer: DecoderLayer, targets: Sequence[Operator], calls: Iterable[LayerCall]
+) -> ProbedLayer:
     known = {operator.module: operator for operator in layer.operators}
     operators = [
         known.get(operator.module, operator)
         for operator in operators_in(layer.module, layer.name)
     ]
     calls = list(calls)
-    return ProbedLayer(layer.operators, operators, find_groups(operators, calls), calls)
+    return ProbedLayer(targets, operators, find_groups(operators, calls), calls)
 
 
 def _counterparts(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization import QuantizationMetadata, QuantizationStatus
 from transformers import PreTrainedModel
 
-__all__ = ["forget_decompression", "tie_again"]
+__all__ = ["forget_decompression", "forget_quantisation", "tie_again"]
 
 
 def forget_decompression(model: PreTrainedModel) -> None:
@@ -25,6 +25,26 @@ def forget_decompression(model: PreTrainedModel) -> None:
     ):
         model.ct_decompress_hook.remove()
         del model.ct_decompress_hook
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """
+    Remove what a recipe's quantisation has prepared in a model and not begun, because
+    the recipe has ended with an error. A model that is saved would count as quantised,
+    with scales that nothing has measured.
+
+    :param model: the model, after the error
+    """
+    for module in model.modules():
+        status = getattr(module, "quantization_status", None)
+        if status is not QuantizationStatus.INITIALIZED:
+            continue
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            QuantizationMetadata.clear_quantization(module)
+        else:  # attention, whose forward pass is its own
+            QuantizationMetadata.clear_all_qparams(module)
+            del module.quantization_scheme
+        del module.quantization_status
 
 
 def tie_again(model: PreTrainedModel) -> None:

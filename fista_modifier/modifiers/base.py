@@ -35,7 +35,11 @@ from fista_modifier.models.layers import (
     layer_targets,
 )
 from fista_modifier.models.limits import check_nothing_shared, check_vocabulary
-from fista_modifier.models.mending import forget_decompression, tie_again
+from fista_modifier.models.mending import (
+    forget_decompression,
+    forget_quantisation,
+    tie_again,
+)
 from fista_modifier.models.operators import Operator
 from fista_modifier.models.targets import find_operators
 from fista_modifier.models.tracing import traced_with_masks, traces_forgotten
@@ -153,6 +157,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
     _contexts: ExitStack = PrivateAttr(default_factory=ExitStack)
     _epoch: ExitStack = PrivateAttr(default_factory=ExitStack)
     _seconds: float = PrivateAttr(default=0.0)
+    _has_ended: bool = PrivateAttr(default=False)
 
     @abstractmethod
     def procedure(self, state: State, layers: Sequence[DecoderLayer]) -> Procedure:
@@ -268,7 +273,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             SmoothQuant, SpinQuant or QuIP would change weights that ranks share, or
             within ``torch.inference_mode()``
         """
-        with undone_if_refused():
+        with undone_if_refused(state.model):
             self._set_up(state, kwargs.get("sequential_targets"))
         return True
 
@@ -369,6 +374,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
         with self._undone_on_error() as schedule:
             schedule.finish()
         self._seconds += time.perf_counter()
+        self._has_ended = True
         self._epoch.close()
         self.remove_hooks()
         if self.unfinished:
@@ -379,7 +385,8 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        if results := self.results:
+        # The toolkit also finalises what an error has ended, before its next run.
+        if self._has_ended and (results := self.results):
             report = PruningReport(
                 recorded_name(state.model.name_or_path),
                 None,
@@ -456,14 +463,17 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
             self.remove_hooks()
             self._epoch.close()
             self._contexts.close()
+            forget_quantisation(self._schedule.model)
             raise
 
 
 @contextmanager
-def undone_if_refused() -> Iterator[None]:
+def undone_if_refused(model: PreTrainedModel) -> Iterator[None]:
     """
-    Undo what the steps of a recipe have prepared in the model, if one of them refuses
-    it. The toolkit would do so only before its next run.
+    Undo what the steps of a recipe have prepared in a model, if one of them refuses it.
+    The toolkit would do so only before its next run, and not for a quantisation.
+
+    :param model: the model that the recipe is applied to
     """
     try:
         yield
@@ -471,6 +481,7 @@ def undone_if_refused() -> Iterator[None]:
         for one in modifiers_of_recipe():
             if isinstance(one, LayerwiseModifier):
                 one._contexts.close()
+        forget_quantisation(model)
         raise
 
 

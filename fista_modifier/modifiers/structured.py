@@ -12,6 +12,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from transformers import PreTrainedModel
 
+from fista_modifier.checkpoint.on_save import report_of, report_of_checkpoint
 from fista_modifier.models.experts import note_sizes
 from fista_modifier.models.layers import DecoderLayer
 from fista_modifier.models.operators import Operator
@@ -282,6 +283,7 @@ class StructuredModifier(LayerwiseModifier):
         :return: the procedure
         :raises ValueError: as for :meth:`procedure`
         """
+        _check_values_left(model)
         operators = [operator for layer in layers for operator in layer.operators]
         for operator in operators:
             check_prunable(operator, Unstructured(0.0))
@@ -398,11 +400,29 @@ class StructuredModifier(LayerwiseModifier):
             "smaller_by": [self.method],
         }
 
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_end(state, event, **kwargs)
+        # At once, as a later step of the recipe may fail.
         if not self.unfinished:
             apply_changes(state.model.config, self._plan.changes)
             note_sizes(state.model)
-        return super().on_finalize(state, **kwargs)
+
+
+def _check_values_left(model: PreTrainedModel) -> None:
+    """
+    Refuse a model in which dimensions of values are zeros in place already. They would
+    be counted once more, or leave with their heads.
+
+    :raises ValueError: if an earlier run has made some, in this process or before
+    """
+    report = report_of(model) or report_of_checkpoint(model)
+    if report and report.zero_rows:
+        name = next(iter(report.zero_rows))
+        raise ValueError(
+            f"{report.zero_rows[name]} dimensions of values in {name} are zeros in "
+            "place already, of an earlier run: take the dense model, and name all "
+            "structures in one run"
+        )
 
 
 class FASPPruningModifier(StructuredModifier):

@@ -317,8 +317,8 @@ def _problem(
         missing = min(operator.name for operator in group.operators - targets)
         return (
             f"The channels of {names} are not all among targets: {missing} is none. "
-            "Let targets match it; if several layers share its weight, nothing can "
-            "leave."
+            "Let targets match it; if several layers share its weight or its bias, "
+            "nothing can leave."
         )
     if len(group.consumers) > 1:
         return f"Several operators read the channels of {names}."

@@ -373,7 +373,7 @@ class PruningReport:
             model=self.model,
             share_of_layers=share,
             removed_share=_removed(self.removed_share, later.removed_share),
-            zeroed_share=self.zeroed_share or later.zeroed_share,
+            zeroed_share=_zeroed(self, later),
             zero_rows=self.zero_rows | later.zero_rows,
             sizes=self.sizes | later.sizes,
             sparse_by=list(dict.fromkeys((*self.sparse_by, *later.sparse_by))),
@@ -433,6 +433,17 @@ def _removed(first: float | None, then: float | None) -> float | None:
     if first is None or then is None:
         return then if first is None else first
     return 1 - (1 - first) * (1 - then)
+
+
+def _zeroed(first: PruningReport, then: PruningReport) -> float | None:
+    """
+    Return the share that two runs leave as zeros in place, of the layers as they were
+    before both. The second is a share of what the first has left. Only one of them has
+    any, because dimensions of values are set to zero once.
+    """
+    if then.zeroed_share is None:
+        return first.zeroed_share
+    return (1 - (first.removed_share or 0)) * then.zeroed_share
 
 
 def _last(results: Iterable[OperatorResult]) -> list[OperatorResult]:

@@ -78,7 +78,7 @@ class Schedule:
         self.results: list[OperatorResult] = []
         self.reconstructions: dict[str, ReconstructionResult] = {}
         self.layers = layers
-        self._model = model
+        self.model = model
         self.procedure = procedure
         self._resources = resources
         self._ranks = resources.ranks
@@ -146,7 +146,7 @@ class Schedule:
         """
         self.store()
         here = set(modules)
-        if self._model in here:
+        if self.model in here:
             self._passes.check_any_ran()
         for layer in self.layers:
             if layer.module in here:
@@ -154,7 +154,7 @@ class Schedule:
 
     def _leave(self, layer: DecoderLayer) -> None:
         # Onloaded weights stay until the context ends: one layer at a time.
-        with calibration_runs(self._model):
+        with calibration_runs(self.model):
             self._go_on_from(layer)
 
     def _go_on_from(self, layer: DecoderLayer) -> None:
@@ -277,7 +277,7 @@ class Schedule:
             ):
                 self._leave(layer)
         if self._rounds:
-            with calibration_runs(self._model):
+            with calibration_runs(self.model):
                 self._prune_round()
         self.store()
         if self._to_prune:

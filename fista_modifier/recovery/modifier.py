@@ -180,7 +180,7 @@ class RecoveryModifier(Modifier):  # type: ignore[misc]
             changed since it was loaded and no teacher is named, there are several
             processes, or weights are on a disk
         """
-        with undone_if_refused():
+        with undone_if_refused(state.model):
             self._set_up(state)
         return True
 

@@ -792,11 +792,49 @@ def test_a_quantised_model_is_refused() -> None:
 def test_modules_that_layers_share_are_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    check_refused(model, "if several layers share its weight, nothing can leave")
+    check_refused(model, "if several layers share its weight or its bias, nothing")
     model = tiny_model("llama")
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
     check_refused(model, "up_proj is none.* several layers share its weight")
+
+
+def test_biases_that_layers_share_are_refused() -> None:
+    """Of the last two layers, so that the first, which is like others, shares none."""
+    model = tiny_model("opt", num_hidden_layers=3)
+    layers = model.model.decoder.layers
+    layers[2].fc2.bias = layers[1].fc2.bias
+    check_refused(model, "layers.1.fc2 is none.* share its weight or its bias")
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+@pytest.mark.parametrize("first", ["pruning", "quantisation"])
+def test_a_refused_recipe_leaves_no_quantisation_behind(
+    scheme: str, first: str, tmp_path: Path
+) -> None:
+    """The toolkit prepares one before it asks the next step of the recipe."""
+    model = tiny_model("llama", **WIDE)
+    dense, answers = weights(model), logits(model)
+    pruning = FASPPruningModifier(sparsity=0.3, multiple_of=4, **UNTRAINED)
+    quantisation = QuantizationModifier(targets=["Linear"], scheme=scheme)
+    recipe = [pruning, quantisation]
+    if first == "quantisation":
+        recipe.reverse()
+    elif scheme == "W8A8":
+        recipe.append(FISTAPruningModifier(mask_structure="2:4", targets="re:.*none"))
+    with pytest.raises(ValueError, match="multiple_of: 128|quantise after|no module"):
+        run(model, recipe)
+    assert_same(dict(model.named_parameters()), dense)
+    assert torch.equal(logits(model), answers)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    again = [
+        FASPPruningModifier(sparsity=0.2, multiple_of=128, **UNTRAINED),
+        QuantizationModifier(targets=["Linear"], scheme=scheme),
+    ]
+    run(model, again)
+    assert model.config.intermediate_size == 384
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "mixtral"])

@@ -269,7 +269,41 @@ def test_what_cannot_be_zero_is_refused(fields: dict[str, Any], message: str) ->
 def test_zeros_in_place_cannot_be_followed_by_more() -> None:
     model = tiny_model("llama")
     shrink(model, **UNTRAINED, **VALUES | {"sparsity": 0.15})
-    check_refused(model, "are zeros, .* take channels out first")
+    check_refused(model, "dimensions of values .* are zeros in place already")
+
+
+@pytest.mark.parametrize("source", ["memory", "checkpoint"])
+@pytest.mark.parametrize(
+    "fields", [VALUES, {"structures": ["heads"]}, {"structures": ["mlp"]}], ids=str
+)
+def test_few_zeros_in_place_cannot_be_followed_by_more_either(
+    source: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_model("llama", **HEADS)
+    shrink(model, **UNTRAINED, **VALUES | {"sparsity": 0.02})
+    if source == "checkpoint":
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path)
+    check_refused(model, "dimensions of values .* are zeros in place already", **fields)
+
+
+def test_zeros_in_place_of_a_smaller_model_are_counted_for_the_dense_one(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama")
+    before = size_of_layers(model, "llama")
+    shrink(model, **UNTRAINED)
+    left = size_of_layers(model, "llama")
+    shrink(model, **UNTRAINED, **VALUES)
+    check_loads(model, tmp_path)
+    zeros = sum(
+        int((oriented(model, name) == 0).sum())
+        for layer in range(2)
+        for name in names_of("llama", layer)
+    )
+    report = PruningReport.load(tmp_path)
+    assert report.zeroed_share == pytest.approx(zeros / before)
+    assert report.removed_share == pytest.approx(1 - left / before)
 
 
 def test_the_run_says_that_nothing_becomes_smaller() -> None:
