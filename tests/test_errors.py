@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from fista_modifier import FASPPruningModifier
 from fista_modifier.cli.errors import describe
 
 
@@ -49,6 +52,25 @@ def test_a_cause_is_one_line() -> None:
     assert describe(error) == "no model (caused by: no such id)"
     error = raised(OSError("no such id\nsee …"), ValueError("no model (no such id)"))
     assert describe(error) == "no model (no such id)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": 1.5}, "sparsity: Input should be less than 1, not 1.5"),
+        (
+            {"sparsity": 0.2, "structures": ["mlp", "mlp"]},
+            "structures: ['mlp', 'mlp'] names one of them twice: name each once",
+        ),
+    ],
+    ids=str,
+)
+def test_fields_are_told_without_the_library_that_checks_them(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        FASPPruningModifier(**fields)
+    assert describe(caught.value) == message
 
 
 def test_a_hidden_context_stays_hidden() -> None:

@@ -43,8 +43,7 @@ class ProbedLayer:
     :param targets: operators of the layer that may be changed
     :param operators: all operators of the layer, these among them
     :param found: the channel groups of the layer
-    :param calls: calls of the layer with a few tokens of the calibration data; empty if
-        the data do not reach it
+    :param calls: calls of the layer with a few tokens of the calibration data
     """
 
     targets: Sequence[Operator]
@@ -84,8 +83,8 @@ def probed_layers(
     :param layers: layers of the model
     :param batches: calibration data, of which a few tokens show who reads what
     :param look: takes what is wanted from a layer, and says why there is no more
-    :return: what ``look`` returned, moved to each decoder layer with operators that may
-        be changed
+    :return: what ``look`` returned, moved to each decoder layer that has targets and
+        that the data reach
     """
     targets = _changeable(model, layers)
     kinds = {layer: _kind(layer, changed) for layer, changed in targets.items()}
@@ -95,10 +94,13 @@ def probed_layers(
     seen: dict[Any, tuple[list[Found], str]] = {}
     calls = _calls(model, list(first.values()), batches)
     for kind, layer in first.items():
-        with calibration_runs(model):
-            seen[kind] = look(_probed(layer, targets[layer], calls[layer]))
+        if reached := list(calls[layer]):
+            with calibration_runs(model):
+                seen[kind] = look(_probed(layer, targets[layer], reached))
     found = {}
     for layer, kind in kinds.items():
+        if kind not in seen:
+            continue
         things, reasons = seen[kind]
         operator_of = _counterparts(first[kind], layer)
         found[layer] = [one.moved(operator_of) for one in things], reasons
@@ -190,14 +192,13 @@ def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _probed(
-    layer: DecoderLayer, targets: Sequence[Operator], calls: Iterable[LayerCall]
+    layer: DecoderLayer, targets: Sequence[Operator], calls: Sequence[LayerCall]
 ) -> ProbedLayer:
     known = {operator.module: operator for operator in layer.operators}
     operators = [
         known.get(operator.module, operator)
         for operator in operators_in(layer.module, layer.name)
     ]
-    calls = list(calls)
     return ProbedLayer(targets, operators, find_groups(operators, calls), calls)
 
 

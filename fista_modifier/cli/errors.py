@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import jinja2
 import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 __all__ = ["describe"]
 
@@ -51,6 +53,8 @@ def describe(error: BaseException) -> str:
 
 def _text(error: BaseException) -> str:
     """Return the message, with the type if it says little alone, as with KeyError."""
+    if isinstance(error, ValidationError):
+        return "; ".join(_of_field(one) for one in error.errors())
     text = str(error).strip()
     if listing := LISTING.match(text):
         return f"{listing[1]} could not be run on the calibration data"
@@ -58,6 +62,14 @@ def _text(error: BaseException) -> str:
         return text
     name = type(error).__name__
     return f"{name}: {text}" if text else name
+
+
+def _of_field(error: ErrorDetails) -> str:
+    """Return what is wrong with a field, or with several together."""
+    if cause := error.get("ctx", {}).get("error"):  # our own words
+        return str(cause)
+    path = ".".join(map(str, error["loc"]))
+    return f"{path}: {error['msg']}, not {error['input']!r}"
 
 
 def _first_line(text: str) -> str:

@@ -201,13 +201,18 @@ def native_experts(model: PreTrainedModel) -> Iterator[None]:
     does).
 
     If experts are quantised, all stay as they are. So do those that the toolkit cannot
-    fuse, with a warning. There is no warning if ``load_quantizable_moe`` loaded them,
+    fuse. There is a warning of both, but not if ``load_quantizable_moe`` loaded them,
     which gives them the names of the checkpoint itself.
 
     :param model: may be one without a mixture
     """
     linear = dict(get_linearized_moes(model))
     if any(is_module_quantized(one) for it in linear.values() for one in it.modules()):
+        if any(hasattr(experts, "_source_experts_cls") for experts in linear.values()):
+            logger.bind(log_once=True).warning(
+                "Quantised experts are saved one by one, under names that transformers "
+                "cannot load"
+            )
         linear = {}
     try:
         with _gpt_oss_fused():

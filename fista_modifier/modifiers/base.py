@@ -47,6 +47,7 @@ from fista_modifier.modifiers.steps import (
     applied_recipe,
     check_changed_once,
     check_own_folder,
+    check_quantisers,
     modifiers_before,
     modifiers_of_recipe,
     settings_of,
@@ -290,6 +291,7 @@ class LayerwiseModifier(Modifier):  # type: ignore[misc]
                 "operators depend on one another and train layers: leave it"
             )
         self.check_steps(modifiers_of_recipe())
+        check_quantisers(model, modifiers_of_recipe())
         check_changed_once()
         forget_decompression(model)
         if current_ranks().size > 1:

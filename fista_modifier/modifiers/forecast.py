@@ -21,6 +21,7 @@ from fista_modifier.models.limits import check_length
 from fista_modifier.models.resizing import apply_changes
 from fista_modifier.modifiers.base import LayerwiseModifier
 from fista_modifier.modifiers.fista import FISTAPruningModifier
+from fista_modifier.modifiers.steps import check_quantisers
 from fista_modifier.modifiers.structured import StructuredModifier
 from fista_modifier.pruning.channels import ChannelPlan
 from fista_modifier.pruning.corrected import CorrectedProcedure
@@ -118,6 +119,7 @@ def forecasts(
         )
     dense = config
     check_length(_weightless(dense), seq_len)
+    check_quantisers(_weightless(dense), modifiers)
     for modifier in ours:
         modifier.check_steps(modifiers)
         if isinstance(modifier, StructuredModifier):

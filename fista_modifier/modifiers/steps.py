@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from loguru import logger
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fista_modifier.distributed import current_ranks
 from fista_modifier.modifiers.gptq import MaskedGPTQModifier
@@ -23,6 +28,7 @@ __all__ = [
     "applied_recipe",
     "check_changed_once",
     "check_own_folder",
+    "check_quantisers",
     "check_zeros_stay",
     "modifiers_after",
     "modifiers_before",
@@ -110,6 +116,35 @@ def check_changed_once() -> None:
             raise ValueError(
                 f"{type(one).__name__} changes weights once on each rank, and the "
                 "ranks share the weights: run this recipe with one process"
+            )
+
+
+def check_quantisers(model: PreTrainedModel, modifiers: Sequence[Modifier]) -> None:
+    """
+    Refuse a quantisation that would quantise nothing, and warn of operators that it
+    leaves out. The toolkit would end such a run as any other.
+
+    :param model: the model that is to be pruned, maybe on the meta device
+    :param modifiers: all modifiers of the recipe
+    :raises ValueError: if there is such a quantisation
+    """
+    own = [name for name, one in model.named_modules() if isinstance(one, Conv1D)]
+    for one in modifiers:
+        if not isinstance(one, QuantizationMixin):
+            continue
+        name = type(one).__name__
+        targets = sorted(one.resolved_targets)
+        kinds = "; its linear operators are of class Conv1D" if own else ""
+        if not any(match_named_modules(model, targets, one.ignore)):
+            raise ValueError(
+                f"{name} would quantise nothing: targets {targets} minus ignore "
+                f"{one.ignore} leave no module of {type(model).__name__}{kinds}. Leave "
+                "it out, or name other targets"
+            )
+        if own:
+            logger.warning(
+                f"{name} quantises no operators of class Conv1D, which llm-compressor "
+                f"does not know: {own[0]} and {len(own) - 1} others stay as they are"
             )
 
 

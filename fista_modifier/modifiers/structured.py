@@ -171,6 +171,10 @@ class StructuredModifier(LayerwiseModifier):
         return self
 
     def _check_structures(self) -> None:
+        if len(set(self.structures)) < len(self.structures):
+            raise ValueError(
+                f"structures: {self.structures} names one of them twice: name each once"
+            )
         if "value_dims" not in self.structures:
             return
         if not self.HAS_VALUES:
@@ -293,9 +297,6 @@ class StructuredModifier(LayerwiseModifier):
                 f"{100 * share:.0f} % of {name} are zeros, which would get values "
                 "again: take channels out first, and prune to a pattern afterwards"
             )
-        for layer in layers:
-            if not layer.in_sequence:  # no channels leave what is in no decoder layer
-                layer.operators = []
         self._plan = plan_channels(
             model,
             layers,
@@ -305,6 +306,7 @@ class StructuredModifier(LayerwiseModifier):
             self.multiple_of,
         )
         self._check_biases()
+        self._leave_out_others(layers)
         if self._plan.zeroed:
             logger.warning(
                 f"{100 * self._plan.zeroed:.2f} % of the decoder layers' parameters "
@@ -313,6 +315,21 @@ class StructuredModifier(LayerwiseModifier):
                 "smaller nor faster"
             )
         return replace(self._without_plan, plan=self._plan)
+
+    def _leave_out_others(self, layers: Sequence[DecoderLayer]) -> None:
+        """
+        Take their operators away from layers that no channels leave: lone operators,
+        and layers that the data do not reach.
+        """
+        others = [one for one in layers if one.name not in self._plan.groups]
+        names = [one.name for one in others if one.in_sequence and one.operators]
+        for layer in others:
+            layer.operators = []
+        if names:
+            logger.warning(
+                f"The calibration data do not reach {len(names)} layers, which stay as "
+                f"they are and do not count: {names[0]} and others"
+            )
 
     @property
     def zeroed(self) -> float:

@@ -119,6 +119,7 @@ def plan_channels(
     since no loader takes layers of different sizes. About the same share of each
     structure leaves. Heads are few, so the many channels of MLPs make up for the rest
     of their share. Dimensions of values do not leave: they become zeros in place.
+    Layers that the data do not reach, such as those of a vision tower, have no plan.
 
     :param model: the dense model
     :param layers: layers of the model, with the operators that may be changed
@@ -132,6 +133,10 @@ def plan_channels(
         half a multiple, or would take all of another structure
     """
     found = probed_layers(model, layers, batches, _usable)
+    if not found:
+        raise ValueError(
+            "structures: the calibration data reach no decoder layer with targets"
+        )
     chosen: dict[str, dict[Structure, list[ChannelGroup]]] = {}
     for layer, (groups, reason) in found.items():
         for structure in structures:
@@ -168,8 +173,38 @@ def plan_channels(
     except ValueError as error:
         reasons = [f"{one.name} has no targets." for one in layers if not one.operators]
         reasons += [reason for _, reason in found.values() if reason]
+        if "heads" in structures:
+            reasons.append(_numbers_of_heads(model, chosen, total))
         raise ValueError(" ".join([f"{error}.", *dict.fromkeys(reasons)])) from error
     return ChannelPlan(plans, changes, removed, zeroed)
+
+
+def _numbers_of_heads(
+    model: PreTrainedModel,
+    chosen: Mapping[str, Mapping[Structure, Sequence[ChannelGroup]]],
+    total: int,
+) -> str:
+    """Say with which numbers of heads, and at which sparsities, a model would load."""
+    everything = [
+        group
+        for by_structure in chosen.values()
+        for groups in by_structure.values()
+        for group in groups
+    ]
+    heads = [group for group in everything if group.kind == "heads"]
+    whole = sum(GroupPlan(one, 1).parameters * one.size for one in everything) / total
+    fitting = []
+    for keep in range(min(one.size for one in heads) - 1, 0, -1):
+        plans = [GroupPlan(one, keep) for one in heads]
+        try:
+            changes_for(model, dict(_shapes(plans)), _sizes(plans))
+        except ValueError:
+            continue
+        share = max((one.size - keep) / one.size for one in heads)
+        fitting.append(f"{keep} heads (sparsity: {share * whole:.3f})")
+    if not fitting:
+        return "No other number of heads would do: leave heads out of structures."
+    return f"It would load with {' or '.join(fitting)}."
 
 
 def _keeps(

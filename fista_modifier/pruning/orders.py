@@ -59,8 +59,6 @@ def plan_orders(
 
 
 def _usable(layer: ProbedLayer) -> tuple[list[Interchangeable], str]:
-    if not layer.calls:  # The data do not reach the layer.
-        return [], ""
     known = set(layer.targets)
     found = interchangeable(layer.found)
     usable = [one for one in found if one.group.operators <= known]

@@ -18,7 +18,12 @@ from fista_modifier.checkpoint.model_card import (
     write_model_card,
 )
 from fista_modifier.data.records import recorded_name
-from fista_modifier.pruning.results import Calibration, PruningReport, RecoveryResult
+from fista_modifier.pruning.results import (
+    Calibration,
+    PruningReport,
+    ReconstructionResult,
+    RecoveryResult,
+)
 
 OPERATOR = operator_result("model.layers.0.self_attn.q_proj", zeros=512)
 REPORT = PruningReport(
@@ -247,6 +252,8 @@ def test_a_recovery_is_told_with_its_data_and_what_it_came_to() -> None:
     assert "zeros stayed" not in told and "before recovery" not in told
     assert "recovery" not in model_card("name", REPORT, {}).text
     assert "without retraining" in model_card("name", REPORT, {}).text
+    trained = replace(REPORT, layers={"a": ReconstructionResult(0.2, 0.1, {}, 8, 1.0)})
+    assert "without retraining" not in model_card("name", trained, {}).text
 
 
 def test_an_operator_that_was_pruned_twice_counts_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -658,7 +659,12 @@ def test_heads_leave_only_what_the_configuration_takes(
     model = tiny_model(family, num_key_value_heads=4, head_dim=8)
     fields = {"sparsity": 0.1, "structures": ["heads"], **UNTRAINED}
     if family != "mistral":
-        check_refused(model, "multiple of the number of attention heads", **fields)
+        message = (
+            r"multiple of the number of attention heads .* with 2 heads \(sparsity"
+        )
+        check_refused(model, message, **fields)
+        shrink(model, **fields | {"sparsity": 0.179})
+        assert model.config.num_attention_heads == 2
         return
     shrink(model, **fields)
     assert model.config.num_attention_heads == 3
@@ -805,6 +811,41 @@ def test_biases_that_layers_share_are_refused() -> None:
     layers = model.model.decoder.layers
     layers[2].fc2.bias = layers[1].fc2.bias
     check_refused(model, "layers.1.fc2 is none.* share its weight or its bias")
+
+
+def test_layers_that_the_data_do_not_reach_stay_as_they_are(tmp_path: Path) -> None:
+    """As those of a vision tower, here of the same width as the language model's."""
+    model = tiny_model("gemma3_vision")
+    tower = copy.deepcopy(model.model.vision_tower).state_dict()
+    layers = model.model.language_model.layers
+    dense = sum(parameter.numel() for parameter in layers.parameters())
+    with logged() as messages:
+        modifier = shrink(model)
+    [message] = [one for one in messages if "do not reach" in one]
+    assert "model.vision_tower" in message
+    assert_same(model.model.vision_tower.state_dict(), tower)
+    left = sum(parameter.numel() for parameter in layers.parameters())
+    assert modifier.removed == pytest.approx(1 - left / dense) != 0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vision_config.intermediate_size == 48
+    assert torch.equal(logits(loaded), logits(model))
+    assert verify(tmp_path).passed
+
+
+def test_a_quantisation_of_nothing_is_refused() -> None:
+    """GPT-2's operators are of a class that llm-compressor does not quantise."""
+    model = tiny_model("gpt2")
+    dense = weights(model)
+    fields = {"targets": ["Linear"], "scheme": "W8A8"}
+    pruning = FASPPruningModifier(sparsity=0.2, multiple_of=4, **UNTRAINED)
+    quantisation = QuantizationModifier(ignore=["lm_head"], **fields)
+    with pytest.raises(ValueError, match="would quantise nothing: .* class Conv1D"):
+        run(model, [pruning.model_copy(), quantisation])
+    assert_same(weights(model), dense)
+    with logged() as messages:
+        run(model, [pruning, QuantizationModifier(**fields)])
+    assert any("quantises no operators of class Conv1D" in one for one in messages)
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
